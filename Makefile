@@ -1,0 +1,50 @@
+# Every target sets itself up in .venv, once: again only when uv.lock or pyproject.toml change.
+PYTHON  ?= python3
+PROFILE ?= cpu
+OUT     ?= runs/course
+ARGS    ?=
+
+READY := .venv/.ready
+MCLIP := .venv/bin/python -m mclip
+CHECK := runs/test-notebooks
+# --inexact keeps pip and uv, which the lock file does not name; the interpreter is the one that made .venv.
+SYNC  := UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON=.venv/bin/python UV_PYTHON_DOWNLOADS=never .venv/bin/uv sync --locked --inexact
+NEWS  := {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}
+
+.PHONY: help course test lab reproduce figures
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+course: $(READY) ## run the whole course; PROFILE=smoke|cpu|gpu, OUT=folder, ARGS="-p NAME VALUE --only 04 08"
+	$(MCLIP) course --profile $(PROFILE) --out $(OUT) $(ARGS)
+
+# One pytest for both, so that its closing line counts everything; nbval executes the prepared copies.
+test: $(READY) ## run the tests, and every notebook in profile smoke against its stored outputs
+	rm -rf $(CHECK)
+	$(MCLIP) course --profile smoke --out $(CHECK) --prepare
+	.venv/bin/python -m pytest --nbval-lax --nbval-current-env tests $(CHECK)/notebooks $(ARGS)
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	JUPYTER_PREFER_ENV_PATH=1 .venv/bin/python -m jupyterlab notebooks $(ARGS)
+
+reproduce: $(READY) ## the long run: several seeds, the results that are committed in data/results
+	$(MCLIP) reproduce $(ARGS)
+
+figures: $(READY) ## redraw figures/ from the committed results
+	$(MCLIP) figures $(ARGS)
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
+	  echo "The course needs Python 3.11, 3.12 or 3.13, but $(PYTHON) is: $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Install one and name it, for example: make $(or $(MAKECMDGOALS),course) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+$(READY): pyproject.toml uv.lock | .venv/bin/python
+	@.venv/bin/python -m ensurepip >/dev/null
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.9"
+	$(SYNC)
+	@mkdir -p .venv/share/jupyter/lab/settings
+	@echo '$(NEWS)' > .venv/share/jupyter/lab/settings/overrides.json
+	@touch $@

@@ -1,0 +1,234 @@
+"""When each loss term takes part, how hot the response term is, and how much each term weighs.
+
+:class:`Schedule` answers the first two from the step alone. :class:`Balancer` answers the third from the
+terms themselves. Both see only names: "original" (the student's own loss), "feature", "similarity",
+"response", "icl".
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import DistillConfig, closest, require
+
+Terms = Mapping[str, Tensor]  # scalar losses by name
+FIRST_PHASE = {"original": 1, "feature": 2, "similarity": 2, "response": 3, "icl": 3}
+STRATEGIES = ("fixed", "magnitude", "gradient_norm", "uncertainty")
+# A measured size counts as at least this share of the largest: factors differ by 1/FLOOR at the most.
+FLOOR = 1e-3
+# Log-variances are kept in this range: a loss near 0 would otherwise send its weight to infinity.
+LOG_VARIANCE_RANGE = (math.log(FLOOR), -math.log(FLOOR))
+
+
+def _priors(config: DistillConfig) -> dict[str, float]:
+    """The prior weight of each term that is switched on."""
+    weights = {name: getattr(config, f"{name}_weight") for name in FIRST_PHASE}
+    return {name: weight for name, weight in weights.items() if weight > 0}
+
+
+class Schedule:
+    """Phases, ramps and temperature of a run of ``total_steps`` steps; a function of the step alone.
+
+    Phase 1 is contrastive only, phase 2 adds "feature" and "similarity", phase 3 "response" and "icl". The
+    bounds and the ramp of the configuration are fractions of the run up to 1 and steps above. Warns of terms
+    that would never start. Steps count from 0.
+    """
+
+    def __init__(self, config: DistillConfig, total_steps: int) -> None:
+        require(total_steps >= 1, "total_steps", total_steps, "a run has at least one step")
+        self.max_temperature, self.min_temperature = config.max_temperature, config.min_temperature
+        *starts, self.descent_end = (round(p * total_steps) if p <= 1 else round(p) for p in config.phases)
+        self.ramp = round(config.ramp * total_steps) if config.ramp <= 1 else round(config.ramp)
+        self.phase_starts = (0, *starts)
+        self.term_starts = {name: self.phase_starts[FIRST_PHASE[name] - 1] for name in _priors(config)}
+        late = " and ".join(name for name, start in self.term_starts.items() if start >= total_steps)
+        if late:
+            message = f"phases={config.phases}: {late} would never start in a run of {total_steps} steps"
+            warnings.warn(message, stacklevel=2)
+
+    def phase(self, step: int) -> int:
+        """The phase of ``step``: 1, 2 or 3."""
+        return sum(step >= start for start in self.phase_starts)
+
+    def temperature(self, step: int) -> float:
+        """The response term's T: max until phase 2, then linear to min at ``phases[2]``, then constant."""
+        if step >= self.descent_end:
+            return self.min_temperature
+        start = self.phase_starts[1]
+        share = max(0, step - start) / max(1, self.descent_end - start)
+        return self.max_temperature + share * (self.min_temperature - self.max_temperature)
+
+    def active(self, step: int) -> dict[str, float]:
+        """The terms that take part in ``step``, each with its ramp factor in (0, 1]; "original" has 1.
+
+        A term's first step has the factor 1 / ramp, not 0: it takes part from there on.
+        """
+        age = {name: step - start + 1 for name, start in self.term_starts.items() if step >= start}
+        return {name: min(1.0, n / max(1, self.ramp)) for name, n in age.items()} | {"original": 1.0}
+
+
+def gradient_norms(terms: Terms, embeddings: Sequence[Tensor]) -> dict[str, float]:
+    """The gradient norm of each scalar term with respect to all ``embeddings`` together.
+
+    Taken at the embeddings, so that no encoder is run backward; GradNorm (Chen et al. 2018) takes them at the
+    last shared layer for the same reason. Raises ValueError for a term that depends on none of the
+    embeddings.
+    """
+    inputs = [embedding for embedding in embeddings if embedding.requires_grad]
+    norms = []
+    for name, term in terms.items():
+        usable = inputs if term.requires_grad else []
+        found = torch.autograd.grad(term, usable, retain_graph=True, allow_unused=True) if usable else ()
+        parts = [gradient.float().norm() for gradient in found if gradient is not None]
+        if not parts:
+            raise ValueError(
+                f"term {name!r} has no gradient at the given embeddings: pass every student tensor that the "
+                f"terms are computed from (penultimate features too, if they are used), with its graph"
+            )
+        norms.append(torch.stack(parts).norm())
+    return dict(zip(terms, torch.stack(norms).tolist(), strict=True))
+
+
+class Balancer(nn.Module):
+    """Weighs the active terms, by a strategy that changes when validation stops improving.
+
+    weight_i = n * prior_i * ramp_i * factor_i / sum_j(prior_j * ramp_j * factor_j) over the n active terms:
+    positive, with sum n, and 1 for a term alone. The strategies differ in the factor. fixed: 1. magnitude:
+    mean(|L|) / |L_i|, so that terms are equally large. gradient_norm: mean(norm) / norm_i, so that they pull
+    equally hard at the embeddings. uncertainty: exp(-s_i), s_i a learned log-variance (Kendall et al. 2018).
+
+    Factors (but for the learned ones) are averaged over time in logarithms, with ``adaptation_rate``, at
+    every ``gradient_check_frequency``-th step. Prior and ramp stay outside of the average, and a new term
+    enters at the geometric mean of the factors: neither a ramp that begins near 0 nor a late start can hold
+    it down. A size that is 0 or not finite says nothing about a term and leaves its factor alone.
+
+    The log-variances are this module's parameters, present only if "uncertainty" is configured: give them to
+    the optimiser without weight decay, which would pull them to 0. ``state_dict()`` holds all that a resumed
+    run needs.
+    """
+
+    def __init__(self, config: DistillConfig) -> None:
+        super().__init__()
+        for name in config.balancers:
+            require(name in STRATEGIES, "balancers", name, closest(name, STRATEGIES))
+        self.priors = _priors(config)
+        self.strategies = config.balancers
+        self.rate = config.adaptation_rate
+        self.frequency = config.gradient_check_frequency
+        self.patience = config.plateau_patience
+        learned = self.priors if "uncertainty" in self.strategies else ()
+        self.log_variances = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in learned})
+        self.log_factors: dict[str, float] = {}
+        self.index, self.best, self.stale = 0, -math.inf, 0
+
+    @property
+    def strategy(self) -> str:
+        """The name of the strategy at work."""
+        return self.strategies[self.index]
+
+    def combine(
+        self, terms: Terms, active: Mapping[str, float], step: int, embeddings: Sequence[Tensor]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The scalar to minimise and the weights behind it; arguments and errors as in :meth:`weights`.
+
+        The scalar is sum w_i L_i. Under "uncertainty" it is Kendall's, sum of
+        prior_i * ramp_i * (exp(-s_i) L_i + s_i / 2), which trains the s_i too; the weights returned are the
+        coefficients of the L_i, scaled to sum to n.
+        """
+        weights = self.weights(terms, active, step, embeddings)
+        if self.strategy == "uncertainty" and len(active) > 1:
+            parts = []
+            for name, ramp in active.items():
+                s = self.log_variances[name]
+                parts.append(self.priors[name] * ramp * ((-s).exp() * terms[name] + s / 2))
+        else:
+            parts = [weight * terms[name] for name, weight in weights.items()]
+        return torch.stack(parts).sum(), weights
+
+    def weights(
+        self, terms: Terms, active: Mapping[str, float], step: int, embeddings: Sequence[Tensor]
+    ) -> dict[str, float]:
+        """The weight of each active term; updates the averages if ``step`` is one that measures.
+
+        Args:
+            terms: scalar losses by name, with their graph; those that are not active are ignored.
+            active: ramp factor in (0, 1] by name, from :meth:`Schedule.active`.
+            step: optimiser step, from 0.
+            embeddings: the student's tensors that the terms are computed from, for "gradient_norm".
+
+        Raises: ValueError: an active term was not delivered, is switched off by its prior, or has no positive
+        ramp.
+        """
+        for name, ramp in active.items():
+            if name not in terms:
+                raise ValueError(f"term {name!r} is active, but the objective delivered only {sorted(terms)}")
+            if name not in self.priors or not ramp > 0:
+                raise ValueError(f"term {name!r} is active, but prior or ramp ({ramp}) is not positive")
+        if len(active) == 1:
+            return dict.fromkeys(active, 1.0)
+        for name in active:
+            self.log_factors.setdefault(name, 0.0)  # the geometric mean, since _update keeps the mean at 0
+        if self.strategy == "uncertainty":
+            with torch.no_grad():
+                learned = [self.log_variances[name].clamp_(*LOG_VARIANCE_RANGE) for name in active]
+            logs = dict(zip(active, (-torch.stack(learned)).tolist(), strict=True))
+        else:
+            if step % self.frequency == 0:
+                self._update({name: terms[name] for name in active}, embeddings)
+            logs = self.log_factors
+        raw = {name: self.priors[name] * ramp * math.exp(logs[name]) for name, ramp in active.items()}
+        return {name: len(raw) * value / sum(raw.values()) for name, value in raw.items()}
+
+    def observe(self, metric: float) -> bool:
+        """Count one evaluation, by a metric where higher is better; True if the strategy changed.
+
+        After ``plateau_patience`` evaluations in a row without a new best the next strategy takes over, and
+        after the last the first again. A metric that is not a number counts as no improvement.
+        """
+        if metric > self.best:
+            self.best, self.stale = metric, 0
+            return False
+        self.stale += 1
+        if self.stale < self.patience or len(self.strategies) == 1:
+            return False
+        self.index, self.stale = (self.index + 1) % len(self.strategies), 0
+        return True
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What ``state_dict()`` holds beside the log-variances: plain data, fit for weights-only loading."""
+        return {"strategies": list(self.strategies), "index": self.index, "best": self.best,
+                "stale": self.stale, "log_factors": dict(self.log_factors)}  # fmt: skip
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`get_extra_state`; ConfigError if it was saved with other strategies."""
+        saved = tuple(state["strategies"])
+        require(saved == self.strategies, "balancers", self.strategies, f"the checkpoint has {saved}")
+        self.index, self.log_factors = state["index"], dict(state["log_factors"])
+        self.best, self.stale = state["best"], state["stale"]
+
+    def _update(self, terms: Terms, embeddings: Sequence[Tensor]) -> None:
+        """Move each log factor towards minus the logarithm of its term's size, keeping their mean."""
+        if self.strategy == "gradient_norm":
+            sizes = gradient_norms(terms, embeddings)
+        elif self.strategy == "magnitude":
+            losses = torch.stack([term.detach().abs() for term in terms.values()])
+            sizes = dict(zip(terms, losses.tolist(), strict=True))
+        else:
+            sizes = dict.fromkeys(terms, 1.0)
+        sizes = {name: size for name, size in sizes.items() if math.isfinite(size) and size > 0}
+        floor = FLOOR * max(sizes.values(), default=0.0)
+        logs = {name: -math.log(max(size, floor)) for name, size in sizes.items()}
+        shift = sum(self.log_factors[name] - log for name, log in logs.items()) / max(1, len(logs))
+        for name, log in logs.items():
+            self.log_factors[name] += self.rate * (log + shift - self.log_factors[name])
+
+
+def make_balancer(config: DistillConfig) -> Balancer:
+    """The balancer of a configuration, at the first of its strategies; ConfigError for an unknown one."""
+    return Balancer(config)

@@ -1,0 +1,169 @@
+"""Zero-shot test sets: the ones of torchvision that CLIP is judged on, and folders of pictures.
+
+Class names and templates in ``zero_shot_sets.json`` are those published with CLIP; torchvision has the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module, resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import datasets
+
+from mclip.config import ConfigError, closest, require
+from mclip.files import cache_dir
+
+DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
+PHOTO_TEMPLATES = ["a photo of a {}"]
+
+
+@dataclass(frozen=True)
+class ZeroShotSet:
+    """Pictures to classify, and the words to classify them with.
+
+    Attributes:
+        images: uint8 tensor or array (N, 3, H, W), list of PIL pictures, or dataset of (PIL picture, label).
+        labels: (N,) class numbers; None where ``images`` is a dataset that gives them.
+        class_names: one name per class number.
+        templates: prompts with "{}" in the place of the class name; several are averaged.
+    """
+
+    name: str
+    images: Tensor | np.ndarray | Sequence[Image] | Dataset
+    labels: Tensor | np.ndarray | None
+    class_names: list[str]
+    templates: list[str]
+    split: str = "test"
+
+    def __post_init__(self) -> None:
+        key, names = f"{self.name}.class_names", self.class_names
+        require(len(self.images) > 0, f"{self.name}.images", self.images, "a test set needs a picture")
+        require(len(set(names)) == len(names) > 1, key, names, "give at least two names, all different")
+
+
+def _spaces(name: str) -> str:
+    return name.replace("_", " ")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """How torchvision builds a set, where below ``root_dir`` it looks, how its class names become words."""
+
+    build: Callable[..., Dataset]
+    layout: str
+    settings: Mapping[str, Any] = field(default_factory=lambda: {"split": "test"})
+    rename: Callable[[str], str] = _spaces
+    needs_scipy: bool = False
+
+
+_WHOLE: Mapping[str, Any] = {}  # the set has no official split: all of it is the test set
+_SOURCES: dict[str, _Source] = {
+    "caltech101": _Source(datasets.Caltech101, "caltech101/101_ObjectCategories/", _WHOLE, needs_scipy=True),
+    "caltech256": _Source(
+        datasets.Caltech256,
+        "caltech256/256_ObjectCategories/",
+        _WHOLE,
+        lambda name: re.sub(r"^\d+\.|-101$", "", name).replace("-", " "),
+    ),
+    "cifar10": _Source(datasets.CIFAR10, "cifar-10-batches-py/", {"train": False}),
+    "cifar100": _Source(datasets.CIFAR100, "cifar-100-python/", {"train": False}),
+    "country211": _Source(datasets.Country211, "country211/test/"),
+    "dtd": _Source(datasets.DTD, "dtd/dtd/"),
+    "eurosat": _Source(datasets.EuroSAT, "eurosat/2750/", _WHOLE),
+    "fgvc_aircraft": _Source(
+        datasets.FGVCAircraft, "fgvc-aircraft-2013b/data/", {"split": "test", "annotation_level": "variant"}
+    ),
+    "flowers102": _Source(datasets.Flowers102, "flowers-102/", needs_scipy=True),
+    "food101": _Source(datasets.Food101, "food-101/"),
+    "gtsrb": _Source(datasets.GTSRB, "gtsrb/GTSRB/Final_Test/Images/ and gtsrb/GT-final_test.csv"),
+    "oxford_pets": _Source(datasets.OxfordIIITPet, "oxford-iiit-pet/"),
+    "stl10": _Source(datasets.STL10, "stl10_binary/"),
+    "sun397": _Source(datasets.SUN397, "SUN397/", _WHOLE, lambda name: _spaces(name).replace("/", " ")),
+}
+TORCHVISION_SETS = tuple(_SOURCES)
+
+
+@contextmanager
+def _time_out(seconds: float) -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def torchvision_set(name: str, root_dir: str | Path | None = None, download: bool = False) -> ZeroShotSet:
+    """The test split of one of ``TORCHVISION_SETS`` (all of a set that has no splits).
+
+    ``root_dir`` (default: the cache folder) is looked at first; ``download`` fetches what is missing, against
+    torchvision's checksums. An unknown name, and missing or damaged files, raise :class:`ConfigError`, which
+    says where the files go.
+    """
+    require(name in _SOURCES, "dataset", name, closest(name, _SOURCES))
+    source, root = _SOURCES[name], Path(root_dir or cache_dir()).expanduser()
+    try:
+        with _time_out(DOWNLOAD_TIMEOUT):
+            data: Any = source.build(str(root), download=download, **source.settings)
+        if source.needs_scipy:
+            import_module("scipy.io")  # torchvision would miss it only at the first picture
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"dataset={name!r} needs {error.name}: pip install {error.name}.") from error
+    except (RuntimeError, OSError) as error:
+        advice = "" if download else "pass download=True, or "
+        raise ConfigError(
+            f"dataset={name!r} cannot be read below root_dir={str(root)!r} ({error}); "
+            f"{advice}place its files there so that {root / source.layout} exists."
+        ) from error
+    found = getattr(data, "classes", None) or getattr(data, "categories", None)
+    stored = json.loads(resources.files("mclip").joinpath("zero_shot_sets.json").read_text(encoding="utf-8"))
+    class_names = stored["class_names"].get(name) or [source.rename(c) for c in found or []]
+    count, expected = len(found or class_names), len(class_names)
+    remedy = f"{root / source.layout} holds {count} classes, not {expected}; place the files there again"
+    require(count == expected, "dataset", name, remedy)
+    split = "all" if source.settings is _WHOLE else "test"
+    return ZeroShotSet(name, data, None, class_names, stored["templates"][name], split)
+
+
+def image_folder_set(path: str | Path, templates: Sequence[str] = PHOTO_TEMPLATES) -> ZeroShotSet:
+    """Pictures in one sub-folder per class, named after the class: ``path/<class>/*.jpg``.
+
+    A last component train, val or test names the split, and the folder above it the set.
+    """
+    path = Path(path).expanduser()
+    try:
+        data = datasets.ImageFolder(str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: not a folder of pictures, one sub-folder per class ({error}).") from error
+    named = path.name in ("train", "val", "test")
+    name, split = (path.absolute().parent.name, path.name) if named else (path.name, "all")
+    return ZeroShotSet(name, data, None, [_spaces(c) for c in data.classes], list(templates), split)
+
+
+def zero_shot_set(
+    name: str | Path,
+    root_dir: str | Path | None = None,
+    download: bool = False,
+    embedded: Mapping[str, ZeroShotSet] | None = None,
+) -> ZeroShotSet:
+    """The set that ``name`` means: one of ``embedded``, one of torchvision's, or a folder of pictures."""
+    embedded = embedded or {}
+    if name in embedded:
+        return embedded[str(name)]
+    if str(name) not in _SOURCES and Path(name).is_dir():
+        return image_folder_set(name)
+    known = [*embedded, *_SOURCES]
+    remedy = f"{closest(str(name), known)} (or name a folder of pictures)"
+    require(str(name) in known, "dataset", str(name), remedy)
+    return torchvision_set(str(name), root_dir, download)

@@ -1,0 +1,171 @@
+"""Every loss of the course, as a pure function of tensors.
+
+Notation: ``image`` u and ``text`` v are the student's L2-normalised embeddings (B, d), row i of each from
+pair i; ``logit_scale`` s is its learned scale; ``teacher_image`` U, ``teacher_text`` V (B, D) and
+``teacher_logit_scale`` S are the teacher's. Each function returns a scalar, averaged over the batch, and
+takes whole batches: for a run on several processes, gather the embeddings first and call the same functions.
+
+All losses but ``feature`` compare each pair with every other of the batch and know the pairs by position
+alone. Two pictures with the same caption therefore count as each other's negatives (``info_nce``, ``siglip``,
+``jsd``, ``icl``): a target out of reach, which puts a floor under the loss. ``response`` and ``similarity``
+take their targets from the teacher, who gives duplicates equal scores, and have no such floor.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import require
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """All cosines (B, B) of two sets of normalised embeddings (B, d), in float32 or better.
+
+    Mixed precision is switched off here: bfloat16 rounds a cosine near 1 by up to 0.002, which a scale of 100
+    turns into 0.2 in the logits. Teacher targets stored in half precision can be given as they are.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"embeddings {tuple(a.shape)} and {tuple(b.shape)} differ in shape: both are (B, d)")
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    with torch.autocast(a.device.type, enabled=False):
+        return a.to(dtype) @ b.to(dtype).T
+
+
+def info_nce(image: Tensor, text: Tensor, logit_scale: Tensor | float) -> Tensor:
+    """Symmetric cross-entropy of s u v^T with the diagonal (CLIP: Radford et al. 2021, figure 3).
+
+    log B where every pair looks alike; 0 where each is told from all others without doubt.
+    """
+    logits = logit_scale * cosines(image, text)
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def siglip(image: Tensor, text: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float) -> Tensor:
+    """Each of the B x B pairs as its own yes-or-no question, with a bias (Zhai et al. 2023, algorithm 1).
+
+    Summed over the pairs and divided by B, as in the paper: in a large batch the positives keep their weight.
+    """
+    logits = logit_scale * cosines(image, text) + logit_bias
+    sign = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
+    return -F.logsigmoid(sign * logits).sum() / len(logits)
+
+
+def jsd(image: Tensor, text: Tensor, logit_scale: Tensor | float) -> Tensor:
+    """CLIP-Lite's Jensen-Shannon bound in softplus form (Shrivastava et al. 2023), critic T = s u v^T.
+
+    mean softplus(-T) over the positives, which are the diagonal, plus mean softplus(T) over the negatives,
+    which are all that is off it: a pair is never both. The paper draws one negative for each positive; this
+    averages over all B - 1, the same in expectation. 2 log 2 where nothing is known. ValueError for B < 2: no
+    negatives.
+    """
+    logits = logit_scale * cosines(image, text)
+    if len(logits) < 2:
+        raise ValueError("jsd needs at least 2 pairs: a batch of one has no negatives")
+    diagonal = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    return F.softplus(-logits[diagonal]).mean() + F.softplus(logits[~diagonal]).mean()
+
+
+def feature(student: Tensor, teacher: Tensor, form: Literal["cosine", "mse"] = "cosine") -> Tensor:
+    """Distance of the aligned student features (B, D) from the teacher's (B, D), for one modality.
+
+    "cosine" is 1 - cos, in [0, 2], blind to length. "mse" is the squared error SUMMED over the dimensions and
+    averaged over the batch, which for unit vectors is 2 (1 - cos). Averaged over D = 512 as well it would be
+    512 times smaller, with gradients too weak to matter beside a contrastive term.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student features {tuple(student.shape)} and teacher features {tuple(teacher.shape)} differ: "
+            f"bring the student to the teacher's width with Aligner({student.shape[-1]}, {teacher.shape[-1]})"
+        )
+    if form == "cosine":
+        return 1 - F.cosine_similarity(student, teacher, dim=-1).mean()
+    require(form == "mse", "form", form, "use 'cosine' or 'mse'")
+    return F.mse_loss(student, teacher, reduction="none").sum(-1).mean()
+
+
+def response(
+    image: Tensor, text: Tensor, teacher_image: Tensor, teacher_text: Tensor,
+    logit_scale: Tensor | float, teacher_logit_scale: Tensor | float, temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """KL(softmax(S U V^T / T) || softmax(s u v^T / T)) T^2, images to texts and texts to images averaged.
+
+    Over the student's own similarity matrix, the one that inference uses. A true divergence, the teacher's
+    entropy taken off: 0 where the distributions are equal, positive elsewhere. The T^2 keeps the size of the
+    gradients as T changes (Hinton et al. 2015, section 2; for CLIP: Yang et al. 2024, CLIP-KD). Computed from
+    logarithms, so that a probability too small for a float costs nothing. The widths d and D may differ.
+    """
+    student = logit_scale * cosines(image, text) / temperature
+    teacher = teacher_logit_scale * cosines(teacher_image, teacher_text) / temperature
+    _same_batch(student, teacher)
+    divergences = [
+        F.kl_div(ours.log_softmax(1), theirs.log_softmax(1), reduction="batchmean", log_target=True)
+        for ours, theirs in ((student, teacher), (student.T, teacher.T))
+    ]
+    return temperature**2 * torch.stack(divergences).mean()
+
+
+def similarity(image: Tensor, text: Tensor, teacher_image: Tensor, teacher_text: Tensor) -> Tensor:
+    """Mean squared difference of teacher's and student's cosines: image-image, text-text and image-text.
+
+    Similarity-preserving distillation (Tung and Mori 2019) with cosines. What is matched is how the pictures
+    and captions of a batch lie to each other, not where, so the widths d and D may differ.
+    """
+    _same_batch(image, teacher_image)
+    pairs = ((image, image, teacher_image, teacher_image), (text, text, teacher_text, teacher_text),
+             (image, text, teacher_image, teacher_text))  # fmt: skip
+    return torch.stack([F.mse_loss(cosines(a, b), cosines(A, B)) for a, b, A, B in pairs]).mean()
+
+
+def icl(
+    image: Tensor, text: Tensor, teacher_image: Tensor, teacher_text: Tensor, logit_scale: Tensor | float
+) -> Tensor:
+    """Interactive contrastive learning (Yang et al. 2024, CLIP-KD): find the pair in the teacher.
+
+    The mean of two cross-entropies with the diagonal, each with the student as anchor: its images over the
+    teacher's texts, its texts over the teacher's images. Raises ValueError unless both embed into the same
+    width.
+    """
+    if image.shape != teacher_image.shape:
+        raise ValueError(
+            f"icl needs embeddings of one width, but the student's are {tuple(image.shape)} and the "
+            f"teacher's {tuple(teacher_image.shape)}: set embed_dim={teacher_image.shape[-1]} or icl_weight=0"
+        )
+    target = torch.arange(len(image), device=image.device)
+    from_images = F.cross_entropy(logit_scale * cosines(image, teacher_text), target)
+    from_texts = F.cross_entropy(logit_scale * cosines(text, teacher_image), target)
+    return (from_images + from_texts) / 2
+
+
+def _same_batch(student: Tensor, teacher: Tensor) -> None:
+    # Without this check a teacher batch of one would broadcast over the student's.
+    if len(student) != len(teacher):
+        raise ValueError(f"the student's batch has {len(student)} pairs, the teacher's {len(teacher)}")
+
+
+class Aligner(nn.Module):
+    """Brings student features (B, in_features) to the teacher's width (B, out_features) for ``feature``.
+
+    "mlp" is Linear -> ReLU -> Dropout 0.1 -> Linear, used in training and then thrown away. "identity" has no
+    parameters and needs equal widths: the student's own embedding then has to lie where the teacher's does.
+    Raises ConfigError for an unknown kind, and for "identity" between different widths.
+    """
+
+    def __init__(self, in_features: int, out_features: int, kind: Literal["mlp", "identity"] = "mlp") -> None:
+        super().__init__()
+        require(kind in ("mlp", "identity"), "aligner", kind, "use 'mlp' or 'identity'")
+        if kind == "identity":
+            require(in_features == out_features, "aligner", kind,
+                    f"student width {in_features}, teacher width {out_features}; use 'mlp'")  # fmt: skip
+            self.layers = nn.Sequential()
+        else:
+            self.layers = nn.Sequential(
+                nn.Linear(in_features, out_features), nn.ReLU(), nn.Dropout(0.1),
+                nn.Linear(out_features, out_features))  # fmt: skip
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features)

@@ -1,0 +1,156 @@
+"""Top-k accuracy, retrieval recall and their 95 % bootstrap intervals, from embeddings alone.
+
+Every decision is taken on cosine similarities: a softmax of 100 cos underflows in float32 and invents ties.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mclip.config import require
+
+CHUNK = 256  # queries ranked at a time: 256 x 25,000 similarities take 26 MB
+RESAMPLES = 1000
+# Two-sided 95 % quantiles of Student's t for 1 to 9 degrees of freedom; beyond that the last is used.
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+class EvaluationError(ValueError):
+    """A measurement that cannot be made; to be recorded as a failure, never as a number."""
+
+
+def require_finite(embeddings: Tensor, what: str) -> Tensor:
+    """``embeddings`` (N, d), or :class:`EvaluationError`: NaN compares false, so it would rank first."""
+    bad = int((~embeddings.isfinite().all(1)).sum())
+    if bad:
+        raise EvaluationError(f"{bad} of {len(embeddings)} {what} embeddings are not finite; it diverged.")
+    return embeddings
+
+
+def first_hit_ranks(queries: Tensor, keys: Tensor, query_groups: Tensor, key_groups: Tensor) -> Tensor:
+    """How many keys (M, d) come before the best key of each query's (N, d) own group, (N,): 0 is a top-1 hit.
+
+    Keys are ordered by falling similarity, equal ones by rising index. Works through CHUNK queries at a time.
+    """
+    require_finite(queries, "query")
+    require_finite(keys, "key")
+    index, ranks = torch.arange(len(keys)), []
+    for start in range(0, len(queries), CHUNK):
+        scores = queries[start : start + CHUNK] @ keys.T
+        own = query_groups[start : start + CHUNK, None] == key_groups[None, :]
+        if not own.any(1).all():
+            query = start + int((~own.any(1)).nonzero()[0])
+            raise EvaluationError(f"query {query} has no key of its own group, {int(query_groups[query])}.")
+        best, position = scores.masked_fill(~own, -torch.inf).max(1, keepdim=True)
+        ranks.append(((scores > best) | ((scores == best) & (index < position))).sum(1))
+    return torch.cat(ranks)
+
+
+def bootstrap_interval(
+    values: Any, seed: int = 0, samples: int = RESAMPLES, level: float = 0.95, weights: Any = None
+) -> tuple[float, float, float]:
+    """Mean of ``values`` (N,), weighted by ``weights`` (N,), and its bootstrap percentiles (Efron 1979).
+
+    The mean of a resample depends only on how often each distinct (value, weight) is drawn, and these counts
+    are multinomial: for hits and misses that is one binomial number instead of N draws. Where all values are
+    equal the interval has no width, however small N is.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    require(values.ndim == 1 and len(values) > 0, "values", values.shape, "give a list of at least one value")
+    weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
+    pairs, counts = np.unique(np.stack([values, weights]), axis=1, return_counts=True)
+    mean = float(np.average(pairs[0], weights=pairs[1] * counts))
+    rng, means = np.random.default_rng(seed), []
+    step = max(1, 4_000_000 // len(counts))
+    for start in range(0, samples, step):
+        draws = rng.multinomial(len(values), counts / len(values), size=min(step, samples - start)) * pairs[1]
+        means.append(draws @ pairs[0] / draws.sum(1))
+    return _interval(mean, np.concatenate(means), level)
+
+
+def _interval(mean: float, resampled: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return mean, min(float(low), mean), max(float(high), mean)  # rounding must not put the mean outside
+
+
+def _percent(interval: tuple[float, float, float]) -> dict[str, float]:
+    return dict(zip(("value", "low", "high"), (100 * x for x in interval), strict=True))
+
+
+def _mean_recall(hits: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, float]:
+    """Recall averaged over the classes present; the bootstrap resamples within each class."""
+    counts = np.bincount(labels)
+    present, rng = counts > 0, np.random.default_rng(seed)
+    recall = np.bincount(labels, hits)[present] / counts[present]
+    resampled = rng.binomial(counts[present], recall, size=(RESAMPLES, len(recall))) / counts[present]
+    return _percent(_interval(float(recall.mean()), resampled.mean(1)))
+
+
+def over_seeds(intervals: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """One interval stays; those of several seeds give their mean and Student's 95 % interval.
+
+    In percent, cut at 0 and 100. With several seeds it covers the noise of training, on this test set.
+    """
+    if len(intervals) == 1:
+        return dict(intervals[0])
+    values = [interval["value"] for interval in intervals]
+    quantile = STUDENT_T[min(len(values) - 2, len(STUDENT_T) - 1)]
+    mean, half = statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return {"value": mean, "low": max(0.0, mean - half), "high": min(100.0, mean + half)}
+
+
+def zero_shot_metrics(
+    images: Tensor, classifier: Tensor, labels: Tensor, class_names: Sequence[str], seed: int = 0
+) -> dict[str, Any]:
+    """Metrics in percent of image embeddings (N, d) with labels (N,) against a classifier (d, n_classes).
+
+    ``top1``, ``top5`` (left out for five classes or fewer, where it says nothing), ``mean_per_class_recall``,
+    each with its interval; ``chance``; ``n``; and ``per_class`` recall of the classes present.
+    """
+    n, classes = len(images), len(class_names)
+    require(len(labels) == n > 0, "labels", tuple(labels.shape), f"give one for each of {n} pictures")
+    bounds = int(labels.min()), int(labels.max())
+    inside = bounds[0] >= 0 and bounds[1] < classes
+    require(inside, "labels", bounds, f"class numbers are 0 to {classes - 1}")
+    ranks = first_hit_ranks(images, classifier.T.contiguous(), labels, torch.arange(classes)).numpy()
+    truth, hits = labels.numpy(), ranks < 1
+    metrics: dict[str, Any] = {"top1": _percent(bootstrap_interval(hits, seed))}
+    if classes > 5:
+        metrics["top5"] = _percent(bootstrap_interval(ranks < 5, seed))
+    metrics["mean_per_class_recall"] = _mean_recall(hits, truth, seed)
+    metrics |= {"chance": 100 / classes, "n": n}
+    metrics["per_class"] = {
+        class_names[c]: _percent(bootstrap_interval(hits[truth == c], seed)) for c in np.unique(truth)
+    }
+    return metrics
+
+
+def retrieval(image_emb: Tensor, text_emb: Tensor, text_to_image: Tensor, seed: int = 0) -> dict[str, Any]:
+    """Recall at k in percent, both ways: ``{"image_to_text": {"r1", "r5", "r10"}, "text_to_image": {...}}``.
+
+    A picture counts as found if any of its captions is among the first k. The bootstrap resamples pictures
+    together with their captions, because captions of one picture are not independent.
+
+    Args:
+        image_emb: (N, d) normalised embeddings.
+        text_emb: (M, d) normalised embeddings.
+        text_to_image: (M,) the picture of each caption.
+    """
+    image_emb, text_emb, owner = image_emb.float().cpu(), text_emb.float().cpu(), text_to_image.cpu()
+    pictures = torch.arange(len(image_emb))
+    found = first_hit_ranks(image_emb, text_emb, pictures, owner).numpy()
+    placed = first_hit_ranks(text_emb, image_emb, owner, pictures).numpy()
+    captions = np.bincount(owner.numpy())
+    both: dict[str, Any] = {"image_to_text": {}, "text_to_image": {}}
+    for k in (1, 5, 10):
+        share = np.bincount(owner.numpy(), placed < k) / captions
+        both["image_to_text"][f"r{k}"] = _percent(bootstrap_interval(found < k, seed))
+        both["text_to_image"][f"r{k}"] = _percent(bootstrap_interval(share, seed, weights=captions))
+    return both

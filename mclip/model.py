@@ -1,0 +1,211 @@
+"""The student: an image encoder and a text encoder that meet in one embedding space, and its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from mclip.config import ConfigError, ModelConfig, from_mapping
+from mclip.files import atomic_path, write_json
+from mclip.image_encoder import ImageEncoder
+from mclip.text_encoder import TextEncoder, Tokenizer
+
+CLIP_VIT_B32_PARAMETERS = 151_277_313
+MAX_LOGIT_SCALE = 100.0
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+KIND = "mclip.MobileCLIP"
+
+
+class ModelError(ValueError):
+    """A model that cannot be read or written; the message names the file and the remedy."""
+
+
+class ProjectionHead(nn.Module):
+    """Linear shortcut + (Linear -> GELU -> Linear) -> LayerNorm, from an encoder's width to the embedding."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.shortcut = nn.Linear(in_features, out_features)
+        self.residual = nn.Sequential(
+            nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features)
+        )
+        self.norm = nn.LayerNorm(out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_features) -> (B, out_features)."""
+        return self.norm(self.shortcut(x) + self.residual(x))
+
+
+class MobileCLIP(nn.Module):
+    """MobileNetV3-Large and a Lite Transformer, a projection head on each, and a learned temperature.
+
+    ``encode_image``, ``encode_text`` and the keys of ``forward`` follow open_clip's ``CLIP``: the same code
+    evaluates either.
+
+    Attributes:
+        MEAN, STD: of each channel of ImageNet's pictures; ``preprocess`` normalises with them.
+        logit_scale: logarithm of the scale of the similarities, from log(1/0.07) (Radford et al. 2021).
+        logit_bias: added to the logits by the pairwise sigmoid loss alone, from -10 (Zhai et al. 2023).
+    """
+
+    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_encoder = ImageEncoder(config.image)
+        self.text_encoder = TextEncoder(config.text)
+        self.image_projection = ProjectionHead(self.image_encoder.features, config.embed_dim)
+        self.text_projection = ProjectionHead(self.text_encoder.features, config.embed_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        """Images (B, 3, S, S), prepared as ``preprocess`` does -> embeddings (B, embed_dim)."""
+        embedding = self.image_projection(self.image_encoder(images))
+        return F.normalize(embedding, dim=-1) if normalize else embedding
+
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        """Token ids (B, T) from ``tokenizer`` -> embeddings (B, embed_dim)."""
+        embedding = self.text_projection(self.text_encoder(tokens))
+        return F.normalize(embedding, dim=-1) if normalize else embedding
+
+    def forward(self, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """Both embeddings of a batch of pairs, and what the losses need besides.
+
+        Returns:
+            ``image_features`` and ``text_features`` (B, embed_dim), of length 1; ``logit_scale``, at most
+            100; ``logit_bias``; ``image_penultimate`` and ``text_penultimate``, what the projections read.
+        """
+        image, text = self.image_encoder(images), self.text_encoder(tokens)
+        scale = self.logit_scale.exp()
+        return {
+            "image_features": F.normalize(self.image_projection(image), dim=-1),
+            "text_features": F.normalize(self.text_projection(text), dim=-1),
+            # The value is capped, the gradient is not: after clamp() a scale above 100 could never come back.
+            "logit_scale": scale - (scale - MAX_LOGIT_SCALE).clamp(min=0).detach(),
+            "logit_bias": self.logit_bias,
+            "image_penultimate": image,
+            "text_penultimate": text,
+        }
+
+    @property
+    def preprocess(self) -> v2.Compose:
+        """PIL picture -> tensor (3, S, S) for evaluation: shortest side resized, then the centre cut out."""
+        size = self.config.image.image_size
+        return v2.Compose([
+            v2.RGB(),
+            v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC),
+            v2.CenterCrop(size),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(self.MEAN, self.STD),
+        ])  # fmt: skip
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Captions -> token ids, for this model's context length."""
+        return Tokenizer(self.config.text.context_length)
+
+    def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
+        """Write ``config.json`` and ``model.safetensors``, each whole or not at all; ``half`` stores fp16.
+
+        A folder that cannot be written, or a weight that fp16 cannot hold, raises :class:`ModelError`.
+        """
+        folder = Path(folder)
+        state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        if half:
+            state = {key: v.half() if v.is_floating_point() else v for key, v in state.items()}
+            if lost := [key for key, value in state.items() if not value.isfinite().all()]:
+                raise ModelError(f"{folder / WEIGHTS_FILE}: fp16 cannot hold {lost}; save without half=True.")
+        try:
+            with atomic_path(folder / WEIGHTS_FILE) as temporary:
+                save_file(state, temporary)
+            write_json(folder / CONFIG_FILE, {"kind": KIND, "config": dataclasses.asdict(self.config)})
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{folder}: cannot write here ({error}); choose another folder.") from error
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, config: ModelConfig | None = None) -> MobileCLIP:
+        """The model that ``save_pretrained`` wrote, in fp32 and in evaluation mode.
+
+        ``config``, where given, must describe the stored model. A missing, damaged or foreign file, or a
+        disagreement, raises :class:`ModelError`.
+        """
+        stored, path = read_config(folder), _require_file(folder, WEIGHTS_FILE)
+        if config is not None:
+            _require_same(stored, config, folder)
+        try:
+            state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: damaged or not safetensors ({error}); save it again.") from error
+        # The stored weights replace every value, so ImageNet's are not fetched first.
+        model = cls(dataclasses.replace(stored, image=dataclasses.replace(stored.image, pretrained=False)))
+        model.config = stored
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ModelError(f"{path} does not fit {CONFIG_FILE}; save the model again. {error}") from error
+        return model.eval()
+
+
+def _require_file(folder: str | Path, name: str) -> Path:
+    path = Path(folder) / name
+    if not path.is_file():
+        missing = f"no {name} in it" if path.parent.is_dir() else "no such folder"
+        raise ModelError(f"{folder}: {missing}; give a folder that save_pretrained wrote.")
+    return path
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The configuration stored in a model folder; :class:`ModelError` if it is missing or not a student's."""
+    path = _require_file(folder, CONFIG_FILE)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not readable as JSON ({error}); copy or save it again.") from error
+    foreign = not isinstance(record, dict) or record.get("kind") != KIND
+    if foreign or not isinstance(record.get("config"), dict):
+        raise ModelError(f"{path}: of another kind of model; give a folder that save_pretrained wrote.")
+    try:
+        return from_mapping(ModelConfig, record["config"])
+    except ConfigError as error:
+        raise ModelError(f"{path}: {error} Restore the file, or save the model again.") from error
+
+
+def _settings(config: ModelConfig) -> dict[str, object]:
+    """The settings by dotted name, without the two that say nothing of a trained model."""
+    flat: dict[str, object] = {"embed_dim": config.embed_dim}
+    for part in ("image", "text"):
+        flat |= {f"{part}.{key}": value for key, value in vars(getattr(config, part)).items()}
+    del flat["image.pretrained"]
+    return flat
+
+
+def _require_same(stored: ModelConfig, given: ModelConfig, folder: str | Path) -> None:
+    theirs = _settings(given)
+    for key, value in _settings(stored).items():
+        if value != theirs[key]:
+            raise ModelError(
+                f"{Path(folder) / CONFIG_FILE}: the model has {key}={value!r}, but {key}={theirs[key]!r} was "
+                "given; load it without a configuration, or with the one it was trained with."
+            )
+
+
+def parameter_counts(model: MobileCLIP) -> dict[str, int]:
+    """Numbers of parameters by part; the token embedding is not counted in the text encoder."""
+    parts = ("image_encoder", "text_encoder", "token_embedding", "image_projection", "text_projection")
+    counts = dict.fromkeys((*parts, "other"), 0)
+    for name, parameter in model.named_parameters():
+        part = "token_embedding" if ".token_embedding." in name else name.split(".")[0]
+        counts[part if part in counts else "other"] += parameter.numel()
+    return {**counts, "total": sum(counts.values())}

@@ -1,0 +1,190 @@
+"""The runs of the course, each one function: base, distillation, the plain CLIP, the teacher, and the evaluation of all.
+
+Notebooks and the command line call the same functions, so that equal settings give equal weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import PRESETS, ConfigError, DistillConfig, ModelConfig, TrainConfig, closest, from_yaml, require
+from .data import BatchSource, Pairs, load_pairs, normalise
+from .evaluate import embed_images, embed_texts, evaluate_zero_shot
+from .files import DATA
+from .metrics import first_hit_ranks
+from .model import MobileCLIP
+from .objectives import Contrastive, Distillation
+from .results import save_result
+from .scene_sets import evaluate_relation, scene_sets
+from .scenes import SceneConfig
+from .teacher import (
+    SHIPPED,
+    load_open_clip,
+    load_teacher,
+    save_weights,
+    teacher_targets,
+    write_untrained,
+)
+from .train import Record, TrainResult, train
+
+BASE = DistillConfig(feature_weight=0.0, response_weight=0.0)
+"""The student's own loss and nothing else."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much a run does: ``pictures`` of scenes, passes over them, and pictures in each test set."""
+
+    pictures: int
+    max_epochs: int
+    batch_size: int
+    test_pictures: int
+    preset: str = "course"
+    teacher: str = SHIPPED
+    teacher_pretrained: str | None = None
+
+
+PROFILES = {
+    "smoke": Profile(pictures=256, max_epochs=1, batch_size=64, test_pictures=128),
+    "cpu": Profile(pictures=10_000, max_epochs=10, batch_size=128, test_pictures=2000),
+    "gpu": Profile(pictures=100_000, max_epochs=30, batch_size=512, test_pictures=5000, preset="mobile-256",
+                   teacher="ViT-B-32", teacher_pretrained="openai"),
+}  # fmt: skip
+
+
+def get_profile(name: str) -> Profile:
+    """The profile called ``name``; ConfigError with the nearest names for another."""
+    require(name in PROFILES, "profile", name, closest(name, PROFILES))
+    return PROFILES[name]
+
+
+def get_model_config(name_or_path: str) -> ModelConfig:
+    """A preset by name, or a configuration from a YAML file."""
+    if name_or_path in PRESETS:
+        return PRESETS[name_or_path]
+    is_file = Path(name_or_path).suffix in (".yaml", ".yml")
+    require(is_file, "config_path", name_or_path, f"{closest(name_or_path, PRESETS)}, or give a .yaml file")
+    return from_yaml(ModelConfig, name_or_path)
+
+
+def load_data(
+    profile: str, image_size: int, *, train_data_path: str = "", val_data_path: str = "", data_size: float = 1.0,
+    noise: float = 0.0, seed: int = 0, progress: bool = True,
+) -> tuple[Pairs, Pairs]:  # fmt: skip
+    """Training and validation pairs: scenes of the profile's size where a path is empty."""
+    size = get_profile(profile).pictures
+    train_scenes = SceneConfig(size, image_size, "train", noise=noise)
+    val_scenes = SceneConfig(max(64, size // 20), image_size, "val")
+    training = load_pairs(
+        train_data_path, image_size, data_size=data_size, seed=seed, scenes=train_scenes, progress=progress
+    )
+    return training, load_pairs(val_data_path, image_size, scenes=val_scenes, progress=progress)
+
+
+def student_prepare(config: ModelConfig) -> Callable[[Tensor], Tensor]:
+    """uint8 pictures -> what the student reads."""
+    return lambda images: normalise(images, config.image.image_size, MobileCLIP.MEAN, MobileCLIP.STD)
+
+
+def retrieval_validation(tokenizer: Any, pairs: Pairs, limit: int = 1000) -> Callable[[nn.Module], dict[str, float]]:
+    """A function from a model to R@1/5/10 in percent, both ways averaged, over one caption of each picture."""
+    images = torch.from_numpy(pairs.images[:limit].copy())
+    captions = [own[0] for own in pairs.captions[:limit]]
+    own = torch.arange(len(images))
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        image, text = embed_images(model, images)[0], embed_texts(model, tokenizer, captions)
+        ranks = torch.cat([first_hit_ranks(image, text, own, own), first_hit_ranks(text, image, own, own)])
+        return {f"r{k}": 100 * (ranks < k).float().mean().item() for k in (1, 5, 10)}
+
+    return validate
+
+
+def train_student(
+    config: ModelConfig, training: Pairs, validation: Pairs, settings: TrainConfig, out_dir: str | Path, *,
+    distill: DistillConfig = BASE, teacher_model: str = SHIPPED, teacher_pretrained: str | None = None,
+    base_checkpoint: str = "", resume: bool = True, on_record: Callable[[Record], None] | None = None,
+) -> TrainResult:  # fmt: skip
+    """Train a student from scratch (or from ``base_checkpoint``); ``distill`` decides whether there is a teacher.
+
+    The model folder is ``out_dir/model``; log and checkpoints lie beside it.
+    """
+    torch.manual_seed(settings.seed)
+    model = MobileCLIP.from_pretrained(base_checkpoint, config) if base_checkpoint else MobileCLIP(config)
+    objective, targets = Contrastive(distill), None
+    if any((distill.feature_weight, distill.response_weight, distill.similarity_weight, distill.icl_weight)):
+        teacher = load_teacher(teacher_model, teacher_pretrained)
+        targets = teacher_targets(teacher, training, settings.progress)
+        penultimate = (model.image_encoder.features, model.text_encoder.features)
+        widths = penultimate if distill.feature_source == "penultimate" else (config.embed_dim,) * 2
+        objective = Distillation(distill, widths, teacher.embed_dim, teacher.logit_scale)
+    batches = BatchSource(
+        training, model.tokenizer, student_prepare(config), settings.batch_size, settings.seed, targets
+    )
+    result = train(model, batches, settings, objective=objective, out_dir=out_dir, resume=resume, on_record=on_record,
+                   validate=retrieval_validation(model.tokenizer, validation))  # fmt: skip
+    model.save_pretrained(Path(out_dir) / "model")
+    return result
+
+
+def train_open_clip(
+    config: dict[str, Any], training: Pairs, validation: Pairs, settings: TrainConfig, out_dir: str | Path, *,
+    resume: bool = True, on_record: Callable[[Record], None] | None = None,
+) -> TrainResult:  # fmt: skip
+    """Train an open_clip model from scratch with the contrastive loss: the plain CLIP, or a teacher.
+
+    ``config`` is an open_clip configuration such as ``TEACHER_CONFIG``. The model folder, in open_clip's own
+    form and fp16, is ``out_dir/model``.
+    """
+    folder = Path(out_dir) / "model"
+    write_untrained(folder, config, settings.seed)
+    model, tokenizer = load_open_clip(str(folder))
+    prepare = load_teacher(str(folder)).prepare
+    batches = BatchSource(training, tokenizer, prepare, settings.batch_size, settings.seed, trim=False)
+    result = train(model, batches, settings, objective=Contrastive(BASE), out_dir=out_dir, resume=resume,
+                   on_record=on_record, validate=retrieval_validation(tokenizer, validation))  # fmt: skip
+    save_weights(result.model, folder)
+    return result
+
+
+def load_model(name: str | Path) -> tuple[nn.Module, Any]:
+    """A trained model and its tokenizer, in evaluation mode.
+
+    ``name`` is one that ships ("base", "kd", "clip", "teacher") or a model folder, of a student or of open_clip.
+    """
+    folder = {"teacher": DATA / "teacher"}.get(str(name), DATA / "checkpoints" / str(name))
+    folder = folder if folder.is_dir() else Path(name)
+    if (folder / "open_clip_config.json").is_file():
+        model, tokenizer = load_open_clip(str(folder))
+        return model.eval(), tokenizer
+    if not folder.is_dir():
+        raise ConfigError(
+            f"no model {str(name)!r}: {closest(str(name), ('base', 'kd', 'clip', 'teacher'))}, or give a model folder."
+        )
+    model = MobileCLIP.from_pretrained(folder)
+    return model, model.tokenizer
+
+
+def evaluate_all(
+    models: dict[str, tuple[nn.Module, Any]], *, profile: str = "cpu", image_size: int = 64, seed: int = 0,
+    save_results: str | Path | None = None, relation: bool = True,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Results records of every model, given as name: (model, tokenizer), on every zero-shot set of scenes."""
+    count = get_profile(profile).test_pictures
+    records = []
+    for name, (model, tokenizer) in models.items():
+        for dataset in scene_sets(image_size, count).values():
+            records.append(evaluate_zero_shot(model, tokenizer, dataset, name, seed=seed))
+        if relation:
+            records.append(
+                evaluate_relation(model, tokenizer, name, image_size=image_size, count=count // 2, seed=seed)
+            )
+    for record in records if save_results else ():
+        save_result(Path(save_results) / f"{record['task']}_{record['dataset']}_{record['model']['name']}.json", record)
+    return records

@@ -1,0 +1,267 @@
+"""The embedded world: pictures of shapes with captions as people write them, and zero-shot sets drawn from it.
+
+Everything follows from :class:`SceneConfig`; the same settings give the same table and captions everywhere, and
+the same pixels on one machine (on another, rounding in ``sin`` and ``cos`` may move a pixel by one level of 255).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .config import closest, require
+from .drawing import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, draw_backgrounds, draw_clutter, draw_objects
+from .files import atomic_folder, cache_dir, content_key, write_json
+
+DRAWING_VERSION = 3
+SPLITS = ("train", "val", "test", "teacher")
+SHAPE_NAMES, COLOUR_NAMES, BACKGROUND_NAMES = tuple(SHAPES), tuple(COLOURS), tuple(BACKGROUNDS)
+RELATIONS = ("to the left of", "to the right of", "above", "below")
+HELD_OUT = frozenset((shape, (3 * shape + 1) % len(COLOURS)) for shape in range(len(SHAPES)))
+"""(shape, colour) pairs that no training picture or caption holds: one colour of each shape."""
+
+SHAPE_WORDS = {"circle": ("disc", "round shape"), "square": ("box",), "star": ("five-pointed star",), "cross": ("plus sign",),
+               "ring": ("hoop",), "moon": ("crescent",), "drop": ("teardrop",), "flower": ("blossom",)}  # fmt: skip
+COLOUR_WORDS = {"red": ("crimson", "scarlet"), "yellow": ("golden",), "blue": ("navy",), "purple": ("violet",),
+                "pink": ("rosy",), "black": ("dark",), "green": ("emerald",), "brown": ("chocolate",)}  # fmt: skip
+TEXTURE_WORDS = {"striped": ("stripy",), "dotted": ("spotted",), "checkered": ("chequered",)}
+BACKGROUND_PHRASES = {
+    "grass": ("on grass", "in the grass", "on a lawn"), "sand": ("on sand", "on the beach"),
+    "water": ("on water", "in the sea"), "snow": ("on snow", "in the snow"), "bricks": ("on bricks", "on a brick wall"),
+    "wood": ("on wood", "on a wooden table"), "paper": ("on paper", "on a white page"),
+    "night sky": ("in the night sky", "among the stars at night"),
+}  # fmt: skip
+ONE_OBJECT = ("{a} {where}", "a picture of {a} {where}", "{a} {where}, seen from above", "there is {a} {where}", "{a}")
+TWO_OBJECTS = (
+    "{a} {relation} {b} {where}",
+    "{a} {relation} {b}",
+    "a picture of {a} {relation} {b}",
+    "{a} and {b} {where}",
+)
+Table = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class SceneConfig:
+    """All that decides a set of scenes.
+
+    Attributes:
+        size: number of pictures.
+        image_size: side in pixels.
+        split: "train", "val", "test" or "teacher"; no two splits share a picture.
+        seed: another seed gives other pictures.
+        two_objects: share of pictures with two objects and a spatial relation.
+        noise: share of captions that belong to another picture.
+        captions: "human" captions often leave the shape out; "clean" ones always name it, and paraphrase less.
+        pairs: "seen" leaves the held-out colour-shape pairs out; "held-out" draws nothing else.
+    """
+
+    size: int = 10_000
+    image_size: int = 64
+    split: Literal["train", "val", "test", "teacher"] = "train"
+    seed: int = 0
+    two_objects: float = 0.3
+    noise: float = 0.0
+    captions: Literal["human", "clean"] = "human"
+    pairs: Literal["seen", "held-out"] = "seen"
+
+    def __post_init__(self) -> None:
+        require(self.size >= 1, "size", self.size, "draw at least one picture")
+        require(16 <= self.image_size <= 1024, "image_size", self.image_size, "choose 16 to 1024 pixels")
+        require(self.split in SPLITS, "split", self.split, closest(self.split, SPLITS))
+        require(self.seed >= 0, "seed", self.seed, "use 0 or more")
+        for key in ("two_objects", "noise"):
+            require(0 <= getattr(self, key) <= 1, key, getattr(self, key), "choose a share in [0, 1]")
+        require(
+            self.captions in ("human", "clean"), "captions", self.captions, closest(self.captions, ("human", "clean"))
+        )
+        require(self.pairs in ("seen", "held-out"), "pairs", self.pairs, closest(self.pairs, ("seen", "held-out")))
+        held_out_training = self.pairs == "held-out" and self.split != "test"
+        require(not held_out_training, "pairs", self.pairs, "held-out pairs are drawn in the test split alone")
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Pictures ``images`` (N, 3, S, S) uint8, five ``captions`` each, and the ``table`` of what was drawn."""
+
+    config: SceneConfig
+    images: np.ndarray
+    captions: list[list[str]]
+    table: Table
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def _generator(config: SceneConfig, purpose: int, part: int = 0) -> np.random.Generator:
+    held_out = int(config.pairs == "held-out")
+    return np.random.default_rng([config.seed, SPLITS.index(config.split), held_out, purpose, part])
+
+
+def sample_table(config: SceneConfig) -> Table:
+    """What each picture holds; arrays of length N, those of objects (N, 2) with shape -1 where there is no second."""
+    rng, count = _generator(config, 0), config.size
+    pairs = [
+        (s, c)
+        for s in range(len(SHAPES))
+        for c in range(len(COLOURS))
+        if ((s, c) in HELD_OUT) == (config.pairs == "held-out")
+    ]
+    chosen = np.array(pairs)[rng.integers(len(pairs), size=(count, 2))]
+    two = rng.uniform(size=count) < config.two_objects
+    relation = rng.integers(len(RELATIONS), size=count)
+    large = rng.uniform(size=(count, 2)) < 0.5
+    radius = np.where(large, rng.uniform(0.27, 0.36, (count, 2)), rng.uniform(0.16, 0.22, (count, 2)))
+    radius = np.where(two[:, None], 0.17 + 0.3 * (radius - 0.16), radius)
+    place = rng.uniform(0, 1, (count, 2, 2)) * (1 - 2.2 * radius[..., None]) + 1.1 * radius[..., None]
+    # Two objects stand on opposite sides along the relation's axis, with a little play along the other.
+    along = np.stack([rng.uniform(0.24, 0.3, count), rng.uniform(0.7, 0.76, count)], 1)
+    along = np.where(np.isin(relation, (0, 2))[:, None], along, along[:, ::-1])
+    across = rng.uniform(0.3, 0.7, (count, 2))
+    horizontal = (relation < 2)[:, None]
+    apart = np.stack([np.where(horizontal, along, across), np.where(horizontal, across, along)], -1)
+    place = np.where(two[:, None, None], apart, place)
+    shape = np.where(np.stack([np.ones(count, bool), two], 1), chosen[..., 0], -1)
+    return {
+        "background": rng.integers(len(BACKGROUNDS), size=count), "relation": np.where(two, relation, -1),
+        "shape": shape, "colour": chosen[..., 1], "texture": rng.integers(len(TEXTURES), size=(count, 2)),
+        "large": large, "cx": place[..., 0], "cy": place[..., 1], "radius": radius,
+        "angle": rng.uniform(-0.5, 0.5, (count, 2)), "light": rng.uniform(0.82, 1.08, count),
+    }  # fmt: skip
+
+
+def draw_table(table: Table, image_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw every row of ``table``: (N, 3, S, S) uint8."""
+    picture = draw_backgrounds(table["background"], rng, image_size)
+    draw_clutter(picture, rng)
+    palette = np.array(list(COLOURS.values()), dtype=np.float32)
+    colour = palette[table["colour"]] + rng.uniform(-0.05, 0.05, (*table["colour"].shape, 3)).astype(np.float32)
+    for slot in (0, 1):
+        for shape in range(len(SHAPES)):
+            rows = np.flatnonzero(table["shape"][:, slot] == shape)
+            if len(rows):
+                part = picture[rows]
+                geometry = tuple(table[k][rows, slot] for k in ("cx", "cy", "radius", "angle"))
+                draw_objects(part, shape, table["texture"][rows, slot], colour[rows, slot], geometry)
+                picture[rows] = part
+    picture *= table["light"].astype(np.float32)[:, None, None, None]
+    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(0, 3, 1, 2)
+
+
+def _word(rng: np.random.Generator, name: str, others: dict[str, tuple[str, ...]], share: float) -> str:
+    options = others.get(name, ())
+    return options[rng.integers(len(options))] if options and rng.uniform() < share else name
+
+
+def _noun_phrase(
+    rng: np.random.Generator, table: Table, row: int, slot: int, keep: dict[str, float], other: float
+) -> str:
+    """One object in words, such as "a small striped red star"; ``keep`` gives each attribute's chance of being named."""
+    named = {key: rng.uniform() < share for key, share in keep.items()}
+    words = []
+    if named["size"]:
+        words.append(("small", "large")[int(table["large"][row, slot])])
+    if named["texture"]:
+        words.append(_word(rng, TEXTURES[table["texture"][row, slot]], TEXTURE_WORDS, other))
+    if named["colour"]:
+        words.append(_word(rng, COLOUR_NAMES[table["colour"][row, slot]], COLOUR_WORDS, other))
+    shape = _word(rng, SHAPE_NAMES[table["shape"][row, slot]], SHAPE_WORDS, other)
+    words.append(shape if named["shape"] else ("shape", "thing", "object")[rng.integers(3)])
+    return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
+
+
+CAPTION_STYLES: dict[str, tuple[dict[str, float], float, float]] = {
+    "human": ({"size": 0.25, "texture": 0.35, "colour": 0.75, "shape": 0.6}, 0.25, 0.5),
+    "clean": ({"size": 0.2, "texture": 0.5, "colour": 0.65, "shape": 1.0}, 0.2, 0.4),
+}
+"""Of each style: the chance that an attribute is named, that a paraphrase is used, that the background is named."""
+
+
+def write_captions(config: SceneConfig, table: Table) -> list[list[str]]:
+    """Five captions a picture; a share ``config.noise`` of them is taken from other pictures."""
+    rng = _generator(config, 1)
+    keep, other, where_share = CAPTION_STYLES[config.captions]
+    captions = []
+    for row in range(config.size):
+        lines = []
+        for _ in range(5):
+            phrases = BACKGROUND_PHRASES[BACKGROUND_NAMES[table["background"][row]]]
+            where = phrases[rng.integers(len(phrases))] if rng.uniform() < where_share else ""
+            two = table["relation"][row] >= 0
+            template = (TWO_OBJECTS if two else ONE_OBJECT)[rng.integers(4 if two else 5)]
+            line = template.format(
+                a=_noun_phrase(rng, table, row, 0, keep, other), where=where,
+                b=_noun_phrase(rng, table, row, 1, keep, other) if two else "",
+                relation=RELATIONS[table["relation"][row]] if two else "")  # fmt: skip
+            lines.append(" ".join(line.split()).replace(" ,", ","))
+        captions.append(lines)
+    wrong = rng.uniform(size=(config.size, 5)) < config.noise
+    donors = (np.arange(config.size)[:, None] + rng.integers(1, max(2, config.size), (config.size, 5))) % config.size
+    return [
+        [captions[donors[i, j]][j] if wrong[i, j] else captions[i][j] for j in range(5)] for i in range(config.size)
+    ]
+
+
+def _draw_all(config: SceneConfig, table: Table, progress: bool, chunk: int = 250) -> np.ndarray:
+    """All pictures, in chunks with a generator each, so that the number of threads changes nothing."""
+    images = np.empty((config.size, 3, config.image_size, config.image_size), np.uint8)
+    chunk = max(8, chunk * 64 * 64 // config.image_size**2)
+
+    def one(start: int) -> None:
+        rows = slice(start, min(start + chunk, config.size))
+        images[rows] = draw_table(
+            {k: v[rows] for k, v in table.items()}, config.image_size, _generator(config, 2, start)
+        )
+
+    starts = range(0, config.size, chunk)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in tqdm(
+            pool.map(one, starts),
+            total=len(starts),
+            desc=f"drawing {config.split} scenes",
+            disable=not progress,
+            leave=False,
+        ):
+            pass
+    return images
+
+
+def make_scenes(config: SceneConfig, progress: bool = True) -> Scenes:
+    """The scenes of ``config``, drawn once and kept in the cache under a key of all settings."""
+    folder = cache_dir() / "scenes" / content_key(DRAWING_VERSION, dataclasses.asdict(config))
+    if not folder.exists():
+        table = sample_table(config)
+        with atomic_folder(folder) as temporary:
+            np.save(temporary / "images.npy", _draw_all(config, table, progress))
+            np.savez(temporary / "table.npz", **table)
+            (temporary / "captions.json").write_text(json.dumps(write_captions(config, table)), encoding="utf-8")
+    with np.load(folder / "table.npz", allow_pickle=False) as stored:
+        table = dict(stored)
+    captions = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+    return Scenes(config, np.load(folder / "images.npy", mmap_mode="r"), captions, table)
+
+
+def export_scenes(scenes: Scenes, folder: str | Path, quality: int = 95) -> None:
+    """Write JPEGs, ``captions.csv`` (file_name,image_path,caption) and ``captions.json`` (COCO Captions) to ``folder``."""
+    folder = Path(folder)
+    with atomic_folder(folder) as temporary:
+        (temporary / "images").mkdir()
+        rows, pictures, annotations = ["file_name,image_path,caption"], [], []
+        for index, (image, captions) in enumerate(zip(scenes.images, scenes.captions, strict=True)):
+            name = f"{index:06d}.jpg"
+            Image.fromarray(image.transpose(1, 2, 0)).save(temporary / "images" / name, quality=quality)
+            pictures.append({"id": index, "file_name": name, "width": image.shape[2], "height": image.shape[1]})
+            for caption in captions:
+                rows.append(f'{name},images,"{caption}"')
+                annotations.append({"id": len(annotations), "image_id": index, "caption": caption})
+        (temporary / "captions.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        write_json(temporary / "captions.json", {"images": pictures, "annotations": annotations})

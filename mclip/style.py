@@ -1,0 +1,103 @@
+"""How every figure looks: colours, patterns and sizes, and PNG files that depend on the data alone."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mclip.files import atomic_path
+
+Arguments = ParamSpec("Arguments")
+Table = dict[str, dict[str, dict[str, float]]]
+PALETTE = sns.color_palette("colorblind")
+LABELS = {"base": "student alone", "clip": "CLIP from scratch", "kd": "distilled student", "teacher": "teacher"}
+# Models and terms are told apart without colour as well, by hatches and dashes.
+COLOURS = dict(zip(LABELS, (PALETTE[7], PALETTE[1], PALETTE[0], PALETTE[2]), strict=True))
+HATCHES = dict(zip(LABELS, ("//", "\\\\", "", ".."), strict=True))
+DASHES = {"original": "-", "feature": "--", "response": "-.", "similarity": ":", "icl": (0, (6, 1))}
+TERMS = {name: {"color": PALETTE[i], "linestyle": DASHES[name]} for i, name in enumerate(DASHES)}
+PHASES = {1: PALETTE[7], 2: PALETTE[8], 3: PALETTE[9]}
+
+
+def style() -> dict[str, Any]:
+    """The course's rc settings: seaborn's white grid, colour-blind palette, no text under 9 points."""
+    parts = ("font.size", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize")
+    titles = {"axes.titlesize": 10, "figure.titlesize": 11, "axes.titlelocation": "left"}
+    cycle = matplotlib.cycler(color=PALETTE)
+    lines = {"lines.linewidth": 1.4, "hatch.linewidth": 0.6, "axes.prop_cycle": cycle}
+    return {**sns.axes_style("whitegrid"), **dict.fromkeys(parts, 9), **titles, **lines}
+
+
+class NotebookFigure(Figure):
+    """A Figure that shows itself in a notebook, although pyplot does not know it."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(style()):
+            # Neither date nor version goes into the file: the same data gives the same bytes.
+            self.savefig(buffer, format="png", metadata={"Software": None})
+        return buffer.getvalue()
+
+
+def figure(width: float, height: float) -> NotebookFigure:
+    """An empty figure of ``width`` x ``height`` inches whose parts make room for each other."""
+    return NotebookFigure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def styled(draw: Callable[Arguments, NotebookFigure]) -> Callable[Arguments, NotebookFigure]:
+    """A decorator: ``draw`` runs in the course's style, and its layout is settled."""
+
+    @functools.wraps(draw)
+    def drawn(*args: Arguments.args, **kwargs: Arguments.kwargs) -> NotebookFigure:
+        with matplotlib.rc_context(style()):
+            fig = draw(*args, **kwargs)
+            # The layout engine moves everything a little whenever it runs: it runs once, here.
+            fig.draw_without_rendering()
+            fig.set_layout_engine("none")
+        return fig
+
+    return drawn
+
+
+def save_figure(fig: NotebookFigure, path: str | Path) -> Path:
+    """Write ``fig`` as PNG, whole or not at all; the same data gives the same bytes."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(fig._repr_png_())
+    return Path(path)
+
+
+def grouped_bars(ax: Axes, table: Table, models: Sequence[str]) -> None:
+    """Horizontal bars of percentages: a group per key of ``table``, a bar per model, and its number.
+
+    ``table`` is ``{group: {model: {"value", "low", "high"}}}``, or ``{"value"}`` where there is no interval.
+    A bar that is missing says so, because it is not a zero.
+    """
+    height = 0.84 / len(models)
+    for i, model in enumerate(models):
+        offset = (i - (len(models) - 1) / 2) * height
+        rows = {y + offset: group[model] for y, group in enumerate(table.values()) if model in group}
+        values = [row["value"] for row in rows.values()]
+        look = {"color": COLOURS[model], "hatch": HATCHES[model], "edgecolor": "white", "linewidth": 0}
+        ax.barh(list(rows), values, height, label=LABELS[model], **look)
+        if rows and all("low" in row for row in rows.values()):
+            spread = np.array([(r["value"] - r["low"], r["high"] - r["value"]) for r in rows.values()]).T
+            ax.errorbar(values, list(rows), xerr=spread, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+        for y, group in enumerate(table.values()):
+            row = group.get(model, {})
+            text, end = f"{row['value']:.1f}" if row else "no result", row.get("high", row.get("value", 0))
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0}
+            ax.text(end + 1.5, y + offset, text, va="center", bbox=box)
+    ax.set_yticks(range(len(table)), [group.replace("_", " ") for group in table])
+    ax.set_ylim(len(table) - 0.5, -0.5)
+    ax.set_xlim(0, 118)  # room for the number behind a bar of 100
+    ax.set_xticks(range(0, 101, 20))
+    ax.grid(False, axis="y")

@@ -1,0 +1,24 @@
+"""What all tests share."""
+
+import os
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+# Not the variable MPLBACKEND: the kernels that nbval starts from here would inherit it and show no figure.
+matplotlib.use("Agg")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the repository."""
+    return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real photographs that MCLIP_REAL_DATA names; without it the test is skipped."""
+    if "MCLIP_REAL_DATA" not in os.environ:
+        pytest.skip("MCLIP_REAL_DATA is not set")
+    return Path(os.environ["MCLIP_REAL_DATA"])

@@ -1,0 +1,234 @@
+"""Executing notebooks: order, parameters, failures and the summary, on small notebooks made on the spot."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from mclip import cli, course
+from mclip.config import ConfigError
+from mclip.parameters import parse_value, read_parameters
+
+PARAMETERS = """\
+max_epochs: int = 10  # passes over the pictures
+data_size: float = 1.0
+prompt: str = "a # {}"  # the text around a class name
+use_swa: bool = False
+train_data_path: str = ""  # CSV of pictures and captions
+profile: str = "cpu"  # amount of work
+out_dir: str = "."  # folder for results
+seed: int = 0
+"""
+COUNTS = {"base": {"text_encoder": 3, "total": 5}}
+
+
+def write_notebook(path: Path, *cells: str, parameters: str = PARAMETERS) -> Path:
+    """A notebook of a heading, a parameters cell (unless empty) and code ``cells``."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# {path.stem}")])
+    if parameters:
+        notebook.cells.append(nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}))
+    notebook.cells += [nbformat.v4.new_code_cell(cell) for cell in cells]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, path)
+    return path
+
+
+def write_result(name: str, record: dict) -> str:
+    """Source of a cell that writes ``record`` where notebooks write their results."""
+    path = f"pathlib.Path(out_dir, 'results', '{name}.json')"
+    return f"import json, pathlib\n_ = {path}.write_text(json.dumps({record!r}))"
+
+
+def zero_shot(model: str, top1: float) -> dict:
+    metrics = {"top1": {"value": top1, "low": top1 - 2, "high": top1 + 2}}
+    return {"task": "zero-shot", "dataset": "shape", "model": {"name": model}, "metrics": metrics, "n": 200}
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(course, "NOTEBOOKS", tmp_path / "notebooks")
+    return tmp_path / "notebooks"
+
+
+def run(out: Path, *options: str) -> int:
+    return cli.main(["course", "--out", str(out), *options])
+
+
+def output_of(path: Path) -> str:
+    cells = nbformat.read(path, as_version=4).cells
+    return "".join(output.text for cell in cells if cell.cell_type == "code" for output in cell.outputs)
+
+
+def install_foreign_kernel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A "python3" kernel of another Python, where Jupyter looks first."""
+    argv = [str(folder / "no-python"), "{connection_file}"]
+    spec = {"argv": argv, "display_name": "foreign", "language": "python"}
+    (folder / "kernels" / "python3").mkdir(parents=True)
+    (folder / "kernels" / "python3" / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(folder))
+
+
+def test_course_runs_in_order_and_summarises(notebooks, tmp_path, capsys, monkeypatch):
+    install_foreign_kernel(tmp_path / "jupyter", monkeypatch)
+    tell = "import os, sys\nprint(profile, max_epochs, seed, sys.executable, os.getcwd())"
+    write_notebook(notebooks / "02_second.ipynb", write_result("02", zero_shot("base", 41.5)))
+    counts = {"task": "parameters", "metrics": COUNTS}
+    write_notebook(notebooks / "01_first.ipynb", tell, write_result("01", counts))
+    write_notebook(notebooks / "notes.ipynb", "1 / 0")
+    out = tmp_path / "out"
+    assert run(out, "--profile", "smoke", "-p", "max_epochs", "3", "-p", "seed", "3") == 0
+
+    told = output_of(out / "notebooks" / "01_first.ipynb").split()
+    assert told == ["smoke", "3", "3", sys.executable, str(notebooks)]
+    summary = json.loads((out / "summary.json").read_text())
+    keys = ["schema", "profile", "seconds", "peak_rss_mb", "notebooks", "parameters", "zero_shot"]
+    assert list(summary) == keys
+    assert (summary["schema"], summary["profile"]) == (1, "smoke")
+    assert [notebook["name"] for notebook in summary["notebooks"]] == ["01_first", "02_second"]
+    assert summary["seconds"] >= sum(notebook["seconds"] for notebook in summary["notebooks"]) - 0.2 > 0
+    assert 20 < summary["peak_rss_mb"] < 2000
+    assert summary["parameters"] == COUNTS
+    assert summary["zero_shot"] == {"shape": {"base": {"top1": 41.5, "low": 39.5, "high": 43.5, "n": 200}}}
+    assert (out / "figures").is_dir()
+    assert "2 notebooks in" in capsys.readouterr().out
+
+
+def test_failing_notebook_keeps_its_copy_and_stops_the_course(notebooks, tmp_path, capsys):
+    write_notebook(notebooks / "01_first.ipynb", "print('before')", "# a comment\nscale = 1 / 0\nscale")
+    write_notebook(notebooks / "02_second.ipynb", "print('never')")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "summary.json").write_text("{}")
+    assert run(out) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "01_first.ipynb, cell 4 (scale = 1 / 0): ZeroDivisionError: division by zero." in error
+    copy = out / "notebooks" / "01_first.ipynb"
+    assert str(copy) in error
+    assert "before" in copy.read_text()
+    assert "Traceback" in copy.read_text()
+    assert not (out / "notebooks" / "02_second.ipynb").exists()
+    assert not (out / "summary.json").exists()
+
+
+def test_dead_kernel_is_named(notebooks, tmp_path, capsys):
+    write_notebook(notebooks / "01_first.ipynb", "print('before')", "import os\nos._exit(9)", parameters="")
+    assert run(tmp_path / "out") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "01_first.ipynb, cell 3 (import os): the kernel died" in error
+    assert "before" in (tmp_path / "out" / "notebooks" / "01_first.ipynb").read_text()
+
+
+def test_interrupt_exits_130(notebooks, tmp_path):
+    flag = tmp_path / "started"
+    wait = f"import pathlib, time\npathlib.Path({str(flag)!r}).touch()\ntime.sleep(60)"
+    write_notebook(notebooks / "01_first.ipynb", wait)
+    code = (
+        "import sys, pathlib; from mclip import cli, course\n"
+        f"course.NOTEBOOKS = pathlib.Path({str(notebooks)!r})\n"
+        f"sys.exit(cli.main(['course', '--out', {str(tmp_path / 'out')!r}]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not flag.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert (tmp_path / "out" / "notebooks" / "01_first.ipynb").exists()
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["-p", "max_epoch", "3"], ["max_epoch", "did you mean 'max_epochs'?"]),
+    (["-p", "max_epochs", "ten"], ["max_epochs", "'ten'", "expected int"]),
+    (["-p", "max_epochs", "2.5"], ["max_epochs", "expected int, got float"]),
+    (["-p", "max_epochs", "0"], ["max_epochs=0", "1 or more"]),
+    (["-p", "max_epochs", "[1"], ["max_epochs", "'[1'"]),
+    (["-p", "data_size", "1e-3"], ["data_size", "1.0e-3"]),
+    (["-p", "data_size", "0"], ["data_size=0.0", "(0, 1]"]),
+    (["-p", "data_size", "1.5"], ["data_size=1.5", "(0, 1]"]),
+    (["-p", "data_size", ".nan"], ["data_size=nan", "(0, 1]"]),
+    (["-p", "use_swa", "1"], ["use_swa", "expected bool"]),
+    (["-p", "seed", "-1"], ["seed=-1", "0 or more"]),
+    (["-p", "train_data_path", "nowhere/train.csv"], ["nowhere/train.csv", "no such file"]),
+    (["-p", "profile", "gpu"], ["--profile"]),
+    (["-p", "max_epochs"], ["expected 2 arguments", "--help"]),
+    (["--profile", "huge"], ["huge", "smoke"]),
+    (["--only", "03"], ["'03'", "'01'"]),
+    (["--onyl", "01"], ["--onyl"]),
+])  # fmt: skip
+def test_wrong_settings_stop_before_anything_runs(notebooks, tmp_path, capsys, options, words):
+    write_notebook(notebooks / "01_first.ipynb", "1 / 0")
+    assert run(tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    for word in words:
+        assert word in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_folder_stops_before_anything_runs(notebooks, tmp_path, capsys):
+    write_notebook(notebooks / "01_first.ipynb", "1 / 0")
+    (tmp_path / "file").write_text("")
+    assert run(tmp_path / "file" / "out") == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_unknown_command_and_help(capsys):
+    assert cli.main(["corse"]) == 2
+    assert "did you mean 'course'?" in capsys.readouterr().err
+    assert cli.main(["--help"]) == 0
+    help_text = capsys.readouterr().out
+    assert all(command in help_text for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_a_parser(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.parse(command, ["--help"])
+    assert "--config" in capsys.readouterr().out
+
+
+def test_parameters_keep_their_types_and_paths_become_absolute(notebooks, tmp_path, monkeypatch):
+    parameters = read_parameters(write_notebook(notebooks / "01_first.ipynb"))
+    assert parameters["prompt"].default == "a # {}"
+    assert parameters["prompt"].comment == "the text around a class name"
+    assert parse_value(parameters["prompt"], "3") == "3"
+    assert parse_value(parameters["data_size"], "1") == 1.0
+    assert parse_value(parameters["use_swa"], "true") is True
+    monkeypatch.chdir(tmp_path)
+    Path("train.csv").write_text("")
+    assert parse_value(parameters["train_data_path"], "train.csv") == str(tmp_path / "train.csv")
+    assert parse_value(parameters["train_data_path"], "") == ""
+
+
+@pytest.mark.parametrize("line", ["n = 3", "n: list = []", "n: int = 2 * m", "print(3)", "n: int"])
+def test_parameters_cell_holds_typed_lines_only(notebooks, line):
+    with pytest.raises(ConfigError, match="name: type = value"):
+        read_parameters(write_notebook(notebooks / "01_first.ipynb", parameters=line))
+
+
+def test_summary_names_a_file_that_is_no_record(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "05.json").write_text('{"task": "zero-shot", "metrics": {}}')
+    with pytest.raises(ConfigError, match=r"05\.json: not a results record \(KeyError: 'top1'\)"):
+        course.summarise(tmp_path, "cpu", 1.0, [])
+
+
+def test_prepare_writes_copies_with_parameters_and_runs_nothing(notebooks, tmp_path):
+    write_notebook(notebooks / "01_first.ipynb", "1 / 0")
+    write_notebook(notebooks / "solutions" / "01_first.ipynb", "1 / 0", parameters="")
+    assert run(tmp_path / "out", "--profile", "smoke", "--prepare") == 0
+    first = nbformat.read(tmp_path / "out" / "notebooks" / "01_first.ipynb", as_version=4)
+    injected = next(c for c in first.cells if "injected-parameters" in c.metadata.get("tags", []))
+    assert 'profile = "smoke"' in injected.source
+    assert f'out_dir = "{tmp_path / "out"}"' in injected.source
+    assert (tmp_path / "out" / "notebooks" / "solutions" / "01_first.ipynb").exists()
+    assert os.listdir(tmp_path / "out" / "results") == []

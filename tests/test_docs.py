@@ -1,0 +1,124 @@
+"""House rules: what the prose promises exists, files stay short, and no word is there for show."""
+
+import ast
+import io
+import json
+import re
+import subprocess
+import tokenize
+from pathlib import Path
+
+import pytest
+
+from mclip.cli import COMMANDS
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+HEART = ("image_encoder", "text_encoder", "model", "losses", "balancing", "train")
+FORBIDDEN = {
+    "hype": r"(?i)\b(seamless|powerful|cutting-edge|blazing|effortless|game-chang|revolutionary)",
+    "unfinished work": r"\b(TODO|FIXME|XXX|WIP)\b",
+    "how the project is run": r"\b(sessions?|helpers?|agents?)\b|(?i:\bissue #?\d)",
+    "a path of one machine": r"(?<![\w.:/~-])/(root|home|Users|work|mnt)/\w",
+    "emoji": "[\U0001f000-\U0001faff\u2705\u274c\u2728\u2b50\u26a0]",
+}
+
+
+def repository_files() -> list[Path]:
+    """Files that git tracks or would track."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.check_output(command, cwd=REPOSITORY, text=True).split("\0")
+    return sorted(REPOSITORY / name for name in listed if name and (REPOSITORY / name).is_file())
+
+
+def text_of(path: Path) -> str:
+    """What a person reads in ``path``: of a notebook its cells and what they printed, no pictures."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        return text
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        parts += cell["source"]
+        for output in cell.get("outputs", []):
+            parts += output.get("text", []) + output.get("data", {}).get("text/plain", [])
+        parts.append("\n")
+    return "".join(parts)
+
+
+def code_of(text: str) -> str:
+    """Code blocks and code spans of Markdown ``text``."""
+    return "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL))
+
+
+FILES = repository_files()
+PROSE = [path for path in FILES if path.suffix in (".md", ".ipynb")]
+READABLE = {".py", ".md", ".ipynb", ".toml", ".yml", ".yaml", ".json", ".csv", ""}
+NAMES = [str(path.relative_to(REPOSITORY)) for path in FILES if path.suffix in READABLE]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "tests/test_docs.py"])
+def test_no_forbidden_words(name):
+    text = text_of(REPOSITORY / name)
+    if name.startswith("tests/"):
+        text = text.replace('scope="session"', "")  # pytest's own word
+    for kind, pattern in FORBIDDEN.items():
+        found = re.search(pattern, text)
+        around = text[max(0, found.start() - 40) : found.end() + 40] if found else ""
+        assert found is None, f"{kind}: {found[0]!r} in {around!r}"
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: path.name)
+def test_links_to_files_resolve(path):
+    for target in re.findall(r"\]\(([^)\s]+)[^)]*\)", text_of(path)):
+        if not re.match(r"[a-z]+:|#", target):
+            assert (path.parent / target.split("#")[0]).exists(), target
+
+
+def test_readme_names_targets_and_commands_that_exist():
+    code = code_of((REPOSITORY / "README.md").read_text(encoding="utf-8"))
+    makefile = (REPOSITORY / "Makefile").read_text()
+    targets = re.findall(r"^([a-z]+):", makefile, re.MULTILINE)
+    assert {"course", "test"} <= set(re.findall(r"\bmake ([a-z]+)", code)) <= set(targets)
+    assert set(re.findall(r"python -m mclip ([a-z]+)", code)) <= set(COMMANDS)
+
+
+def test_makefile_calls_commands_that_exist():
+    makefile = (REPOSITORY / "Makefile").read_text()
+    assert set(re.findall(r"^\t\$\(MCLIP\) ([a-z]+)", makefile, re.MULTILINE)) <= set(COMMANDS)
+
+
+MODULES = sorted((REPOSITORY / "mclip").glob("*.py"))
+
+
+def lines_of_code(path: Path) -> int:
+    """Lines that hold code: no blank lines, comments or docstrings."""
+    source = path.read_text(encoding="utf-8")
+    layout = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"}
+    held: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if tokenize.tok_name[token.type] not in layout:
+            held.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # a string that stands alone
+            held.difference_update(range(node.lineno, node.end_lineno + 1))
+    return len(held)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
+def test_module_can_be_read_in_one_sitting(path):
+    lines = path.read_text(encoding="utf-8").count("\n")
+    assert lines <= 250
+
+
+def test_package_stays_thin():
+    lengths = {path.stem: lines_of_code(path) for path in MODULES}
+    assert sum(lengths.get(name, 0) for name in HEART) < 900, lengths
+    assert sum(lengths.values()) < 3000, lengths
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
+def test_public_names_have_docstrings(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), "the module says what it holds"
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), node.name

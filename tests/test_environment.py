@@ -1,0 +1,120 @@
+"""Set-up: pyproject.toml, uv.lock, environment.yml and the Makefile agree, and the linter passes."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+CONDA_NAMES = {"pytorch-cpu": "torch"}
+Requirements = dict[str, tuple[frozenset[str], SpecifierSet]]
+
+
+def as_requirements(lines: list[str]) -> Requirements:
+    """{name: (extras, version bounds)} of requirement ``lines``."""
+    parsed = [Requirement(line) for line in lines]
+    return {canonicalize_name(r.name): (frozenset(r.extras), r.specifier) for r in parsed}
+
+
+@pytest.fixture(scope="module")
+def project(repository):
+    return tomllib.loads((repository / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def required(project) -> Requirements:
+    """What pyproject.toml asks for, development tools included."""
+    return as_requirements(project["project"]["dependencies"] + project["dependency-groups"]["dev"])
+
+
+@pytest.fixture(scope="module")
+def locked(repository) -> list[dict]:
+    return tomllib.loads((repository / "uv.lock").read_text())["package"]
+
+
+def test_conda_environment_agrees_with_the_project(repository, project, required):
+    environment = yaml.safe_load((repository / "environment.yml").read_text())
+    conda = [line for line in environment["dependencies"] if isinstance(line, str) and line != "pip"]
+    [section] = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    assert section[-1] == "--editable ."
+    renamed = [re.sub(r"^[\w-]+", lambda name: CONDA_NAMES.get(name[0], name[0]), line) for line in conda]
+    found = as_requirements(renamed)
+    _, python = found.pop("python")
+    assert python == SpecifierSet(project["project"]["requires-python"])
+    assert found | as_requirements(section[:-1]) == required
+    assert environment["channels"] == ["conda-forge"]
+
+
+def test_lock_file_is_in_step_with_the_project(project, required, locked):
+    [own] = [package for package in locked if package["name"] == "mclip"]
+    metadata = own["metadata"]
+    asked = metadata["requires-dist"] + metadata["requires-dev"]["dev"]
+    recorded = {p["name"]: (frozenset(p.get("extras", [])), SpecifierSet(p["specifier"])) for p in asked}
+    assert recorded == required
+    assert own["version"] == project["project"]["version"]
+    for name, (_, bounds) in required.items():
+        versions = [package["version"] for package in locked if package["name"] == name]
+        assert versions, name
+        assert all(version in bounds for version in versions), name
+
+
+def test_lock_file_has_hashes(locked):
+    for package in locked:
+        files = package.get("wheels", []) + [package[kind] for kind in ("sdist",) if kind in package]
+        assert files or package["name"] == "mclip", package["name"]
+        assert all(file["hash"].startswith("sha256:") for file in files), package["name"]
+
+
+def test_torch_and_torchvision_are_the_pinned_pair(required):
+    assert required["torch"][1] == SpecifierSet("==2.15.0")
+    assert required["torchvision"][1] == SpecifierSet("==0.29.2")
+
+
+def test_ruff_passes_on_code_and_notebooks(repository):
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "."]
+    result = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_git_ignores_what_is_made_and_keeps_what_ships(repository):
+    def ignored(path: str) -> bool:
+        return subprocess.run(["git", "check-ignore", "--quiet", path], cwd=repository).returncode == 0
+
+    assert all(map(ignored, [".venv/bin/python", "runs/course/summary.json", "data/cache/scenes.npy"]))
+    assert not any(map(ignored, ["data/results/kd.json", "data/teacher/model.safetensors", "figures/x.png"]))
+
+
+def test_make_help_lists_every_target(repository):
+    makefile = (repository / "Makefile").read_text()
+    targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()
+    assert {"help", "course", "test", "lab", "reproduce"} <= set(targets)
+    shown = subprocess.run(["make", "--no-print-directory"], cwd=repository, capture_output=True, text=True)
+    assert re.findall(r"^  make (\w+)", shown.stdout, re.MULTILINE) == targets
+
+
+def test_make_refuses_an_old_python_and_says_so(repository, project, tmp_path):
+    for name in ("Makefile", "pyproject.toml", "uv.lock"):
+        shutil.copy(repository / name, tmp_path)
+    old = tmp_path / "python3.9"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2 || exit 1\n')
+    old.chmod(0o755)
+    command = ["make", "course", f"PYTHON={old}"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "needs Python 3.11, 3.12 or 3.13" in result.stderr
+    assert "Python 3.9.2" in result.stderr
+    assert not (tmp_path / ".venv").exists()
+    assert project["project"]["requires-python"] == ">=3.11,<3.14"
+
+
+def test_continuous_integration_runs_the_test_command(repository):
+    script = repository / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert re.search(r"^(exec )?make test$", script.read_text(), re.MULTILINE)

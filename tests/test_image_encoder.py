@@ -1,0 +1,151 @@
+"""The image encoder against torchvision's and timm's MobileNetV3-Large."""
+
+import urllib.error
+import warnings
+
+import pytest
+import timm
+import torch
+from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
+from torchvision.models.mobilenetv3 import _mobilenet_v3_conf
+
+from mclip.config import ConfigError, ImageConfig
+from mclip.image_encoder import STAGES, ImageEncoder, stage_table
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def with_random_statistics(model: torch.nn.Module) -> torch.nn.Module:
+    """BatchNorm as after training: statistics and affine parameters that are not 0 and 1."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.running_var, module.weight.data):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            for tensor in (module.running_mean, module.bias.data):
+                tensor.normal_(0, 0.1, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("width", [0.5, 1.0])
+def test_same_output_as_torchvision_with_its_weights(width):
+    library = with_random_statistics(mobilenet_v3_large(weights=None, width_mult=width)).eval()
+    encoder = ImageEncoder(ImageConfig(width=width, image_size=96)).eval()
+    encoder.trunk.load_state_dict(library.features.state_dict())
+    images = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        expected = library.avgpool(library.features(images)).flatten(1)
+        assert expected.std() > 1e-3
+        torch.testing.assert_close(encoder(images), expected, rtol=1e-5, atol=1e-5)
+    assert encoder.features == expected.shape[1] == int(960 * width)
+
+
+def test_stage_table_is_torchvisions():
+    expected, _ = _mobilenet_v3_conf("mobilenet_v3_large")
+    assert [vars(row) for row in stage_table()] == [vars(row) for row in expected]
+
+
+def test_parameters_agree_with_timm():
+    """timm's 5,483,032 less its two fully connected layers (960 -> 1280 -> 1000, with biases)."""
+    network = timm.create_model("mobilenetv3_large_100", pretrained=False)
+    fully_connected = 960 * 1280 + 1280 + 1280 * 1000 + 1000
+    assert count(network) == 5_483_032
+    assert count(ImageEncoder(ImageConfig())) == count(network) - fully_connected == 2_971_952
+
+
+def test_intermediates_end_in_the_pooled_features():
+    encoder = ImageEncoder(ImageConfig(width=0.5, image_size=64)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        maps, pooled = encoder.intermediates(images), encoder(images)
+    assert list(maps) == ["stem", "stage1", "stage2", "stage3", "stage4", "stage5", "last"]
+    assert [m.shape[2] for m in maps.values()] == [32, 32, 16, 8, 4, 2, 2]
+    assert [m.shape[1] for m in maps.values()] == [8, 8, 16, 24, 56, 80, 480]
+    torch.testing.assert_close(maps["last"].mean((2, 3)), pooled)
+
+
+def test_intermediates_are_not_overwritten_by_later_layers():
+    """Activations work in place inside torchvision's blocks; a map handed out must keep its values."""
+    encoder = ImageEncoder(ImageConfig(width=0.5, image_size=64)).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        maps, x = encoder.intermediates(images), images
+        halving = [row for row, (*_, stride) in enumerate(STAGES) if stride == 2]
+        ends = []
+        for index, layer in enumerate(encoder.trunk):  # the layer of row r has index r + 1
+            x = layer(x)
+            if index in (*halving, len(STAGES)):
+                ends.append(x.clone())
+    assert len(ends) == 5
+    for number, expected in enumerate(ends, start=1):
+        assert torch.equal(maps[f"stage{number}"], expected)
+
+
+def test_head_and_momentum_follow_the_configuration():
+    encoder = ImageEncoder(ImageConfig(width=0.5, image_size=64, bn_momentum=0.2, head=(48, 24)))
+    assert encoder.features == 24
+    assert [type(layer).__name__ for layer in encoder.head] == ["Linear", "Hardswish", "Linear"]
+    norms = [m for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(norms) == 46
+    assert {(m.momentum, m.eps) for m in norms} == {(0.2, 0.001)}
+    assert encoder(torch.randn(2, 3, 64, 64)).shape == (2, 24)
+
+
+def test_reads_other_sizes_than_its_own():
+    encoder = ImageEncoder(ImageConfig(width=0.5, image_size=64)).eval()
+    assert encoder(torch.randn(1, 3, 100, 80)).shape == (1, 480)
+
+
+def test_gradients_reach_every_parameter():
+    encoder = ImageEncoder(ImageConfig(width=0.5, image_size=64, head=(16,)))
+    encoder(torch.randn(4, 3, 64, 64)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [urllib.error.URLError("no network"), TimeoutError("timed out"), RuntimeError("invalid hash value")],
+    ids=lambda failure: type(failure).__name__,
+)
+def test_unreachable_imagenet_weights_warn_and_go_on(monkeypatch, failure):
+    def fail(*args, **kwargs):
+        raise failure
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
+    with pytest.warns(UserWarning, match="Going on with random initialisation") as caught:
+        encoder = ImageEncoder(ImageConfig(pretrained=True))
+    message = str(caught[0].message)
+    assert str(failure.args[0]) in message
+    assert "mobilenet_v3_large-5c1a4163.pth" in message
+    assert torch.hub.get_dir() in message
+    assert encoder.features == 960
+
+
+def test_imagenet_weights_in_the_hub_cache_are_used(monkeypatch, tmp_path):
+    """A file that was put there by hand counts, and nothing is downloaded."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    library = with_random_statistics(mobilenet_v3_large(weights=None))
+    name = MobileNet_V3_Large_Weights.IMAGENET1K_V2.url.rsplit("/", 1)[-1]
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(library.state_dict(), tmp_path / "hub" / "checkpoints" / name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        encoder = ImageEncoder(ImageConfig(pretrained=True))
+    for key, value in library.features.state_dict().items():
+        assert torch.equal(encoder.trunk.state_dict()[key], value), key
+
+
+def test_a_damaged_file_in_the_hub_cache_warns_and_goes_on(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    name = MobileNet_V3_Large_Weights.IMAGENET1K_V2.url.rsplit("/", 1)[-1]
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / name).write_bytes(b"not a checkpoint")
+    with pytest.warns(UserWarning, match="Going on with random initialisation"):
+        ImageEncoder(ImageConfig(pretrained=True))
+
+
+def test_imagenet_weights_need_width_one():
+    with pytest.raises(ConfigError, match=r"image\.pretrained"):
+        ImageConfig(width=0.5, pretrained=True)

@@ -1,0 +1,124 @@
+"""Rules for every notebook that show without running it; ``make test`` also executes them under nbval."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from mclip.course import NOTEBOOKS
+from mclip.parameters import INPUTS, check_value, read_parameters
+
+CHAPTERS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.ipynb"))
+KNOWN_KINDS = {"data_size": float, "max_epochs": int, "seed": int, "profile": str, "out_dir": str}
+KNOWN_KINDS |= dict.fromkeys(INPUTS, str)
+CHECK = "NBVAL_CHECK_OUTPUT"
+chapters = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+everywhere = pytest.mark.parametrize(
+    "path", CHAPTERS + SOLUTIONS, ids=lambda path: "/".join(path.relative_to(NOTEBOOKS).with_suffix("").parts)
+)
+
+
+def cells_of(path: Path, kind: str) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
+
+
+def checked(path: Path) -> list[nbformat.NotebookNode]:
+    """Cells that nbval compares: those with a comment line that holds the mark and nothing else."""
+    lone_mark = re.compile(rf"^\s*#\s*{CHECK}\s*$", re.MULTILINE)
+    return [cell for cell in cells_of(path, "code") if lone_mark.search(cell.source)]
+
+
+def printed(cell: nbformat.NotebookNode) -> str:
+    """The text that nbval can compare. It skips pictures, and a figure's own text is always the same."""
+    streams = [output.text for output in cell.outputs if output.output_type == "stream"]
+    results = [output.data for output in cell.outputs if output.output_type == "execute_result"]
+    return "".join(streams + [data.get("text/plain", "") for data in results]).strip()
+
+
+def test_chapters_are_numbered_without_gaps():
+    assert len(CHAPTERS) >= 10
+    assert [path.name[:2] for path in CHAPTERS] == [f"{number:02}" for number in range(len(CHAPTERS))]
+
+
+@chapters
+def test_has_solutions(path):
+    assert path.name in {solution.name for solution in SOLUTIONS}
+
+
+@everywhere
+def test_is_a_clean_python_notebook(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert "papermill" not in notebook.metadata, "a copy that papermill wrote; store the original"
+    tags = {tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])}
+    assert not tags & {"injected-parameters", "papermill-error-cell-tag"}
+    assert "raises-exception" not in tags, "papermill stops there: catch the exception and print it"
+    assert "NBVAL_SKIP" not in path.read_text(encoding="utf-8")
+
+
+@chapters
+def test_parameters_are_declared_typed_and_explained(path):
+    tagged = [cell for cell in cells_of(path, "code") if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    parameters = read_parameters(path)
+    assert {"profile", "out_dir", "seed"} <= set(parameters)
+    assert parameters["profile"].default == "cpu"
+    for parameter in parameters.values():
+        assert parameter.comment, f"{parameter.name} needs a comment"
+        assert parameter.kind is KNOWN_KINDS.get(parameter.name, parameter.kind), parameter.name
+        if parameter.name not in INPUTS:  # a default path is relative to the notebook
+            check_value(parameter, parameter.default)
+
+
+@everywhere
+def test_never_more_than_three_code_cells_without_prose(path):
+    row = 0
+    for number, cell in enumerate(nbformat.read(path, as_version=4).cells, start=1):
+        row = row + 1 if cell.cell_type == "code" else 0
+        assert row <= 3, f"cell {number} is the fourth code cell in a row"
+
+
+@everywhere
+def test_code_cells_are_short(path):
+    for cell in cells_of(path, "code"):
+        lines = len(cell.source.splitlines())
+        assert lines <= 40, f"{lines} lines in the cell that begins {cell.source[:60]!r}"
+
+
+@chapters
+@pytest.mark.parametrize("word", ["objectives", "summary", "exercises"])
+def test_has_section(path, word):
+    prose = "\n".join(cell.source for cell in cells_of(path, "markdown"))
+    headings = re.findall(r"^#+ .*$", prose, re.MULTILINE)
+    assert any(word in heading.lower() for heading in headings), f"no heading with the word {word!r}"
+
+
+@chapters
+def test_begins_with_its_title(path):
+    first = nbformat.read(path, as_version=4).cells[0]
+    assert first.cell_type == "markdown"
+    assert first.source.startswith("# ")
+
+
+@everywhere
+def test_outputs_are_stored_and_without_errors(path):
+    for cell in cells_of(path, "code"):
+        beginning, kinds = cell.source[:60], {output.output_type for output in cell.outputs}
+        assert cell.execution_count is not None or not cell.source.strip(), f"not executed: {beginning!r}"
+        assert "error" not in kinds, f"error stored: {beginning!r}"
+
+
+@chapters
+def test_some_output_is_checked(path):
+    assert checked(path), f"no cell is marked # {CHECK}"
+
+
+@everywhere
+def test_checked_cells_have_text_to_compare(path):
+    marked = [cell for cell in cells_of(path, "code") if CHECK in cell.source]
+    assert len(marked) == len(checked(path)), "nbval sees the mark only where it is alone in a comment line"
+    for cell in marked:
+        assert printed(cell), f"passes whatever it prints: {cell.source[:60]!r}"

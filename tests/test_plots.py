@@ -1,0 +1,202 @@
+"""Every figure shows the data it was given, and the same data gives the same file."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.container import BarContainer, ErrorbarContainer
+from matplotlib.image import imread
+from matplotlib.text import Text
+
+from mclip import plots, style
+from mclip.files import DATA
+from mclip.results import ResultError, make_result, save_result, zero_shot_table
+
+SETS = {"shape": 12.5, "colour": 10.0, "relation": 50.0}
+VALUES = {"base": (30.0, 90.0, 49.0), "clip": (25.0, 85.5, 50.0), "kd": (80.0, 99.0, 51.0),
+          "teacher": (93.0, 100.0, 52.0)}
+
+
+def record(model: str, dataset: str, value: float, seed: int = 0) -> dict:
+    low, high = max(0.0, value - 3), min(100.0, value + 2)
+    interval = {"value": value, "low": low, "high": high}
+    per_class = {f"class {i}": {**interval, "value": low + (i + len(model)) % 3} for i in range(4)}
+    metrics = {"top1": interval, "chance": SETS[dataset], "per_class": per_class}
+    described = {"name": model, "parameters": 1, "sha256": "0" * 64}
+    return make_result("zero_shot", dataset, "test", 500, described, metrics, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def records() -> list[dict]:
+    return [record(m, d, v) for m, values in VALUES.items() for d, v in zip(SETS, values, strict=True)]
+
+
+def bars(ax) -> dict[str, list[float]]:
+    """Lengths of the bars of each legend entry, from top to bottom."""
+    groups = [c for c in ax.containers if isinstance(c, BarContainer)]
+    return {group.get_label(): [bar.get_width() for bar in group] for group in groups}
+
+
+def whiskers(ax) -> list[tuple[float, float]]:
+    lines = [c.lines[2][0] for c in ax.containers if isinstance(c, ErrorbarContainer)]
+    return [tuple(segment[:, 0]) for line in lines for segment in line.get_segments()]
+
+
+def test_performance_bars_are_the_results_and_the_published_table(records, tmp_path):
+    for i, one in enumerate(records):
+        save_result(tmp_path / f"{i:02}.json", one)
+    fig = plots.performance_comparison(tmp_path)
+    ours, published = fig.axes
+    assert bars(ours) == {style.LABELS[m]: list(values) for m, values in VALUES.items()}
+    expected = [(max(0.0, v - 3), min(100.0, v + 2)) for values in VALUES.values() for v in values]
+    np.testing.assert_allclose(whiskers(ours), expected)
+    assert [tick.get_text() for tick in ours.get_yticklabels()] == list(SETS)
+    assert "not measured here" in published.get_title(loc="left")
+    assert "published" in published.get_title(loc="left").lower()
+    assert bars(published)[style.LABELS["kd"]] == [36.1, 6.2, 0.8, 2.9, 2.9]
+    assert bars(published)[style.LABELS["teacher"]] == [89.8, 64.2, 84.0, 19.5, 87.3]
+    assert whiskers(published) == []  # no interval was published
+    chance = [segment[0][0] for line in ours.collections[-3:] for segment in line.get_segments()]
+    assert chance == list(SETS.values())
+
+
+def test_performance_over_seeds_is_the_table(records):
+    three = [record(m, d, v - seed / 2, seed) for seed in range(3)
+             for m, values in VALUES.items() for d, v in zip(SETS, values, strict=True)]
+    table = zero_shot_table(three)
+    fig = plots.performance_comparison(three, published=None)
+    assert len(fig.axes) == 1
+    for model, label in style.LABELS.items():
+        assert bars(fig.axes[0])[label] == [table[dataset][model]["top1"] for dataset in SETS]
+    expected = [(table[d][m]["low"], table[d][m]["high"]) for m in VALUES for d in SETS]
+    np.testing.assert_allclose(whiskers(fig.axes[0]), expected)
+
+
+def test_a_failure_is_shown_as_missing_not_as_zero(records):
+    kept = [r for r in records if (r["model"]["name"], r["dataset"]) != ("clip", "colour")]
+    model = {"name": "clip", "parameters": 1, "sha256": "0" * 64}
+    failed = make_result("zero_shot", "colour", "test", None, model, error="out of memory")
+    ax = plots.performance_comparison([*kept, failed], published=None).axes[0]
+    assert bars(ax)[style.LABELS["clip"]] == [25.0, 50.0]
+    assert [text.get_text() for text in ax.texts].count("no result") == 1
+    only_failures = plots.performance_comparison([failed], published=None).axes[0]
+    assert [text.get_text() for text in only_failures.texts] == ["no result"] * 4
+    with pytest.raises(ResultError, match="no zero-shot record"):
+        plots.performance_comparison([])
+
+
+def test_published_table_names_its_sources():
+    rows = [line.split(",") for line in (DATA / "published.csv").read_text().splitlines()]
+    assert rows[0] == ["model", "dataset", "top1", "source"]
+    assert len(rows) == 1 + 4 * 5
+    for model, _, _, source in rows[1:]:
+        assert ("open_clip" if model == "teacher" else "KLmobile") in source
+
+
+def test_per_class_bars(records):
+    ax = plots.per_class_recall(records, "shape", limit=2).axes[0]
+    shown = [tick.get_text() for tick in ax.get_yticklabels()]
+    assert len(shown) == 2
+    for one in records:
+        if one["dataset"] == "shape":
+            expected = [one["metrics"]["per_class"][name]["value"] for name in shown]
+            assert bars(ax)[style.LABELS[one["model"]["name"]]] == expected
+    with pytest.raises(ResultError, match="did you mean 'shape'"):
+        plots.per_class_recall(records, "shapes")
+
+
+def training_log() -> list[dict]:
+    log: list[dict] = []
+    for step in range(60):
+        phase = 1 + (step >= 10) + (step >= 40)
+        names = ("original", "feature", "response")[:phase]
+        terms, weights = dict.fromkeys(names, 4 / (step + 1)), dict.fromkeys(names, 1.0)
+        log.append({"step": step, "phase": phase, "lr": 1e-3, "terms": terms, "weights": weights,
+                    "temperature": 8 - step / 15})
+        if step % 20 == 19:
+            log.append({"step": step, "validation": {"r1": float(step)}})
+    return log
+
+
+def test_training_curves_are_the_log():
+    log = training_log()
+    fig = plots.training_curves(log)
+    terms, weights, temperature, validation = fig.axes
+    for ax, key in ((terms, "terms"), (weights, "weights")):
+        for line in ax.get_lines():
+            name = line.get_label()
+            points = [(r["step"], r[key][name]) for r in log if name in r.get(key, {})]
+            np.testing.assert_array_equal(line.get_xydata(), points)
+        assert [line.get_label() for line in ax.get_lines()] == ["original", "feature", "response"]
+    assert temperature.get_lines()[0].get_ydata()[-1] == pytest.approx(8 - 59 / 15)
+    assert validation.get_lines()[0].get_xydata().tolist() == [[19, 19], [39, 39], [59, 59]]
+    for ax in fig.axes:
+        assert [(patch.get_x(), patch.get_width()) for patch in ax.patches] == [(0, 10), (10, 30), (40, 19)]
+    without = [{k: v for k, v in r.items() if k not in ("weights", "temperature")} for r in log]
+    assert len(plots.training_curves(without).axes) == 2
+
+
+def test_negative_losses_get_a_linear_axis():
+    log = [{"step": s, "phase": 1, "terms": {"original": 1.0 - s}} for s in range(4)]
+    assert plots.training_curves(log).axes[0].get_yscale() == "linear"
+    assert plots.training_curves(training_log()).axes[0].get_yscale() == "log"
+
+
+def test_similarity_matrices_share_one_scale():
+    matrices = {"base": np.full((3, 3), 0.1), "teacher": np.eye(3)}
+    fig = plots.similarity_matrices(matrices, ["a", "b", "c"])
+    for ax, matrix in zip(fig.axes, matrices.values(), strict=False):
+        np.testing.assert_array_equal(ax.images[0].get_array(), matrix)
+        assert ax.images[0].get_clim() == (0, 1)
+    assert fig.axes[1].get_title(loc="left") == "teacher:\n3 of 3"
+
+
+def test_image_grid_and_temperatures():
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, 8, 8), dtype=np.uint8)
+    fig = plots.image_grid(images, [f"caption {i}" for i in range(5)], columns=3)
+    shown = [ax for ax in fig.axes if ax.images]
+    assert len(shown) == 5
+    for ax, image in zip(shown, images, strict=True):
+        np.testing.assert_array_equal(ax.images[0].get_array(), image.transpose(1, 2, 0))
+    logits = np.array([30.0, 25.0, 10.0])
+    fig = plots.temperature_effect(logits, [1, 8])
+    for ax, temperature in zip(fig.axes, (1, 8), strict=True):
+        expected = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+        np.testing.assert_allclose([bar.get_width() for bar in ax.patches], expected)
+
+
+def every_figure(records):
+    similarity = np.random.default_rng(0).uniform(-1, 1, (9, 9))
+    captions = [f"a large striped shape number {i} on a grey background" for i in range(9)]
+    yield plots.performance_comparison(records)
+    yield plots.per_class_recall(records, "shape")
+    yield plots.training_curves(training_log())
+    yield plots.similarity_matrices({"base": similarity, "kd": similarity, "teacher": similarity}, captions)
+    yield plots.image_grid(np.zeros((7, 3, 8, 8), np.uint8), captions[:7])
+    yield plots.temperature_effect(10 * similarity[0], [1, 4, 8], captions)
+
+
+def test_figures_are_reproducible_readable_and_do_not_overlap(records, tmp_path):
+    for i, (fig, again) in enumerate(zip(every_figure(records), every_figure(records), strict=True)):
+        first = plots.save_figure(fig, tmp_path / f"{i}.png").read_bytes()
+        assert first == again._repr_png_()  # what a notebook shows is what the file holds
+        assert imread(tmp_path / f"{i}.png").shape[1] == pytest.approx(150 * fig.get_figwidth(), abs=1)
+        texts = [t for t in fig.findobj(Text) if t.get_text().strip() and t.get_visible()]
+        assert min(text.get_fontsize() for text in texts) >= 9
+        titles = [ax._left_title.get_window_extent() for ax in fig.axes if ax.get_title(loc="left")]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(titles, 2))
+        for ax in fig.axes:
+            for axis in (ax.xaxis, ax.yaxis):
+                shown = [t for t in axis.get_ticklabels() if t.get_text() and t.get_visible()]
+                boxes = [text.get_window_extent() for text in shown]
+                assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_models_differ_without_colour():
+    assert len(set(style.HATCHES.values())) == len(style.LABELS)
+    assert len(set(map(to_rgb, style.COLOURS.values()))) == len(style.LABELS)
+    assert len(set(map(str, style.DASHES.values()))) == len(style.DASHES)
