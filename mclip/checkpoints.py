@@ -61,7 +61,7 @@ class Checkpoints:
             handle.write(json.dumps(record) + "\n")
 
     def save(self, parts: dict[str, Any], state: dict[str, Any]) -> None:
-        """Write a checkpoint of ``parts`` (anything with ``state_dict``) and the counters ``state``; keep the last two."""
+        """Write ``parts`` (anything with ``state_dict``) and the counters ``state``; keep the last two checkpoints."""
         random = {"cpu": torch.get_rng_state()} | (
             {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
         )
@@ -81,8 +81,10 @@ class Checkpoints:
             return self.clear()
         stored = json.loads(self.settings_path.read_text(encoding="utf-8")) if self.settings_path.exists() else None
         if changed := _differences(stored, self.settings):
-            raise ConfigError(f"{self.folder} holds a run with other settings: {'; '.join(changed)}. "
-                              "Choose another folder, or delete this one to train anew.")  # fmt: skip
+            raise ConfigError(
+                f"{self.folder} holds a run with other settings: {'; '.join(changed)}. "
+                "Choose another folder, or delete this one to train anew."
+            )
         for file in files:
             try:
                 content = torch.load(file, map_location="cpu", weights_only=True)

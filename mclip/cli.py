@@ -16,8 +16,9 @@ COMMANDS = {
     "train": ("mclip.commands:train", "train a student on pairs alone"),
     "distill": ("mclip.commands:distill", "distil a student from a teacher in three phases"),
     "teacher": ("mclip.commands:teacher", "train a small teacher from scratch"),
-    "evaluate": ("mclip.commands:evaluate", "classify pictures zero-shot"),
+    "evaluate": ("mclip.evaluate_command:evaluate", "classify pictures zero-shot"),
     "reproduce": ("mclip.reproduce:reproduce", "the long run: several seeds, and the results that are committed"),
+    "photographs": ("mclip.reproduce:photographs", "base against kd on captions of real photographs"),
     "figures": ("mclip.reproduce:figures", "draw the figures from the results files"),
     "course": ("mclip.course:course", "execute the notebooks in order, and summarise what came out"),
 }

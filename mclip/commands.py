@@ -1,4 +1,4 @@
-"""The commands ``train``, ``distill``, ``teacher`` and ``evaluate``, with the names that people know.
+"""The commands ``train``, ``distill`` and ``teacher``, with the names of options that people know.
 
 Each is a plain function around :mod:`mclip.runs`; the notebooks call the same functions beneath.
 """
@@ -9,22 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from .config import DistillConfig, TrainConfig, from_yaml, require
+from .config import DistillConfig, TrainConfig, from_yaml
 from .data import load_pairs
-from .datasets import zero_shot_set
-from .evaluate import evaluate_zero_shot
-from .results import save_result
 from .runs import (
     BASE,
-    evaluate_relation,
     get_model_config,
     get_profile,
     load_data,
-    load_model,
     train_open_clip,
     train_student,
 )
-from .scene_sets import RELATION, scene_sets
 from .scenes import SceneConfig
 from .teacher import TEACHER_CONFIG
 
@@ -33,28 +27,57 @@ ProfileName = Literal["smoke", "cpu", "gpu"]
 
 def _settings(profile: str, max_epochs: int | None, batch_size: int | None, **others: object) -> TrainConfig:
     defaults = get_profile(profile)
-    return TrainConfig(max_epochs=max_epochs or defaults.max_epochs, batch_size=batch_size or defaults.batch_size,
-                       **{key: value for key, value in others.items() if value is not None})  # fmt: skip
+    return TrainConfig(
+        max_epochs=max_epochs or defaults.max_epochs,
+        batch_size=batch_size or defaults.batch_size,
+        **{key: value for key, value in others.items() if value is not None},
+    )
 
 
 def _run_student(
-    name: str, distill: DistillConfig, profile: str, config_path: str, train_data_path: str, val_data_path: str, data_size: float,
-    checkpoint_dir: str, checkpoint_filename: str, settings: TrainConfig, **teacher: str | None,
-) -> None:  # fmt: skip
+    name: str,
+    distill: DistillConfig,
+    profile: str,
+    config_path: str,
+    train_data_path: str,
+    val_data_path: str,
+    data_size: float,
+    checkpoint_dir: str,
+    checkpoint_filename: str,
+    settings: TrainConfig,
+    **teacher: str | None,
+) -> None:
     config = get_model_config(config_path or get_profile(profile).preset)
-    training, validation = load_data(profile, config.image.image_size, train_data_path=train_data_path,
-                                     val_data_path=val_data_path, data_size=data_size, seed=settings.seed)  # fmt: skip
+    training, validation = load_data(
+        profile,
+        config.image.image_size,
+        train_data_path=train_data_path,
+        val_data_path=val_data_path,
+        data_size=data_size,
+        seed=settings.seed,
+    )
     folder = Path(checkpoint_dir) / (checkpoint_filename or name)
     result = train_student(config, training, validation, settings, folder, distill=distill, **teacher)
     print(f"{folder / 'model'}: {result.steps} steps, validation {result.validations()[-1]['validation']}")
 
 
 def train(
-    train_data_path: str = "", val_data_path: str = "", max_epochs: int | None = None, data_size: float = 1.0,
-    checkpoint_dir: str = "runs", checkpoint_filename: str = "", config_path: str = "", profile: ProfileName = "cpu",
-    batch_size: int | None = None, learning_rate: float = 1e-3, early_stopping_patience: int | None = None,
-    accumulate_grad_batches: int = 1, ema_decay: float | None = None, task: Literal["info_nce", "siglip", "jsd"] = "info_nce", seed: int = 0,
-) -> None:  # fmt: skip
+    train_data_path: str = "",
+    val_data_path: str = "",
+    max_epochs: int | None = None,
+    data_size: float = 1.0,
+    checkpoint_dir: str = "runs",
+    checkpoint_filename: str = "",
+    config_path: str = "",
+    profile: ProfileName = "cpu",
+    batch_size: int | None = None,
+    learning_rate: float = 1e-3,
+    early_stopping_patience: int | None = None,
+    accumulate_grad_batches: int = 1,
+    ema_decay: float | None = None,
+    task: Literal["info_nce", "siglip", "jsd"] = "info_nce",
+    seed: int = 0,
+) -> None:
     """Train a student on pairs alone, without a teacher.
 
     Args:
@@ -74,19 +97,50 @@ def train(
         task: the contrastive loss.
         seed: of weights, order and captions.
     """
-    settings = _settings(profile, max_epochs, batch_size, learning_rate=learning_rate, seed=seed, ema_decay=ema_decay,
-                         early_stopping_patience=early_stopping_patience, accumulate_grad_batches=accumulate_grad_batches)  # fmt: skip
-    _run_student("base", replace(BASE, task=task), profile, config_path, train_data_path, val_data_path, data_size,
-                 checkpoint_dir, checkpoint_filename, settings)  # fmt: skip
+    settings = _settings(
+        profile,
+        max_epochs,
+        batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        ema_decay=ema_decay,
+        early_stopping_patience=early_stopping_patience,
+        accumulate_grad_batches=accumulate_grad_batches,
+    )
+    _run_student(
+        "base",
+        replace(BASE, task=task),
+        profile,
+        config_path,
+        train_data_path,
+        val_data_path,
+        data_size,
+        checkpoint_dir,
+        checkpoint_filename,
+        settings,
+    )
 
 
 def distill(
-    train_data_path: str = "", val_data_path: str = "", max_epochs: int | None = None, data_size: float = 1.0,
-    checkpoint_dir: str = "runs", checkpoint_filename: str = "", config_path: str = "", auto_kd_config: str = "",
-    base_checkpoint: str = "", teacher_model: str = "", teacher_pretrained: str | None = None, profile: ProfileName = "cpu",
-    batch_size: int | None = None, learning_rate: float = 1e-3, early_stopping_patience: int | None = None,
-    accumulate_grad_batches: int = 1, ema_decay: float | None = None, seed: int = 0,
-) -> None:  # fmt: skip
+    train_data_path: str = "",
+    val_data_path: str = "",
+    max_epochs: int | None = None,
+    data_size: float = 1.0,
+    checkpoint_dir: str = "runs",
+    checkpoint_filename: str = "",
+    config_path: str = "",
+    auto_kd_config: str = "",
+    base_checkpoint: str = "",
+    teacher_model: str = "",
+    teacher_pretrained: str | None = None,
+    profile: ProfileName = "cpu",
+    batch_size: int | None = None,
+    learning_rate: float = 1e-3,
+    early_stopping_patience: int | None = None,
+    accumulate_grad_batches: int = 1,
+    ema_decay: float | None = None,
+    seed: int = 0,
+) -> None:
     """Distil a student from a teacher in three phases.
 
     Args:
@@ -110,18 +164,46 @@ def distill(
         seed: of weights, order and captions.
     """
     defaults = get_profile(profile)
-    settings = _settings(profile, max_epochs, batch_size, learning_rate=learning_rate, seed=seed, ema_decay=ema_decay,
-                         early_stopping_patience=early_stopping_patience, accumulate_grad_batches=accumulate_grad_batches)  # fmt: skip
+    settings = _settings(
+        profile,
+        max_epochs,
+        batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        ema_decay=ema_decay,
+        early_stopping_patience=early_stopping_patience,
+        accumulate_grad_batches=accumulate_grad_batches,
+    )
     terms = from_yaml(DistillConfig, auto_kd_config) if auto_kd_config else DistillConfig()
     pretrained = teacher_pretrained if teacher_model else defaults.teacher_pretrained
-    _run_student("kd", terms, profile, config_path, train_data_path, val_data_path, data_size, checkpoint_dir, checkpoint_filename,
-                 settings, teacher_model=teacher_model or defaults.teacher, teacher_pretrained=pretrained, base_checkpoint=base_checkpoint)  # fmt: skip
+    _run_student(
+        "kd",
+        terms,
+        profile,
+        config_path,
+        train_data_path,
+        val_data_path,
+        data_size,
+        checkpoint_dir,
+        checkpoint_filename,
+        settings,
+        teacher_model=teacher_model or defaults.teacher,
+        teacher_pretrained=pretrained,
+        base_checkpoint=base_checkpoint,
+    )
 
 
 def teacher(
-    out_dir: str = "runs/teacher", train_data_path: str = "", val_data_path: str = "", pictures: int = 30_000, max_epochs: int = 10,
-    batch_size: int = 256, learning_rate: float = 2e-3, weight_decay: float = 0.1, seed: int = 0,
-) -> None:  # fmt: skip
+    out_dir: str = "runs/teacher",
+    train_data_path: str = "",
+    val_data_path: str = "",
+    pictures: int = 30_000,
+    max_epochs: int = 10,
+    batch_size: int = 256,
+    learning_rate: float = 2e-3,
+    weight_decay: float = 0.1,
+    seed: int = 0,
+) -> None:
     """Train a small open_clip teacher from scratch: on many clean scenes, or on all pairs of a file.
 
     Args:
@@ -138,50 +220,14 @@ def teacher(
     size = TEACHER_CONFIG["model_cfg"]["vision_cfg"]["image_size"]
     training = load_pairs(train_data_path, size, scenes=SceneConfig(pictures, size, "teacher", captions="clean"))
     validation = load_pairs(val_data_path, size, scenes=SceneConfig(500, size, "val", captions="clean"))
-    settings = TrainConfig(max_epochs=max_epochs, batch_size=batch_size, learning_rate=learning_rate,
-                           weight_decay=weight_decay, warmup=0.03, seed=seed)  # fmt: skip
+    settings = TrainConfig(
+        max_epochs=max_epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        warmup=0.03,
+        seed=seed,
+    )
     result = train_open_clip(TEACHER_CONFIG, training, validation, settings, out_dir)
-    print(
-        f"{Path(out_dir) / 'model'}: {result.steps} steps in {result.seconds:.0f} s, {result.validations()[-1]['validation']}"
-    )
-
-
-def evaluate(
-    model_checkpoint: str, dataset: str = "scenes", prompt: str = "", root_dir: str = "", save_results: str = "",
-    profile: ProfileName = "cpu", download: bool = False, seed: int = 0,
-) -> None:  # fmt: skip
-    """Classify pictures zero-shot and print top-1 with its 95 % interval.
-
-    Args:
-        model_checkpoint: base, kd, clip, teacher, or a model folder.
-        dataset: scenes (all its sets), one of its sets, a torchvision set such as cifar10, or a folder of pictures.
-        prompt: replaces the set's own prompts, for example "a photo of a".
-        root_dir: where torchvision's sets lie.
-        save_results: a folder for the results files.
-        profile: decides how many scenes are drawn.
-        download: let torchvision download the set.
-        seed: of the bootstrap.
-    """
-    model, tokenizer = load_model(model_checkpoint)
-    name = Path(model_checkpoint).name if Path(model_checkpoint).name != "model" else Path(model_checkpoint).parent.name
-    count = get_profile(profile).test_pictures
-    embedded = scene_sets(count=count)
-    names = [*embedded, RELATION] if dataset == "scenes" else [dataset]
-    require(
-        not (prompt and dataset == "scenes"),
-        "prompt",
-        prompt,
-        "the scenes sets have prompts of their own; name one set",
-    )
-    for each in names:
-        if each == RELATION:
-            record = evaluate_relation(model, tokenizer, name, count=count // 2, seed=seed)
-        else:
-            data = zero_shot_set(each, root_dir or None, download, embedded)
-            record = evaluate_zero_shot(model, tokenizer, data, name, prompt=prompt or None, seed=seed)
-        top1 = record["metrics"]["top1"]
-        print(
-            f"{name:10} {record['dataset']:14} top-1 {top1['value']:5.1f} % [{top1['low']:.1f}, {top1['high']:.1f}]  n={record['n']}"
-        )
-        if save_results:
-            save_result(Path(save_results) / f"zero_shot_{record['dataset']}_{name}.json", record)
+    metrics = result.validations()[-1]["validation"]
+    print(f"{Path(out_dir) / 'model'}: {result.steps} steps in {result.seconds:.0f} s, validation {metrics}")

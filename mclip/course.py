@@ -146,7 +146,7 @@ def summarise(folder: Path, profile: str, seconds: float, timings: list[dict[str
     """Collect ``folder``/results into ``folder``/summary.json, and return it.
 
     Parameter counts come from records of the task "parameters", whose metrics are {model: {part: count}};
-    scores in percent with their 95 % interval from those of the task "zero-shot". Where two records speak of
+    scores in percent with their 95 % interval from those of the task "zero_shot". Where two records speak of
     the same, the one whose file name comes last counts. Raises :class:`ConfigError` naming a file that is no
     such record.
     """
@@ -158,7 +158,7 @@ def summarise(folder: Path, profile: str, seconds: float, timings: list[dict[str
             if record["task"] == "parameters":
                 for model, parts in record["metrics"].items():
                     counts.setdefault(model, {}).update(parts)
-            if record["task"] == "zero-shot":
+            if record["task"] == "zero_shot" and "error" not in record:
                 top1 = record["metrics"]["top1"]
                 score = {"top1": top1["value"], "low": top1["low"], "high": top1["high"], "n": record["n"]}
                 scores.setdefault(record["dataset"], {})[record["model"]["name"]] = score

@@ -2,7 +2,8 @@
 
 A signed distance function (SDF) gives each point its distance to a shape's outline, negative inside. One
 function a shape is all that a renderer needs: coverage with smooth edges, outlines and shadows follow from the
-distance, at any resolution. The formulas are Inigo Quilez's 2D distance functions (iquilezles.org/articles/distfunctions2d).
+distance, at any resolution. The formulas are Inigo Quilez's
+2D distance functions (iquilezles.org/articles/distfunctions2d).
 
 Coordinates: a picture spans [0, 1] x [0, 1], y downwards; a shape lives in its own frame of radius about 1.
 """
@@ -53,6 +54,7 @@ def _drop(x: Array, y: Array) -> Array:
     return np.minimum(body, _polygon(x, y, [(0, -1.0), (0.52, 0.05), (-0.52, 0.05)]))
 
 
+ARROW_HEAD = [(1.0, 0.0), (0.1, -0.75), (0.1, 0.75)]
 SHAPES: dict[str, Callable[[Array, Array], Array]] = {
     "circle": lambda x, y: np.hypot(x, y) - 0.88,
     "square": lambda x, y: _box(x, y, 0.76, 0.76),
@@ -63,7 +65,7 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
     "cross": lambda x, y: np.minimum(_box(x, y, 0.92, 0.3), _box(x, y, 0.3, 0.92)),
     "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.68) - 0.22,
     "moon": lambda x, y: np.maximum(np.hypot(x, y) - 0.95, 0.75 - np.hypot(x - 0.5, y + 0.1)),
-    "arrow": lambda x, y: np.minimum(_box(x + 0.4, y, 0.55, 0.22), _polygon(x, y, [(1.0, 0), (0.1, -0.75), (0.1, 0.75)])),
+    "arrow": lambda x, y: np.minimum(_box(x + 0.4, y, 0.55, 0.22), _polygon(x, y, ARROW_HEAD)),
     "drop": _drop,
     "flower": lambda x, y: 0.8 * (np.hypot(x, y) - 0.72 - 0.24 * np.cos(6 * np.arctan2(y, x))),
 }  # fmt: skip

@@ -52,9 +52,13 @@ class Distillation(Contrastive):
         super().__init__(config)
         self.teacher_logit_scale = teacher_logit_scale
         if config.feature_weight:
-            self.image_aligner, self.text_aligner = (losses.Aligner(w, teacher_width, config.aligner) for w in widths)
-        require(config.icl_weight == 0 or config.feature_source == "penultimate" or widths == (teacher_width,) * 2, "icl_weight",
-                config.icl_weight, f"the student's embedding {widths} must be as wide as the teacher's {teacher_width}")  # fmt: skip
+            self.image_aligner, self.text_aligner = (_aligner(width, teacher_width, config.aligner) for width in widths)
+        require(
+            config.icl_weight == 0 or config.feature_source == "penultimate" or widths == (teacher_width,) * 2,
+            "icl_weight",
+            config.icl_weight,
+            f"the student's embedding {widths} must be as wide as the teacher's {teacher_width}",
+        )
 
     def student_tensors(self, output: Output) -> list[Tensor]:
         """The embeddings, and the penultimate features where feature distillation reads them."""
@@ -65,16 +69,25 @@ class Distillation(Contrastive):
 
     def _feature(self, output: Output, batch: Batch, temperature: float) -> Tensor:
         source = {"embedding": "features", "penultimate": "penultimate"}[self.config.feature_source]
-        image, text = (aligner(output[f"{modality}_{source}"]) for modality, aligner in
-                       (("image", self.image_aligner), ("text", self.text_aligner)))  # fmt: skip
+        image, text = (
+            aligner(output[f"{modality}_{source}"])
+            for modality, aligner in (("image", self.image_aligner), ("text", self.text_aligner))
+        )
         if self.config.feature_form == "mse":
             image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
         form = self.config.feature_form
         return losses.feature(image, batch.teacher_image, form) + losses.feature(text, batch.teacher_text, form)
 
     def _response(self, output: Output, batch: Batch, temperature: float) -> Tensor:
-        return losses.response(output["image_features"], output["text_features"], batch.teacher_image, batch.teacher_text,
-                               output["logit_scale"], self.teacher_logit_scale, temperature)  # fmt: skip
+        return losses.response(
+            output["image_features"],
+            output["text_features"],
+            batch.teacher_image,
+            batch.teacher_text,
+            output["logit_scale"],
+            self.teacher_logit_scale,
+            temperature,
+        )
 
     def _similarity(self, output: Output, batch: Batch, temperature: float) -> Tensor:
         return losses.similarity(
@@ -82,5 +95,15 @@ class Distillation(Contrastive):
         )
 
     def _icl(self, output: Output, batch: Batch, temperature: float) -> Tensor:
-        return losses.icl(output["image_features"], output["text_features"], batch.teacher_image, batch.teacher_text,
-                          output["logit_scale"])  # fmt: skip
+        return losses.icl(
+            output["image_features"],
+            output["text_features"],
+            batch.teacher_image,
+            batch.teacher_text,
+            output["logit_scale"],
+        )
+
+
+def _aligner(width: int, teacher_width: int, kind: str) -> losses.Aligner:
+    chosen = ("identity" if width == teacher_width else "mlp") if kind == "auto" else kind
+    return losses.Aligner(width, teacher_width, chosen)

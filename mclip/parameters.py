@@ -20,11 +20,11 @@ from .config import ConfigError, closest, from_mapping, require
 
 PROFILES = ("smoke", "cpu", "gpu")
 TYPES: dict[str, type] = {kind.__name__: kind for kind in (bool, int, float, str)}
-INPUTS = ("train_data_path", "val_data_path", "config_path", "auto_kd_config")
+INPUTS = ("train_data_path", "val_data_path", "auto_kd_config")
 """Paths that must exist, unless they are empty."""
 OUTPUTS = ("checkpoint_dir", "root_dir", "out_dir", "save_results")
 """Paths that a notebook may create."""
-NAMES_OR_PATHS = ("base_checkpoint", "model_checkpoint")
+NAMES_OR_PATHS = ("base_checkpoint", "model_checkpoint", "config_path", "teacher_model")
 """Either a path or the name of something that ships with the course."""
 OPTIONS = {"profile": "--profile", "out_dir": "--out"}
 """Parameters that the command line sets by an option of their own."""
@@ -32,7 +32,7 @@ OPTIONS = {"profile": "--profile", "out_dir": "--out"}
 Rule = tuple[Callable[[Any], bool], str]
 RANGES: dict[str, Rule] = {
     "data_size": (lambda share: 0 < share <= 1, "choose a share of the data in (0, 1]"),
-    "max_epochs": (lambda epochs: epochs >= 1, "use 1 or more"),
+    "max_epochs": (lambda epochs: epochs >= 0, "use 1 or more, or 0 for the number of the profile"),
     "profile": (lambda name: name in PROFILES, f"choose one of {', '.join(PROFILES)}"),
     "seed": (lambda seed: seed >= 0, "use 0 or more"),
 } | {name: (lambda path: not path or Path(path).exists(), "no such file or folder") for name in INPUTS}

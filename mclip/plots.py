@@ -18,10 +18,11 @@ from matplotlib.ticker import LogLocator, NullLocator
 from mclip.config import closest
 from mclip.files import DATA
 from mclip.metrics import over_seeds
-from mclip.results import ResultError, by_model, load_results
+from mclip.results import ResultError, load_results
 from mclip.style import LABELS, PALETTE, PHASES, TERMS, NotebookFigure, Table, figure, grouped_bars, styled
 from mclip.style import save_figure as save_figure
 from mclip.style import style as style
+from mclip.tables import by_model
 
 PUBLISHED = "Published by KLmobile / open_clip,\nnot measured here"
 Results = Sequence[Mapping[str, Any]] | str | Path

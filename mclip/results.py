@@ -23,7 +23,6 @@ from torch import nn
 from mclip import __version__
 from mclip.config import closest
 from mclip.files import atomic_path
-from mclip.metrics import over_seeds
 
 SCHEMA = 1
 PERCENT_TASKS = ("zero_shot", "retrieval")
@@ -238,38 +237,3 @@ def load_results(folder: str | Path) -> list[dict[str, Any]]:
             raise ResultError(f"{path}: {error}") from error
         records.append(record)
     return records
-
-
-def by_model(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list]]:
-    """``{dataset: {model: [record of each seed]}}`` of the zero-shot records; failures leave models out."""
-    groups: dict[str, dict[str, list]] = {}
-    for record in records:
-        if record["task"] != "zero_shot":
-            continue
-        dataset, model, seed = record["dataset"], record["model"]["name"], record["seed"]
-        models = groups.setdefault(dataset, {})
-        if "error" in record:
-            continue
-        group = models.setdefault(model, [])
-        remedy = f"{model} on {dataset} has two records with this seed; keep one"
-        _require(seed not in [other["seed"] for other in group], "seed", seed, remedy)
-        group.append(record)
-    return groups
-
-
-def zero_shot_table(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """``{dataset: {model: {"top1", "low", "high", "n"}}}`` in percent, over seeds as :func:`over_seeds` does.
-
-    A failed measurement has no entry: it is not a zero.
-    """
-    table: dict[str, dict[str, dict[str, Any]]] = {}
-    for dataset, models in by_model(records).items():
-        for model, group in models.items():
-            top1 = over_seeds([record["metrics"]["top1"] for record in group])
-            table.setdefault(dataset, {})[model] = {
-                "top1": top1["value"],
-                "low": top1["low"],
-                "high": top1["high"],
-                "n": group[0]["n"],
-            }
-    return table

@@ -1,4 +1,4 @@
-"""The runs of the course, each one function: base, distillation, the plain CLIP, the teacher, and the evaluation of all.
+"""The runs of the course, each one function: students, plain CLIP and teacher, and the evaluation of all.
 
 Notebooks and the command line call the same functions, so that equal settings give equal weights.
 """
@@ -52,10 +52,17 @@ class Profile:
 
 PROFILES = {
     "smoke": Profile(pictures=256, max_epochs=1, batch_size=64, test_pictures=128),
-    "cpu": Profile(pictures=10_000, max_epochs=10, batch_size=128, test_pictures=2000),
-    "gpu": Profile(pictures=100_000, max_epochs=30, batch_size=512, test_pictures=5000, preset="mobile-256",
-                   teacher="ViT-B-32", teacher_pretrained="openai"),
-}  # fmt: skip
+    "cpu": Profile(pictures=10_000, max_epochs=6, batch_size=128, test_pictures=2000),
+    "gpu": Profile(
+        pictures=100_000,
+        max_epochs=30,
+        batch_size=512,
+        test_pictures=5000,
+        preset="mobile-256",
+        teacher="ViT-B-32",
+        teacher_pretrained="openai",
+    ),
+}
 
 
 def get_profile(name: str) -> Profile:
@@ -74,9 +81,16 @@ def get_model_config(name_or_path: str) -> ModelConfig:
 
 
 def load_data(
-    profile: str, image_size: int, *, train_data_path: str = "", val_data_path: str = "", data_size: float = 1.0,
-    noise: float = 0.0, seed: int = 0, progress: bool = True,
-) -> tuple[Pairs, Pairs]:  # fmt: skip
+    profile: str,
+    image_size: int,
+    *,
+    train_data_path: str = "",
+    val_data_path: str = "",
+    data_size: float = 1.0,
+    noise: float = 0.0,
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[Pairs, Pairs]:
     """Training and validation pairs: scenes of the profile's size where a path is empty."""
     size = get_profile(profile).pictures
     train_scenes = SceneConfig(size, image_size, "train", noise=noise)
@@ -107,10 +121,19 @@ def retrieval_validation(tokenizer: Any, pairs: Pairs, limit: int = 1000) -> Cal
 
 
 def train_student(
-    config: ModelConfig, training: Pairs, validation: Pairs, settings: TrainConfig, out_dir: str | Path, *,
-    distill: DistillConfig = BASE, teacher_model: str = SHIPPED, teacher_pretrained: str | None = None,
-    base_checkpoint: str = "", resume: bool = True, on_record: Callable[[Record], None] | None = None,
-) -> TrainResult:  # fmt: skip
+    config: ModelConfig,
+    training: Pairs,
+    validation: Pairs,
+    settings: TrainConfig,
+    out_dir: str | Path,
+    *,
+    distill: DistillConfig = BASE,
+    teacher_model: str = SHIPPED,
+    teacher_pretrained: str | None = None,
+    base_checkpoint: str = "",
+    resume: bool = True,
+    on_record: Callable[[Record], None] | None = None,
+) -> TrainResult:
     """Train a student from scratch (or from ``base_checkpoint``); ``distill`` decides whether there is a teacher.
 
     The model folder is ``out_dir/model``; log and checkpoints lie beside it.
@@ -127,16 +150,30 @@ def train_student(
     batches = BatchSource(
         training, model.tokenizer, student_prepare(config), settings.batch_size, settings.seed, targets
     )
-    result = train(model, batches, settings, objective=objective, out_dir=out_dir, resume=resume, on_record=on_record,
-                   validate=retrieval_validation(model.tokenizer, validation))  # fmt: skip
+    result = train(
+        model,
+        batches,
+        settings,
+        objective=objective,
+        out_dir=out_dir,
+        resume=resume,
+        on_record=on_record,
+        validate=retrieval_validation(model.tokenizer, validation),
+    )
     model.save_pretrained(Path(out_dir) / "model")
     return result
 
 
 def train_open_clip(
-    config: dict[str, Any], training: Pairs, validation: Pairs, settings: TrainConfig, out_dir: str | Path, *,
-    resume: bool = True, on_record: Callable[[Record], None] | None = None,
-) -> TrainResult:  # fmt: skip
+    config: dict[str, Any],
+    training: Pairs,
+    validation: Pairs,
+    settings: TrainConfig,
+    out_dir: str | Path,
+    *,
+    resume: bool = True,
+    on_record: Callable[[Record], None] | None = None,
+) -> TrainResult:
     """Train an open_clip model from scratch with the contrastive loss: the plain CLIP, or a teacher.
 
     ``config`` is an open_clip configuration such as ``TEACHER_CONFIG``. The model folder, in open_clip's own
@@ -147,8 +184,16 @@ def train_open_clip(
     model, tokenizer = load_open_clip(str(folder))
     prepare = load_teacher(str(folder)).prepare
     batches = BatchSource(training, tokenizer, prepare, settings.batch_size, settings.seed, trim=False)
-    result = train(model, batches, settings, objective=Contrastive(BASE), out_dir=out_dir, resume=resume,
-                   on_record=on_record, validate=retrieval_validation(tokenizer, validation))  # fmt: skip
+    result = train(
+        model,
+        batches,
+        settings,
+        objective=Contrastive(BASE),
+        out_dir=out_dir,
+        resume=resume,
+        on_record=on_record,
+        validate=retrieval_validation(tokenizer, validation),
+    )
     save_weights(result.model, folder)
     return result
 
@@ -172,9 +217,14 @@ def load_model(name: str | Path) -> tuple[nn.Module, Any]:
 
 
 def evaluate_all(
-    models: dict[str, tuple[nn.Module, Any]], *, profile: str = "cpu", image_size: int = 64, seed: int = 0,
-    save_results: str | Path | None = None, relation: bool = True,
-) -> list[dict[str, Any]]:  # fmt: skip
+    models: dict[str, tuple[nn.Module, Any]],
+    *,
+    profile: str = "cpu",
+    image_size: int = 64,
+    seed: int = 0,
+    save_results: str | Path | None = None,
+    relation: bool = True,
+) -> list[dict[str, Any]]:
     """Results records of every model, given as name: (model, tokenizer), on every zero-shot set of scenes."""
     count = get_profile(profile).test_pictures
     records = []

@@ -94,5 +94,14 @@ def evaluate_relation(
     hits = ((images * true).sum(1) > (images * false).sum(1)).numpy()
     value, low, high = (100 * v for v in bootstrap_interval(hits, seed))
     metrics = {"top1": {"value": value, "low": low, "high": high}, "chance": 50.0, "n": count}
-    return make_result("zero_shot", RELATION, "test", count, describe_model(name, model), metrics, seed=seed,
-                       seconds=time.perf_counter() - start, device=device_of(model))  # fmt: skip
+    return make_result(
+        "zero_shot",
+        RELATION,
+        "test",
+        count,
+        describe_model(name, model),
+        metrics,
+        seed=seed,
+        seconds=time.perf_counter() - start,
+        device=device_of(model),
+    )

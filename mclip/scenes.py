@@ -18,36 +18,22 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from .captions import BACKGROUND_NAMES as BACKGROUND_NAMES
+from .captions import BACKGROUND_PHRASES as BACKGROUND_PHRASES
+from .captions import COLOUR_NAMES as COLOUR_NAMES
+from .captions import COLOUR_WORDS as COLOUR_WORDS
+from .captions import RELATIONS as RELATIONS
+from .captions import SHAPE_NAMES as SHAPE_NAMES
+from .captions import SHAPE_WORDS as SHAPE_WORDS
+from .captions import Table, write_captions
 from .config import closest, require
 from .drawing import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, draw_backgrounds, draw_clutter, draw_objects
 from .files import atomic_folder, cache_dir, content_key, write_json
 
-DRAWING_VERSION = 3
+DRAWING_VERSION = 4
 SPLITS = ("train", "val", "test", "teacher")
-SHAPE_NAMES, COLOUR_NAMES, BACKGROUND_NAMES = tuple(SHAPES), tuple(COLOURS), tuple(BACKGROUNDS)
-RELATIONS = ("to the left of", "to the right of", "above", "below")
 HELD_OUT = frozenset((shape, (3 * shape + 1) % len(COLOURS)) for shape in range(len(SHAPES)))
 """(shape, colour) pairs that no training picture or caption holds: one colour of each shape."""
-
-SHAPE_WORDS = {"circle": ("disc", "round shape"), "square": ("box",), "star": ("five-pointed star",), "cross": ("plus sign",),
-               "ring": ("hoop",), "moon": ("crescent",), "drop": ("teardrop",), "flower": ("blossom",)}  # fmt: skip
-COLOUR_WORDS = {"red": ("crimson", "scarlet"), "yellow": ("golden",), "blue": ("navy",), "purple": ("violet",),
-                "pink": ("rosy",), "black": ("dark",), "green": ("emerald",), "brown": ("chocolate",)}  # fmt: skip
-TEXTURE_WORDS = {"striped": ("stripy",), "dotted": ("spotted",), "checkered": ("chequered",)}
-BACKGROUND_PHRASES = {
-    "grass": ("on grass", "in the grass", "on a lawn"), "sand": ("on sand", "on the beach"),
-    "water": ("on water", "in the sea"), "snow": ("on snow", "in the snow"), "bricks": ("on bricks", "on a brick wall"),
-    "wood": ("on wood", "on a wooden table"), "paper": ("on paper", "on a white page"),
-    "night sky": ("in the night sky", "among the stars at night"),
-}  # fmt: skip
-ONE_OBJECT = ("{a} {where}", "a picture of {a} {where}", "{a} {where}, seen from above", "there is {a} {where}", "{a}")
-TWO_OBJECTS = (
-    "{a} {relation} {b} {where}",
-    "{a} {relation} {b}",
-    "a picture of {a} {relation} {b}",
-    "{a} and {b} {where}",
-)
-Table = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -120,8 +106,8 @@ def sample_table(config: SceneConfig) -> Table:
     two = rng.uniform(size=count) < config.two_objects
     relation = rng.integers(len(RELATIONS), size=count)
     large = rng.uniform(size=(count, 2)) < 0.5
-    radius = np.where(large, rng.uniform(0.27, 0.36, (count, 2)), rng.uniform(0.16, 0.22, (count, 2)))
-    radius = np.where(two[:, None], 0.17 + 0.3 * (radius - 0.16), radius)
+    radius = np.where(large, rng.uniform(0.32, 0.4, (count, 2)), rng.uniform(0.22, 0.27, (count, 2)))
+    radius = np.where(two[:, None], 0.18 + 0.25 * (radius - 0.22), radius)
     place = rng.uniform(0, 1, (count, 2, 2)) * (1 - 2.2 * radius[..., None]) + 1.1 * radius[..., None]
     # Two objects stand on opposite sides along the relation's axis, with a little play along the other.
     along = np.stack([rng.uniform(0.24, 0.3, count), rng.uniform(0.7, 0.76, count)], 1)
@@ -132,11 +118,18 @@ def sample_table(config: SceneConfig) -> Table:
     place = np.where(two[:, None, None], apart, place)
     shape = np.where(np.stack([np.ones(count, bool), two], 1), chosen[..., 0], -1)
     return {
-        "background": rng.integers(len(BACKGROUNDS), size=count), "relation": np.where(two, relation, -1),
-        "shape": shape, "colour": chosen[..., 1], "texture": rng.integers(len(TEXTURES), size=(count, 2)),
-        "large": large, "cx": place[..., 0], "cy": place[..., 1], "radius": radius,
-        "angle": rng.uniform(-0.5, 0.5, (count, 2)), "light": rng.uniform(0.82, 1.08, count),
-    }  # fmt: skip
+        "background": rng.integers(len(BACKGROUNDS), size=count),
+        "relation": np.where(two, relation, -1),
+        "shape": shape,
+        "colour": chosen[..., 1],
+        "texture": rng.integers(len(TEXTURES), size=(count, 2)),
+        "large": large,
+        "cx": place[..., 0],
+        "cy": place[..., 1],
+        "radius": radius,
+        "angle": rng.uniform(-0.3, 0.3, (count, 2)),
+        "light": rng.uniform(0.82, 1.08, count),
+    }
 
 
 def draw_table(table: Table, image_size: int, rng: np.random.Generator) -> np.ndarray:
@@ -157,58 +150,9 @@ def draw_table(table: Table, image_size: int, rng: np.random.Generator) -> np.nd
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(0, 3, 1, 2)
 
 
-def _word(rng: np.random.Generator, name: str, others: dict[str, tuple[str, ...]], share: float) -> str:
-    options = others.get(name, ())
-    return options[rng.integers(len(options))] if options and rng.uniform() < share else name
-
-
-def _noun_phrase(
-    rng: np.random.Generator, table: Table, row: int, slot: int, keep: dict[str, float], other: float
-) -> str:
-    """One object in words, such as "a small striped red star"; ``keep`` gives each attribute's chance of being named."""
-    named = {key: rng.uniform() < share for key, share in keep.items()}
-    words = []
-    if named["size"]:
-        words.append(("small", "large")[int(table["large"][row, slot])])
-    if named["texture"]:
-        words.append(_word(rng, TEXTURES[table["texture"][row, slot]], TEXTURE_WORDS, other))
-    if named["colour"]:
-        words.append(_word(rng, COLOUR_NAMES[table["colour"][row, slot]], COLOUR_WORDS, other))
-    shape = _word(rng, SHAPE_NAMES[table["shape"][row, slot]], SHAPE_WORDS, other)
-    words.append(shape if named["shape"] else ("shape", "thing", "object")[rng.integers(3)])
-    return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
-
-
-CAPTION_STYLES: dict[str, tuple[dict[str, float], float, float]] = {
-    "human": ({"size": 0.25, "texture": 0.35, "colour": 0.75, "shape": 0.6}, 0.25, 0.5),
-    "clean": ({"size": 0.2, "texture": 0.5, "colour": 0.65, "shape": 1.0}, 0.2, 0.4),
-}
-"""Of each style: the chance that an attribute is named, that a paraphrase is used, that the background is named."""
-
-
-def write_captions(config: SceneConfig, table: Table) -> list[list[str]]:
-    """Five captions a picture; a share ``config.noise`` of them is taken from other pictures."""
-    rng = _generator(config, 1)
-    keep, other, where_share = CAPTION_STYLES[config.captions]
-    captions = []
-    for row in range(config.size):
-        lines = []
-        for _ in range(5):
-            phrases = BACKGROUND_PHRASES[BACKGROUND_NAMES[table["background"][row]]]
-            where = phrases[rng.integers(len(phrases))] if rng.uniform() < where_share else ""
-            two = table["relation"][row] >= 0
-            template = (TWO_OBJECTS if two else ONE_OBJECT)[rng.integers(4 if two else 5)]
-            line = template.format(
-                a=_noun_phrase(rng, table, row, 0, keep, other), where=where,
-                b=_noun_phrase(rng, table, row, 1, keep, other) if two else "",
-                relation=RELATIONS[table["relation"][row]] if two else "")  # fmt: skip
-            lines.append(" ".join(line.split()).replace(" ,", ","))
-        captions.append(lines)
-    wrong = rng.uniform(size=(config.size, 5)) < config.noise
-    donors = (np.arange(config.size)[:, None] + rng.integers(1, max(2, config.size), (config.size, 5))) % config.size
-    return [
-        [captions[donors[i, j]][j] if wrong[i, j] else captions[i][j] for j in range(5)] for i in range(config.size)
-    ]
+def captions_of(config: SceneConfig, table: Table) -> list[list[str]]:
+    """The captions of ``table`` that ``config`` asks for, five a picture."""
+    return write_captions(table, config.captions, config.noise, _generator(config, 1))
 
 
 def _draw_all(config: SceneConfig, table: Table, progress: bool, chunk: int = 250) -> np.ndarray:
@@ -243,7 +187,7 @@ def make_scenes(config: SceneConfig, progress: bool = True) -> Scenes:
         with atomic_folder(folder) as temporary:
             np.save(temporary / "images.npy", _draw_all(config, table, progress))
             np.savez(temporary / "table.npz", **table)
-            (temporary / "captions.json").write_text(json.dumps(write_captions(config, table)), encoding="utf-8")
+            (temporary / "captions.json").write_text(json.dumps(captions_of(config, table)), encoding="utf-8")
     with np.load(folder / "table.npz", allow_pickle=False) as stored:
         table = dict(stored)
     captions = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
@@ -251,7 +195,7 @@ def make_scenes(config: SceneConfig, progress: bool = True) -> Scenes:
 
 
 def export_scenes(scenes: Scenes, folder: str | Path, quality: int = 95) -> None:
-    """Write JPEGs, ``captions.csv`` (file_name,image_path,caption) and ``captions.json`` (COCO Captions) to ``folder``."""
+    """Write JPEGs, ``captions.csv`` (file_name,image_path,caption) and ``captions.json`` (COCO Captions)."""
     folder = Path(folder)
     with atomic_folder(folder) as temporary:
         (temporary / "images").mkdir()

@@ -7,7 +7,6 @@ of that kind; any other name is an open_clip architecture, with ``pretrained`` a
 from __future__ import annotations
 
 import gzip
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import closest
-from .data import Pairs, Targets, decode_images, normalise
+from .data import Pairs, Targets, normalise
 from .files import DATA, atomic_folder, atomic_path, cache_dir, content_key, write_json
+from .readers import decode_images
 from .results import weights_sha256
 
 SHIPPED = "scenes"
@@ -87,9 +87,9 @@ def small_clip_config(vision: dict[str, Any], embed_dim: int = 256, image_size: 
     return {"model_cfg": model, "preprocess_cfg": preprocess}
 
 
-TEACHER_CONFIG = small_clip_config({"timm_model_name": "regnetx_002", "timm_pool": "avg", "timm_proj": "linear"})
-"""The teacher that ships: a RegNetX-200MF image tower (Radosavovic et al. 2020, through timm)."""
-PLAIN_CLIP_CONFIG = small_clip_config({"layers": 6, "width": 192, "head_width": 64, "patch_size": 8})
+TEACHER_CONFIG = small_clip_config({"timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear"})
+"""The teacher that ships: a ten-layer ResNet image tower (timm)."""
+PLAIN_CLIP_CONFIG = small_clip_config({"layers": 4, "width": 128, "head_width": 32, "patch_size": 16})
 """The plain CLIP of the comparison: a small Vision Transformer."""
 
 
@@ -99,7 +99,9 @@ def write_untrained(folder: str | Path, config: dict[str, Any], seed: int = 0) -
     The merges are the first 4,096 of CLIP's own, so that the token embedding is small.
     """
     with atomic_folder(folder) as temporary:
-        lines = gzip.open(default_bpe()).read().decode("utf-8").split("\n")[: SMALL_VOCABULARY_MERGES + 1]
+        lines = (
+            gzip.decompress(Path(default_bpe()).read_bytes()).decode("utf-8").split("\n")[: SMALL_VOCABULARY_MERGES + 1]
+        )
         with gzip.GzipFile(temporary / MERGES_FILE, "wb", mtime=0) as handle:
             handle.write("\n".join(lines).encode("utf-8"))
         torch.manual_seed(seed)
@@ -115,7 +117,7 @@ def save_weights(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_open_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Callable[[Sequence[str]], Tensor]]:
-    """An open_clip model and its tokenizer; ``forward`` of the model returns a dict. See the module's text for names."""
+    """An open_clip model, whose ``forward`` returns a dict, and its tokenizer; names as in the module's text."""
     folder = DATA / "teacher" if name == SHIPPED else Path(name)
     if (folder / CONFIG_FILE).is_file():
         merges = {"bpe_path": str(folder / MERGES_FILE)} if (folder / MERGES_FILE).is_file() else {}
@@ -143,8 +145,10 @@ def load_open_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module,
     try:
         return open_clip.create_model(name, pretrained=pretrained, output_dict=True), open_clip.get_tokenizer(name)
     except (OSError, RuntimeError, ValueError) as error:
-        raise TeacherError(f"the weights {pretrained!r} of {name} could not be had ({error}). Download them elsewhere and give "
-                           "the file's path as teacher_pretrained, or use teacher='scenes'.") from error  # fmt: skip
+        raise TeacherError(
+            f"the weights {pretrained!r} of {name} could not be had ({error}). Download them elsewhere and give "
+            "the file's path as teacher_pretrained, or use teacher='scenes'."
+        ) from error
 
 
 def load_teacher(name: str = SHIPPED, pretrained: str | None = None, device: str | torch.device = "cpu") -> Teacher:
@@ -168,8 +172,15 @@ def load_teacher(name: str = SHIPPED, pretrained: str | None = None, device: str
     )
 
 
-def _embed(teacher: Teacher, encode: Callable[..., Tensor], inputs: Callable[[int, int], Tensor], count: int, label: str,
-           progress: bool, size: int = 256) -> np.ndarray:  # fmt: skip
+def _embed(
+    teacher: Teacher,
+    encode: Callable[..., Tensor],
+    inputs: Callable[[int, int], Tensor],
+    count: int,
+    label: str,
+    progress: bool,
+    size: int = 256,
+) -> np.ndarray:
     """``count`` normalised embeddings in fp16; ``inputs(start, stop)`` prepares a batch."""
     device = next(teacher.model.parameters()).device
     teacher.model.eval()
@@ -206,12 +217,19 @@ def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True) -> Ta
         )
         with atomic_folder(folder) as temporary:
             np.save(temporary / "texts.npy", unique[[place[text] for text in captions]])
-            np.save(temporary / "images.npy", _embed(
-                teacher, teacher.model.encode_image, lambda a, b: teacher.prepare(torch.from_numpy(np.ascontiguousarray(images[a:b]))),
-                len(images), "pictures", progress))  # fmt: skip
-    stored = Targets(
-        np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "texts.npy", mmap_mode="r"), teacher.logit_scale
-    )
+            np.save(
+                temporary / "images.npy",
+                _embed(
+                    teacher,
+                    teacher.model.encode_image,
+                    lambda a, b: teacher.prepare(torch.from_numpy(np.ascontiguousarray(images[a:b]))),
+                    len(images),
+                    "pictures",
+                    progress,
+                ),
+            )
+    images, texts = (np.load(folder / f"{kind}.npy", mmap_mode="r") for kind in ("images", "texts"))
+    stored = Targets(images, texts, teacher.logit_scale)
     check_targets(stored)
     return stored
 
@@ -220,16 +238,13 @@ def check_targets(targets: Targets) -> None:
     """TeacherError unless the text targets differ from caption to caption."""
     sample = torch.from_numpy(targets.texts[:: max(1, len(targets.texts) // 512)].astype(np.float32))
     if len(sample) > 1 and (sample - sample[0]).abs().max() < 1e-3:
-        raise TeacherError("the teacher's embeddings of all captions are equal, so they hold nothing to distil: "
-                           "it must be given the captions of the data, not one constant text.")  # fmt: skip
+        raise TeacherError(
+            "the teacher's embeddings of all captions are equal, so they hold nothing to distil: "
+            "it must be given the captions of the data, not one constant text."
+        )
 
 
 def copy_model(source: str | Path, destination: str | Path) -> None:
     """Copy a model folder, whole or not at all."""
     with atomic_folder(destination) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
-
-
-def read_model_config(folder: str | Path) -> dict[str, Any]:
-    """The open_clip configuration of a model folder."""
-    return json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))

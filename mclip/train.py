@@ -82,26 +82,32 @@ def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def train(
-    model: nn.Module, batches: BatchSource, config: TrainConfig, *, objective: Contrastive, out_dir: str | Path,
-    validate: Callable[[nn.Module], dict[str, float]] | None = None, resume: bool = True,
+    model: nn.Module,
+    batches: BatchSource,
+    config: TrainConfig,
+    *,
+    objective: Contrastive,
+    out_dir: str | Path,
+    validate: Callable[[nn.Module], dict[str, float]] | None = None,
+    resume: bool = True,
     on_record: Callable[[Record], None] | None = None,
-) -> TrainResult:  # fmt: skip
+) -> TrainResult:
     """Train ``model`` on ``batches`` with the terms of ``objective``; write log and checkpoints to ``out_dir``.
 
     Args:
         model: anything whose ``forward(images, tokens)`` returns open_clip's dict of features and scale.
         validate: from the model to metrics in percent; higher ``r1`` is better. Called every
             ``validate_every`` epochs; it drives the balancers and early stopping.
-        resume: go on from the newest checkpoint of the same settings in ``out_dir``; a finished run is returned at once.
+        resume: go on from the newest checkpoint in ``out_dir``; a finished run is returned at once.
         on_record: called with each record of the log, for live curves.
 
     Raises:
-        TrainError: a term is not finite. ConfigError: the checkpoint has other settings. OSError: ``out_dir`` cannot be written.
+        TrainError: a term is not finite. ConfigError: the checkpoint has other settings. OSError: no writing there.
     """
     distill = objective.config
     fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
     seed_everything(config.seed, verbose=False)
-    step_module = _Step(model, objective, distill)
+    step_module = _Step(model.to(memory_format=torch.channels_last), objective, distill)
     optimizer = make_optimizer(step_module, config)
     average = (
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
@@ -118,8 +124,15 @@ def train(
     )
     total = per_epoch * config.max_epochs
     schedule = Schedule(distill, total)
-    store = Checkpoints(out_dir, {"train": dataclasses.asdict(config), "distill": dataclasses.asdict(distill),
-                                  "data": batches.pairs.key, "steps": total})  # fmt: skip
+    store = Checkpoints(
+        out_dir,
+        {
+            "train": dataclasses.asdict(config),
+            "distill": dataclasses.asdict(distill),
+            "data": batches.pairs.key,
+            "steps": total,
+        },
+    )
     parts = {"step_module": step_module, "optimizer": optimizer} | ({"average": average} if average else {})
     state = {"epoch": 0, "best": -math.inf, "stale": 0, "finished": False}
     log = store.restore(parts, state) if resume else store.clear()
@@ -176,9 +189,15 @@ def _groups(fabric: Fabric, batches: BatchSource, epoch: int, size: int, count: 
 
 
 def _step(
-    fabric: Fabric, runner: nn.Module, optimizer: Any, group: list[Batch], schedule: Schedule, step: int,
-    config: TrainConfig, store: Checkpoints,
-) -> Record:  # fmt: skip
+    fabric: Fabric,
+    runner: nn.Module,
+    optimizer: Any,
+    group: list[Batch],
+    schedule: Schedule,
+    step: int,
+    config: TrainConfig,
+    store: Checkpoints,
+) -> Record:
     """One optimiser step over a group of batches; the record of its terms, weights and temperature."""
     runner.train()
     active, temperature = schedule.active(step), schedule.temperature(step)
@@ -189,19 +208,30 @@ def _step(
         values = {name: term.item() for name, term in terms.items()}
         for name, value in values.items():
             if not math.isfinite(value):
-                raise TrainError(f"step {step}: the term {name!r} is {value}; lower learning_rate={config.learning_rate}. "
-                                 f"{store.describe_last()}")  # fmt: skip
+                raise TrainError(
+                    f"step {step}: the term {name!r} is {value}; lower learning_rate={config.learning_rate}. "
+                    f"{store.describe_last()}"
+                )
             sums[name] += value / len(group)
         fabric.backward(loss / len(group))
         total += loss.item() / len(group)
     norm = fabric.clip_gradients(runner, optimizer, max_norm=config.clip_grad_norm, error_if_nonfinite=False)
     if not torch.isfinite(norm):
-        raise TrainError(f"step {step}: the gradient of {' + '.join(active)} is not finite; lower "
-                         f"learning_rate={config.learning_rate}. {store.describe_last()}")  # fmt: skip
+        raise TrainError(
+            f"step {step}: the gradient of {' + '.join(active)} is not finite; lower "
+            f"learning_rate={config.learning_rate}. {store.describe_last()}"
+        )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {"step": step, "phase": schedule.phase(step), "temperature": temperature, "loss": total, "terms": sums,
-            "weights": weights, "strategy": runner.balancer.strategy}  # fmt: skip
+    return {
+        "step": step,
+        "phase": schedule.phase(step),
+        "temperature": temperature,
+        "loss": total,
+        "terms": sums,
+        "weights": weights,
+        "strategy": runner.balancer.strategy,
+    }
 
 
 def _observe(

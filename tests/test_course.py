@@ -47,7 +47,7 @@ def write_result(name: str, record: dict) -> str:
 
 def zero_shot(model: str, top1: float) -> dict:
     metrics = {"top1": {"value": top1, "low": top1 - 2, "high": top1 + 2}}
-    return {"task": "zero-shot", "dataset": "shape", "model": {"name": model}, "metrics": metrics, "n": 200}
+    return {"task": "zero_shot", "dataset": "shape", "model": {"name": model}, "metrics": metrics, "n": 200}
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_interrupt_exits_130(notebooks, tmp_path):
     (["-p", "max_epoch", "3"], ["max_epoch", "did you mean 'max_epochs'?"]),
     (["-p", "max_epochs", "ten"], ["max_epochs", "'ten'", "expected int"]),
     (["-p", "max_epochs", "2.5"], ["max_epochs", "expected int, got float"]),
-    (["-p", "max_epochs", "0"], ["max_epochs=0", "1 or more"]),
+    (["-p", "max_epochs", "-1"], ["max_epochs=-1", "1 or more"]),
     (["-p", "max_epochs", "[1"], ["max_epochs", "'[1'"]),
     (["-p", "data_size", "1e-3"], ["data_size", "1.0e-3"]),
     (["-p", "data_size", "0"], ["data_size=0.0", "(0, 1]"]),
@@ -217,7 +217,7 @@ def test_parameters_cell_holds_typed_lines_only(notebooks, line):
 
 def test_summary_names_a_file_that_is_no_record(tmp_path):
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "05.json").write_text('{"task": "zero-shot", "metrics": {}}')
+    (tmp_path / "results" / "05.json").write_text('{"task": "zero_shot", "metrics": {}}')
     with pytest.raises(ConfigError, match=r"05\.json: not a results record \(KeyError: 'top1'\)"):
         course.summarise(tmp_path, "cpu", 1.0, [])
 

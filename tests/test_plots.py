@@ -13,7 +13,8 @@ from matplotlib.text import Text
 
 from mclip import plots, style
 from mclip.files import DATA
-from mclip.results import ResultError, make_result, save_result, zero_shot_table
+from mclip.results import ResultError, make_result, save_result
+from mclip.tables import zero_shot_table
 
 SETS = {"shape": 12.5, "colour": 10.0, "relation": 50.0}
 VALUES = {"base": (30.0, 90.0, 49.0), "clip": (25.0, 85.5, 50.0), "kd": (80.0, 99.0, 51.0),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from mclip import results
+from mclip import results, tables
 from mclip.results import ResultError, load_results, make_result, save_result, validate_result, weights_sha256
 
 MODEL = {"name": "kd", "parameters": 10, "sha256": "0" * 64}
@@ -98,7 +98,7 @@ def test_defect_10_a_failure_is_never_a_zero(tmp_path):
     save_result(tmp_path / "c.json", record("pets", "base", value=7.0))
     loaded = load_results(tmp_path)
     assert "metrics" not in loaded[0]
-    table = results.zero_shot_table(loaded)
+    table = tables.zero_shot_table(loaded)
     assert set(table["pets"]) == {"base"}  # the failed model has no entry
 
 
@@ -138,11 +138,11 @@ def test_commit_is_null_outside_the_checkout(monkeypatch, tmp_path):
 
 
 def test_table_over_seeds_uses_students_interval():
-    table = results.zero_shot_table([record(seed=s, value=v) for s, v in enumerate((50.0, 53.0, 56.0))])
+    table = tables.zero_shot_table([record(seed=s, value=v) for s, v in enumerate((50.0, 53.0, 56.0))])
     entry = table["shape"]["kd"]
     half = 4.303 * 3 / math.sqrt(3)  # t quantile for 2 degrees of freedom, standard deviation 3
     assert entry == pytest.approx({"top1": 53.0, "low": 53 - half, "high": 53 + half, "n": 100})
-    single = results.zero_shot_table([record(value=50.0)])["shape"]["kd"]
+    single = tables.zero_shot_table([record(value=50.0)])["shape"]["kd"]
     assert single == {"top1": 50.0, "low": 49.0, "high": 51.0, "n": 100}
     with pytest.raises(ResultError, match="two records"):
-        results.zero_shot_table([record(), record()])
+        tables.zero_shot_table([record(), record()])

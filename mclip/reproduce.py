@@ -1,0 +1,125 @@
+"""The long run behind the committed results, and the figures drawn from them.
+
+Every part writes its results file as soon as it is done and finished trainings are not repeated, so an
+interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .config import PRESETS, DistillConfig, TrainConfig, require
+from .data import Pairs, load_pairs
+from .evaluate import evaluate_retrieval
+from .files import DATA
+from .plots import performance_comparison, training_curves
+from .results import load_results, save_result
+from .runs import BASE, evaluate_all, get_profile, load_data, load_model, train_open_clip, train_student
+from .style import save_figure
+from .teacher import PLAIN_CLIP_CONFIG, TEACHER_CONFIG, copy_model
+from .train import read_log
+
+RESULTS, FIGURES = DATA / "results", DATA.parent / "figures"
+
+
+def _students(
+    out: Path, seed: int, training: Pairs, validation: Pairs, settings: TrainConfig, teacher: str
+) -> dict[str, Path]:
+    """Train base, kd and clip with one seed on the same pairs for the same number of steps; their model folders."""
+    config, folders = PRESETS["course"], {name: out / f"{name}-{seed}" for name in ("base", "kd", "clip")}
+    train_student(config, training, validation, settings, folders["base"])
+    train_student(config, training, validation, settings, folders["kd"], distill=DistillConfig(), teacher_model=teacher)
+    train_open_clip(PLAIN_CLIP_CONFIG, training, validation, settings, folders["clip"])
+    return {name: folder / "model" for name, folder in folders.items()}
+
+
+def _ship(models: dict[str, Path]) -> None:
+    """Copy the models of the first seed to ``data/checkpoints``, students in fp16."""
+    for name, folder in models.items():
+        destination = DATA / "checkpoints" / name
+        if name == "clip":
+            copy_model(folder, destination)
+        else:
+            load_model(folder)[0].save_pretrained(destination, half=True)
+
+
+def reproduce(seeds: int = 3, out_dir: str = "runs/reproduce", profile: str = "cpu", first_seed: int = 0) -> None:
+    """Train base, kd and clip with several seeds, evaluate them and the teacher, and write ``data/``.
+
+    Args:
+        seeds: number of seeds.
+        out_dir: where runs and their checkpoints go.
+        profile: smoke, cpu or gpu.
+        first_seed: the first of the seeds.
+    """
+    require(seeds >= 1, "seeds", seeds, "use 1 or more")
+    defaults, out = get_profile(profile), Path(out_dir)
+    training, validation = load_data(profile, PRESETS["course"].image.image_size)
+    evaluate_all({"teacher": load_model("teacher")}, profile=profile, save_results=RESULTS / "teacher")
+    for seed in range(first_seed, first_seed + seeds):
+        settings = TrainConfig(max_epochs=defaults.max_epochs, batch_size=defaults.batch_size, seed=seed)
+        models = _students(out, seed, training, validation, settings, defaults.teacher)
+        loaded = {name: load_model(folder) for name, folder in models.items()}
+        evaluate_all(loaded, profile=profile, seed=seed, save_results=RESULTS / f"seed-{seed}")
+        if seed == first_seed:
+            _ship(models)
+            (RESULTS / "logs").mkdir(parents=True, exist_ok=True)
+            for name in ("base", "kd"):
+                log = (out / f"{name}-{seed}" / "log.jsonl").read_text(encoding="utf-8")
+                (RESULTS / "logs" / f"{name}.jsonl").write_text(log, encoding="utf-8")
+    figures()
+
+
+def figures() -> None:
+    """Draw the committed figures from ``data/results`` alone."""
+    save_figure(performance_comparison(scene_results()), FIGURES / "performance_comparison.png")
+    save_figure(training_curves(read_log(RESULTS / "logs" / "kd.jsonl")), FIGURES / "training_curves.png")
+
+
+def scene_results() -> list[dict[str, Any]]:
+    """The committed zero-shot records on scenes, of all seeds."""
+    folders = [RESULTS / "teacher", *sorted(RESULTS.glob("seed-*"))]
+    return [record for folder in folders if folder.is_dir() for record in load_results(folder)]
+
+
+def photographs(
+    train_data_path: str, val_data_path: str, data_size: float = 0.2, teacher_epochs: int = 12, max_epochs: int = 20,
+    batch_size: int = 64, seeds: int = 3, out_dir: str = "runs/photographs",
+) -> None:  # fmt: skip
+    """Base against kd on real captions: a teacher from all pairs, students from a share; retrieval on the rest.
+
+    Args:
+        train_data_path: a CSV or COCO Captions JSON file.
+        val_data_path: the same, of pictures that neither teacher nor student sees.
+        data_size: share of the pictures that the students see.
+        teacher_epochs: passes of the teacher over all pictures.
+        max_epochs: passes of the students over their share.
+        batch_size: pairs a step, of the students.
+        seeds: number of seeds.
+        out_dir: where runs and their checkpoints go.
+    """
+    out, size = Path(out_dir), PRESETS["course"].image.image_size
+    everything, validation = load_pairs(train_data_path, size), load_pairs(val_data_path, size)
+    settings = TrainConfig(max_epochs=teacher_epochs, batch_size=128, learning_rate=1.5e-3, weight_decay=0.1)
+    train_open_clip(TEACHER_CONFIG, everything, validation, settings, out / "teacher")
+    teacher = out / "teacher" / "model"
+    _save_retrieval("teacher", teacher, validation, 0)
+    for seed in range(seeds):
+        share = everything.fraction(data_size, seed)
+        settings = TrainConfig(max_epochs=max_epochs, batch_size=batch_size, seed=seed)
+        for name, distill in (("base", BASE), ("kd", DistillConfig())):
+            folder = out / f"{name}-{seed}"
+            train_student(
+                PRESETS["course"], share, validation, settings, folder, distill=distill, teacher_model=str(teacher)
+            )
+            _save_retrieval(name, folder / "model", validation, seed)
+
+
+def _save_retrieval(name: str, folder: Path, validation: Pairs, seed: int) -> None:
+    model, tokenizer = load_model(folder)
+    record = evaluate_retrieval(model, tokenizer, validation, name, seed=seed)
+    save_result(RESULTS / "photographs" / f"retrieval_{name}-{seed}.json", record)
+    both = {way: {k: round(v["value"], 1) for k, v in recalls.items()} for way, recalls in record["metrics"].items()}
+    print(f"{name} seed {seed}: {json.dumps(both)}")

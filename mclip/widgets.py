@@ -1,0 +1,108 @@
+"""Try prompts on pictures: a text box and a picture chooser beside a bar chart of the model's answer.
+
+What the widget does lives in plain functions, which are tested without a browser. A mistake in the prompts is
+shown as a sentence; any other error appears with its traceback under the chart, because Jupyter drops what a
+callback raises.
+"""
+
+from __future__ import annotations
+
+import html
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ipywidgets
+import numpy as np
+from torch import Tensor, nn
+
+from mclip.config import require
+from mclip.evaluate import embed_images, embed_texts
+from mclip.style import PALETTE, NotebookFigure, figure, styled
+
+EXAMPLE_PROMPTS = ("a circle", "a square", "a star", "a heart")
+MAX_PROMPTS = 20
+
+
+def read_prompts(text: str) -> list[str]:
+    """The prompts in ``text``, one a line, without blank lines; ConfigError for none, too many, or one twice."""
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    remedy = f"write 1 to {MAX_PROMPTS} prompts, one a line, no two alike"
+    require(0 < len(prompts) <= MAX_PROMPTS and len(set(prompts)) == len(prompts), "prompts", prompts, remedy)
+    return prompts
+
+
+def compare_prompts(
+    model: nn.Module, tokenizer: Any, image: Tensor, prompts: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines (P,) of one picture's normalised embedding (d,) with ``prompts``, and their softmax (P,).
+
+    The cosines are multiplied by the model's learned scale, at most 100, before the softmax.
+    """
+    cosines = (embed_texts(model, tokenizer, prompts) @ image).double()
+    scale = model.logit_scale.detach().cpu().double().exp().clamp(max=100)
+    return cosines.numpy(), (scale * cosines).softmax(0).numpy()
+
+
+@styled
+def prompt_chart(
+    image: np.ndarray, prompts: Sequence[str], cosines: Sequence[float], shares: Sequence[float]
+) -> NotebookFigure:
+    """The picture, uint8 (3, H, W), beside a bar for each prompt, with its cosine behind the bar."""
+    fig = figure(7.5, max(2.2, 1.2 + 0.28 * len(prompts)))
+    left, right = fig.subplots(1, 2, width_ratios=(1, 2.2))
+    left.imshow(np.asarray(image).transpose(1, 2, 0), interpolation="nearest")
+    left.axis("off")
+    best = int(np.argmax(cosines))
+    colours = [PALETTE[0] if row == best else PALETTE[7] for row in range(len(prompts))]
+    right.barh(range(len(prompts)), shares, color=colours)
+    for row, (cosine, share) in enumerate(zip(cosines, shares, strict=True)):
+        right.text(share + 0.02, row, f"{share:.0%}, cosine {cosine:+.2f}", va="center")
+    # A dollar sign would start a formula.
+    names = [textwrap.shorten(text, 40, placeholder=" …").replace("$", r"\$") for text in prompts]
+    right.set_yticks(range(len(prompts)), names)
+    right.invert_yaxis()
+    right.set(title="The prompt that fits best", xlabel="softmax over the prompts", xlim=(0, 1.6))
+    right.set_xticks(np.linspace(0, 1, 5))
+    right.grid(False, axis="y")
+    return fig
+
+
+def make_update(
+    read: Callable[[], tuple[str, int]], draw: Callable[[str, int], bytes], chart: ipywidgets.Image,
+    message: ipywidgets.HTML, errors: ipywidgets.Output,
+) -> Callable[[Any], None]:  # fmt: skip
+    """The callback: draw what ``read`` says into ``chart``, or clear it and put into ``message`` what is wrong."""
+
+    def update(_change: Any = None) -> None:
+        chart.value, message.value = b"", ""
+        errors.clear_output()
+        with errors:
+            try:
+                chart.value = draw(*read())
+            except ValueError as error:  # ConfigError and EvaluationError are of this kind
+                message.value = f"<b>{html.escape(str(error))}</b>"
+
+    return update
+
+
+def prompt_explorer(
+    model: nn.Module, tokenizer: Any, images: Any, prompts: Sequence[str] = EXAMPLE_PROMPTS
+) -> ipywidgets.VBox:
+    """A text box of prompts and a picture chooser over ``images``, uint8 (N, 3, H, W); the chart follows both."""
+    embeddings, _ = embed_images(model, images)
+    box = ipywidgets.Textarea("\n".join(prompts), description="prompts", rows=max(4, len(prompts)),
+                              continuous_update=False)  # fmt: skip
+    chooser = ipywidgets.BoundedIntText(1, min=1, max=len(embeddings), description="picture")
+
+    def draw(text: str, number: int) -> bytes:
+        lines = read_prompts(text)
+        cosines, shares = compare_prompts(model, tokenizer, embeddings[number - 1], lines)
+        return prompt_chart(np.asarray(images[number - 1]), lines, cosines, shares)._repr_png_()
+
+    chart, message, errors = ipywidgets.Image(format="png", width=800), ipywidgets.HTML(), ipywidgets.Output()
+    update = make_update(lambda: (box.value, chooser.value), draw, chart, message, errors)
+    for control in (box, chooser):
+        control.observe(update, names="value")
+    update()
+    return ipywidgets.VBox([ipywidgets.HBox([box, chooser]), message, chart, errors])
