@@ -9,13 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from .cards import write_card
 from .config import DistillConfig, TrainConfig, from_yaml
 from .data import load_pairs
 from .runs import (
     BASE,
+    evaluate_all,
     get_model_config,
     get_profile,
     load_data,
+    load_model,
     train_open_clip,
     train_student,
 )
@@ -197,10 +200,10 @@ def teacher(
     out_dir: str = "runs/teacher",
     train_data_path: str = "",
     val_data_path: str = "",
-    pictures: int = 30_000,
-    max_epochs: int = 10,
-    batch_size: int = 256,
-    learning_rate: float = 2e-3,
+    pictures: int = 24_000,
+    max_epochs: int = 7,
+    batch_size: int = 128,
+    learning_rate: float = 1.5e-3,
     weight_decay: float = 0.1,
     seed: int = 0,
 ) -> None:
@@ -218,7 +221,9 @@ def teacher(
         seed: of weights, order and captions.
     """
     size = TEACHER_CONFIG["model_cfg"]["vision_cfg"]["image_size"]
-    training = load_pairs(train_data_path, size, scenes=SceneConfig(pictures, size, "teacher", captions="clean"))
+    training = load_pairs(
+        train_data_path, size, scenes=SceneConfig(pictures, size, "teacher", two_objects=0.1, captions="clean")
+    )
     validation = load_pairs(val_data_path, size, scenes=SceneConfig(500, size, "val", captions="clean"))
     settings = TrainConfig(
         max_epochs=max_epochs,
@@ -231,3 +236,8 @@ def teacher(
     result = train_open_clip(TEACHER_CONFIG, training, validation, settings, out_dir)
     metrics = result.validations()[-1]["validation"]
     print(f"{Path(out_dir) / 'model'}: {result.steps} steps in {result.seconds:.0f} s, validation {metrics}")
+    if not train_data_path:
+        options = f"--pictures {pictures} --max_epochs {max_epochs} --batch_size {batch_size} --seed {seed}"
+        command = f"python -m mclip teacher {options} --learning_rate {learning_rate} --weight_decay {weight_decay}"
+        records = evaluate_all({"teacher": load_model(Path(out_dir) / "model")})
+        write_card(Path(out_dir) / "model", "The teacher of the course", command, result.seconds, records)

@@ -152,15 +152,15 @@ class DistillConfig:
 
     task: Literal["info_nce", "siglip", "jsd"] = "info_nce"
     original_weight: float = 1.0
-    feature_weight: float = 3.0
+    feature_weight: float = 1.0
     response_weight: float = 1.0
     similarity_weight: float = 0.0
     icl_weight: float = 0.0
     feature_source: Literal["embedding", "penultimate"] = "embedding"
     feature_form: Literal["cosine", "mse"] = "cosine"
     aligner: Literal["auto", "mlp", "identity"] = "auto"
-    phases: tuple[float, float, float] = (0.05, 0.6, 0.9)
-    ramp: float = 0.02
+    phases: tuple[float, float, float] = (0.1, 0.5, 0.9)
+    ramp: float = 0.05
     max_temperature: float = 8.0
     min_temperature: float = 4.0
     balancers: tuple[Literal["fixed", "magnitude", "gradient_norm", "uncertainty"], ...] = (

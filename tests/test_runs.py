@@ -1,0 +1,103 @@
+"""The runs and the command line, in their smallest form."""
+
+import json
+
+import pytest
+import torch
+
+from mclip.cli import main
+from mclip.config import PRESETS, ConfigError, DistillConfig, TrainConfig
+from mclip.files import atomic_folder, atomic_path, write_json
+from mclip.results import load_results
+from mclip.runs import get_model_config, get_profile, load_data, load_model, train_open_clip, train_student
+from mclip.teacher import PLAIN_CLIP_CONFIG
+
+SMOKE = TrainConfig(max_epochs=1, batch_size=64, progress=False, accelerator="cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MCLIP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield load_data("smoke", 64, progress=False)
+
+
+def test_command_and_function_give_the_same_weights(data, tmp_path, monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("MCLIP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    arguments = ["distill", "--profile", "smoke", "--max_epochs", "1", "--checkpoint_dir", str(tmp_path)]
+    assert main([*arguments, "--checkpoint_filename", "command"]) == 0
+    direct = train_student(PRESETS["course"], *data, SMOKE, tmp_path / "direct", distill=DistillConfig())
+    again, _ = load_model(tmp_path / "command" / "model")
+    for key, value in direct.model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+
+
+def test_plain_clip_is_an_open_clip_model(data, tmp_path):
+    result = train_open_clip(PLAIN_CLIP_CONFIG, *data, SMOKE, tmp_path)
+    model, tokenizer = load_model(tmp_path / "model")
+    text = model.encode_text(tokenizer(["a red star"]), normalize=True)
+    assert text.shape == (1, 256)
+    assert result.steps == 4
+
+
+def test_evaluate_writes_a_record_for_each_set(tmp_path, monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("MCLIP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    assert main(["evaluate", "teacher", "--profile", "smoke", "--save_results", str(tmp_path)]) == 0
+    records = load_results(tmp_path)
+    assert {r["dataset"] for r in records} == {
+        "shape",
+        "colour",
+        "texture",
+        "background",
+        "colour-shape",
+        "held-out",
+        "relation",
+    }
+    assert all(r["model"]["name"] == "teacher" for r in records)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "tacher"], "did you mean 'teacher'"),
+        (["train", "--config_path", "corse"], "did you mean 'course'"),
+        (["train", "--train_data_path", "missing.csv", "--profile", "smoke"], "missing.csv: no such file"),
+        (["train", "--data_size", "1.5", "--profile", "smoke"], "data_size=1.5"),
+        (["distill", "--teacher_model", "scnes", "--profile", "smoke"], "did you mean 'scenes'"),
+        (["evaluate", "teacher", "--dataset", "cifar11", "--profile", "smoke"], "cifar10"),
+        (["trian"], "did you mean 'train'"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_remedy(arguments, message, capsys, monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("MCLIP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_unknown_profile_and_preset_offer_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'cpu'"):
+        get_profile("cpuu")
+    with pytest.raises(ConfigError, match="course"):
+        get_model_config("coarse")
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(data, tmp_path):
+    train_student(PRESETS["course"], *data, SMOKE, tmp_path / "base")
+    with pytest.raises(ValueError, match="embed_dim=256"):
+        train_student(
+            PRESETS["mobile-512"], *data, SMOKE, tmp_path / "kd", base_checkpoint=str(tmp_path / "base" / "model")
+        )
+
+
+def test_what_is_written_is_whole_or_not_there(tmp_path):
+    write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(RuntimeError), atomic_path(tmp_path / "a.json") as temporary:  # noqa: PT012
+        temporary.write_text("half")
+        raise RuntimeError
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "b") as temporary:  # noqa: PT012
+        (temporary / "x").write_text("half")
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
