@@ -113,7 +113,8 @@ def write_untrained(folder: str | Path, config: dict[str, Any], seed: int = 0) -
 def save_weights(model: nn.Module, folder: str | Path) -> None:
     """Replace the weights in a model folder, in fp16."""
     with atomic_path(Path(folder) / WEIGHTS_FILE) as temporary:
-        save_file({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, temporary)
+        state = {key: value.contiguous() for key, value in model.state_dict().items()}
+        save_file({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, temporary)
 
 
 def load_open_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Callable[[Sequence[str]], Tensor]]:
