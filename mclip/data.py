@@ -19,7 +19,7 @@ from .config import require
 from .files import content_key
 from .readers import DataError as DataError
 from .readers import OnError, decode_images, read_csv, read_json
-from .scenes import SceneConfig, make_scenes
+from .scenes import DRAWING_VERSION, SceneConfig, make_scenes
 
 SCENES = "scenes"
 
@@ -98,7 +98,7 @@ def load_pairs(
     if str(source) in ("", SCENES):
         config = scenes or SceneConfig(split=split, image_size=image_size, seed=seed)
         drawn = make_scenes(replace(config, image_size=image_size), progress)
-        key = content_key("scenes", config, image_size)
+        key = content_key("scenes", DRAWING_VERSION, config, image_size)
         return Pairs(drawn.images, drawn.captions, key, f"scenes-{config.split}").fraction(data_size, seed)
     path = Path(source)
     if not path.is_file():
