@@ -223,7 +223,7 @@ def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True) -> Ta
                 _embed(
                     teacher,
                     teacher.model.encode_image,
-                    lambda a, b: teacher.prepare(torch.from_numpy(np.ascontiguousarray(images[a:b]))),
+                    lambda a, b: teacher.prepare(torch.from_numpy(np.array(images[a:b]))),
                     len(images),
                     "pictures",
                     progress,
