@@ -23,14 +23,7 @@ from .objectives import Contrastive, Distillation
 from .results import save_result
 from .scene_sets import evaluate_relation, scene_sets
 from .scenes import SceneConfig
-from .teacher import (
-    SHIPPED,
-    load_open_clip,
-    load_teacher,
-    save_weights,
-    teacher_targets,
-    write_untrained,
-)
+from .teacher import SHIPPED, load_open_clip, load_teacher, save_weights, teacher_targets, write_untrained
 from .train import Record, TrainResult, train
 
 BASE = DistillConfig(feature_weight=0.0, response_weight=0.0)

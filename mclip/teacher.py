@@ -239,10 +239,8 @@ def check_targets(targets: Targets) -> None:
     """TeacherError unless the text targets differ from caption to caption."""
     sample = torch.from_numpy(targets.texts[:: max(1, len(targets.texts) // 512)].astype(np.float32))
     if len(sample) > 1 and (sample - sample[0]).abs().max() < 1e-3:
-        raise TeacherError(
-            "the teacher's embeddings of all captions are equal, so they hold nothing to distil: "
-            "it must be given the captions of the data, not one constant text."
-        )
+        raise TeacherError("the teacher's embeddings of all captions are equal, so they hold nothing to distil: "
+                           "it must be given the captions of the data, not one constant text.")  # fmt: skip
 
 
 def copy_model(source: str | Path, destination: str | Path) -> None:
