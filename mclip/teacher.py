@@ -17,6 +17,7 @@ import numpy as np
 import open_clip
 import torch
 from open_clip.tokenizer import default_bpe
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -126,7 +127,7 @@ def load_open_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module,
         try:
             model = open_clip.create_model(source, output_dict=True)
             return model, open_clip.get_tokenizer(source, **merges)
-        except (ValueError, RuntimeError, OSError, KeyError) as error:
+        except (ValueError, RuntimeError, OSError, KeyError, SafetensorError) as error:
             raise TeacherError(
                 f"{folder}: not loadable as an open_clip model ({error}); copy or train it again."
             ) from error

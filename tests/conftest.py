@@ -5,9 +5,12 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import torch
 
 # Not the variable MPLBACKEND: the kernels that nbval starts from here would inherit it and show no figure.
 matplotlib.use("Agg")
+# Tiny tensors gain nothing from threads, and on a busy machine two threads that wait for each other cost minutes.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ TINY = ModelConfig(
     TextConfig(width=16, heads=2, kernels=(3,), feed_forward=16, embedding_rank=4, dropout=0.1, context_length=12),
 )
 ALL_TERMS = DistillConfig(
+    aligner="mlp",
     similarity_weight=1.0,
     icl_weight=1.0,
     phases=(0.2, 0.4, 0.8),
