@@ -42,7 +42,9 @@ def test_plain_clip_is_an_open_clip_model(data, tmp_path):
 
 def test_evaluate_writes_a_record_for_each_set(tmp_path, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("MCLIP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    assert main(["evaluate", "teacher", "--profile", "smoke", "--save_results", str(tmp_path)]) == 0
+    assert (
+        main(["evaluate", "--model_checkpoint", "teacher", "--profile", "smoke", "--save_results", str(tmp_path)]) == 0
+    )
     records = load_results(tmp_path)
     assert {r["dataset"] for r in records} == {
         "shape",
@@ -59,12 +61,12 @@ def test_evaluate_writes_a_record_for_each_set(tmp_path, monkeypatch, tmp_path_f
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate", "tacher"], "did you mean 'teacher'"),
+        (["evaluate", "--model_checkpoint", "tacher"], "did you mean 'teacher'"),
         (["train", "--config_path", "corse"], "did you mean 'course'"),
         (["train", "--train_data_path", "missing.csv", "--profile", "smoke"], "missing.csv: no such file"),
         (["train", "--data_size", "1.5", "--profile", "smoke"], "data_size=1.5"),
         (["distill", "--teacher_model", "scnes", "--profile", "smoke"], "did you mean 'scenes'"),
-        (["evaluate", "teacher", "--dataset", "cifar11", "--profile", "smoke"], "cifar10"),
+        (["evaluate", "--model_checkpoint", "teacher", "--dataset", "cifar11", "--profile", "smoke"], "cifar10"),
         (["trian"], "did you mean 'train'"),
     ],
 )

@@ -22,7 +22,7 @@ from mclip.text_encoder import (
 )
 
 SMALL = TextConfig(width=32, heads=4, kernels=(3, 15), feed_forward=32, context_length=77, embedding_rank=8)
-CAPTIONS = ["a small red circle on a blue background", "a dog", "a cat !(a big one)"]
+CAPTIONS = ["a small red circle on a blue background", "a dog", "a cat !(a big one) asleep"]
 
 
 def small_encoder(seed: int = 0) -> TextEncoder:
