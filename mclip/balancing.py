@@ -53,8 +53,8 @@ class Schedule:
             warnings.warn(message, stacklevel=2)
 
     def phase(self, step: int) -> int:
-        """The phase of ``step``: 1, 2 or 3."""
-        return sum(step >= start for start in self.phase_starts)
+        """The phase of ``step``: 1, 2 or 3, by the terms that take part; a run without a teacher stays in phase 1."""
+        return max(FIRST_PHASE[name] for name, start in self.term_starts.items() if step >= start)
 
     def temperature(self, step: int) -> float:
         """The response term's T: max until phase 2, then linear to min at ``phases[2]``, then constant."""

@@ -33,11 +33,15 @@ def normalise(images: Tensor, size: int, mean: Sequence[float], std: Sequence[fl
 
 @dataclass(frozen=True)
 class Targets:
-    """A frozen teacher's embeddings of every picture (N, D) and every caption (M, D), and its logit scale."""
+    """A frozen teacher's embeddings of every picture (N, D) and every caption (M, D), and its logit scale.
+
+    ``key`` changes with the teacher's weights, its view of the pictures and the data.
+    """
 
     images: np.ndarray
     texts: np.ndarray
     logit_scale: float
+    key: str = ""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class ConfigError(ValueError):
 def require(condition: bool, key: str, value: object, remedy: str) -> None:
     """Raise :class:`ConfigError` naming ``key``, ``value`` and ``remedy`` unless ``condition`` holds."""
     if not condition:
-        raise ConfigError(f"{key}={value!r} cannot work: {remedy}.")
+        raise ConfigError(f"{key}={value!r} cannot work: {remedy}{'' if remedy.endswith('?') else '.'}")
 
 
 def closest(name: str, known: Iterable[str]) -> str:

@@ -111,11 +111,13 @@ def load_pairs(
         else read_csv(path, image_key, caption_key, on_error)
     )
     files: dict[Path, list[str]] = {}
-    for file, caption in rows:
+    places: dict[Path, str] = {}
+    for file, caption, place in rows:
         files.setdefault(file, []).append(caption)
+        places.setdefault(file, place)
     if not files:
         raise DataError(f"{path}: no usable rows; it needs at least one picture with a caption.")
-    images, kept, key = decode_images(list(files), image_size, on_error, progress)
+    images, kept, key = decode_images(list(files), image_size, on_error, progress, list(places.values()))
     names = list(files)
     captions = [files[names[i]] for i in kept]
     skipped += sum(len(own) for own in files.values()) - sum(len(own) for own in captions)

@@ -131,11 +131,14 @@ def training_curves(log: Sequence[Mapping[str, Any]]) -> NotebookFigure:
     ``weights`` and ``temperature``; or ``step`` and ``validation``. What a run lacks has no panel.
     """
     steps = [record for record in log if "terms" in record]
-    warmth = [(r["step"], r["temperature"]) for r in steps if r.get("temperature") is not None]
+    # Only the response term has a temperature, and one term alone has no weight to balance.
+    responds = any("response" in r["terms"] for r in steps)
+    warmth = [(r["step"], r["temperature"]) for r in steps if responds and r.get("temperature") is not None]
+    weights = _series(steps, "weights")
     recall = [(r["step"], r["validation"]["r1"]) for r in log if "validation" in r]
     panels: list[tuple[str, str, dict[str, Points]]] = [
         ("Each loss term, before weighting", "loss (log scale)", _series(steps, "terms")),
-        ("The weight that balancing gives it", "weight", _series(steps, "weights")),
+        ("The weight that balancing gives it", "weight", weights if len(weights) > 1 else {}),
         ("Softening of the response targets", "temperature T", {"temperature": warmth} if warmth else {}),
         ("Retrieval of held-out pairs", "recall at 1 (%)", {"recall": recall} if recall else {}),
     ]

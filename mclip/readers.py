@@ -26,14 +26,18 @@ class DataError(ValueError):
     """Data that cannot be used; the message names the file, the line or picture, and the remedy."""
 
 
+Row = tuple[Path, str, str]
+"""A picture, a caption, and where they were read, for messages."""
+
+
 def _bad(message: str, on_error: OnError) -> int:
     if on_error == "raise":
         raise DataError(f"{message}; mend the row, or pass on_error='skip'.")
     return 1
 
 
-def read_csv(path: Path, image_key: str, caption_key: str, on_error: OnError) -> tuple[list[tuple[Path, str]], int]:
-    """(picture, caption) of each row, and the number left out; an ``image_path`` column holds the folder."""
+def read_csv(path: Path, image_key: str, caption_key: str, on_error: OnError) -> tuple[list[Row], int]:
+    """The usable rows, and the number left out; an ``image_path`` column holds the folder."""
     rows, skipped, present = [], 0, {}
     with path.open(newline="", encoding="utf-8-sig") as handle:
         reader = csv.DictReader(handle)
@@ -54,13 +58,13 @@ def read_csv(path: Path, image_key: str, caption_key: str, on_error: OnError) ->
                 elif not present.setdefault(file, file.is_file()):
                     skipped += _bad(f"{where}: no picture at {file}", on_error)
                 else:
-                    rows.append((file, caption))
+                    rows.append((file, caption, where))
         except (UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"{path}: not readable as UTF-8 CSV ({error}); save it as UTF-8 text.") from error
     return rows, skipped
 
 
-def read_json(path: Path, on_error: OnError) -> tuple[list[tuple[Path, str]], int]:
+def read_json(path: Path, on_error: OnError) -> tuple[list[Row], int]:
     """COCO Captions; pictures lie beside the JSON file, in ``images/``, or in a folder named as the file says."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -86,7 +90,7 @@ def read_json(path: Path, on_error: OnError) -> tuple[list[tuple[Path, str]], in
             if found[name] is None:
                 skipped += _bad(f"{where}: no picture {name} in {path.parent} or its folder images", on_error)
             else:
-                rows.append((found[name], caption))
+                rows.append((found[name], caption, where))
     return rows, skipped
 
 
@@ -102,11 +106,16 @@ def _decode(file: Path, size: int) -> np.ndarray | str:
 
 
 def decode_images(
-    files: Sequence[Path], size: int, on_error: OnError = "raise", progress: bool = True
+    files: Sequence[Path],
+    size: int,
+    on_error: OnError = "raise",
+    progress: bool = True,
+    places: Sequence[str] | None = None,
 ) -> tuple[np.ndarray, list[int], str]:
     """Pictures (N, 3, size, size) uint8 from the cache or from ``files``; positions of those kept; their key.
 
-    The key covers every file's path, length and time of change, so an edited picture is decoded anew.
+    The key covers every file's path, length and time of change, so an edited picture is decoded anew. ``places``
+    says for each file where it was named, for messages.
     """
     stats = [(str(file.resolve()), *os.stat(file)[6:9:2]) for file in files]
     key = content_key("pixels", size, on_error, stats)
@@ -121,7 +130,7 @@ def decode_images(
                 tqdm(decoded, "decoding pictures", len(files), disable=not progress, leave=False)
             ):
                 if isinstance(picture, str):
-                    _bad(picture, on_error)
+                    _bad(f"{places[index]}: {picture}" if places else picture, on_error)
                 else:
                     images[len(kept)] = picture
                     kept.append(index)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import PRESETS, ConfigError, DistillConfig, ModelConfig, TrainConfig, closest, from_yaml, require
+from .config import PRESETS, DistillConfig, ModelConfig, TrainConfig, closest, from_yaml, require
 from .data import BatchSource, Pairs, load_pairs, normalise
 from .evaluate import embed_images, embed_texts, evaluate_zero_shot
 from .files import DATA
@@ -69,7 +69,7 @@ def get_model_config(name_or_path: str) -> ModelConfig:
     if name_or_path in PRESETS:
         return PRESETS[name_or_path]
     is_file = Path(name_or_path).suffix in (".yaml", ".yml")
-    require(is_file, "config_path", name_or_path, f"{closest(name_or_path, PRESETS)}, or give a .yaml file")
+    require(is_file, "config_path", name_or_path, f"give a .yaml file or a name; {closest(name_or_path, PRESETS)}")
     return from_yaml(ModelConfig, name_or_path)
 
 
@@ -127,12 +127,14 @@ def train_student(
     resume: bool = True,
     on_record: Callable[[Record], None] | None = None,
 ) -> TrainResult:
-    """Train a student from scratch (or from ``base_checkpoint``); ``distill`` decides whether there is a teacher.
+    """Train a student, from scratch or from ``base_checkpoint``; ``distill`` decides whether there is a teacher.
+
+    ``base_checkpoint`` and ``resume`` as in :func:`load_model` and :func:`~mclip.train.train`.
 
     The model folder is ``out_dir/model``; log and checkpoints lie beside it.
     """
     torch.manual_seed(settings.seed)
-    model = MobileCLIP.from_pretrained(base_checkpoint, config) if base_checkpoint else MobileCLIP(config)
+    model = MobileCLIP.from_pretrained(model_folder(base_checkpoint), config) if base_checkpoint else MobileCLIP(config)
     objective, targets = Contrastive(distill), None
     if any((distill.feature_weight, distill.response_weight, distill.similarity_weight, distill.icl_weight)):
         teacher = load_teacher(teacher_model, teacher_pretrained)
@@ -191,20 +193,21 @@ def train_open_clip(
     return result
 
 
-def load_model(name: str | Path) -> tuple[nn.Module, Any]:
-    """A trained model and its tokenizer, in evaluation mode.
+def model_folder(name: str | Path) -> Path:
+    """The folder of a model that ships ("base", "kd", "clip", "teacher"), or ``name`` itself if it is a folder."""
+    ships = DATA / "teacher" if str(name) == "teacher" else DATA / "checkpoints" / str(name)
+    folder = ships if ships.is_dir() else Path(name)
+    known = ("base", "kd", "clip", "teacher")
+    require(folder.is_dir(), "model", str(name), f"give a model folder or a name; {closest(str(name), known)}")
+    return folder
 
-    ``name`` is one that ships ("base", "kd", "clip", "teacher") or a model folder, of a student or of open_clip.
-    """
-    folder = {"teacher": DATA / "teacher"}.get(str(name), DATA / "checkpoints" / str(name))
-    folder = folder if folder.is_dir() else Path(name)
+
+def load_model(name: str | Path) -> tuple[nn.Module, Any]:
+    """A trained model and its tokenizer, in evaluation mode, on the CPU; ``name`` as in :func:`model_folder`."""
+    folder = model_folder(name)
     if (folder / "open_clip_config.json").is_file():
         model, tokenizer = load_open_clip(str(folder))
         return model.eval(), tokenizer
-    if not folder.is_dir():
-        raise ConfigError(
-            f"no model {str(name)!r}: {closest(str(name), ('base', 'kd', 'clip', 'teacher'))}, or give a model folder."
-        )
     model = MobileCLIP.from_pretrained(folder)
     return model, model.tokenizer
 

@@ -231,7 +231,7 @@ def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True) -> Ta
                 ),
             )
     images, texts = (np.load(folder / f"{kind}.npy", mmap_mode="r") for kind in ("images", "texts"))
-    stored = Targets(images, texts, teacher.logit_scale)
+    stored = Targets(images, texts, teacher.logit_scale, folder.name)
     check_targets(stored)
     return stored
 

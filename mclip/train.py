@@ -26,6 +26,7 @@ from .checkpoints import Checkpoints
 from .config import DistillConfig, TrainConfig, require
 from .data import Batch, BatchSource
 from .objectives import Contrastive
+from .results import weights_sha256
 
 Record = dict[str, Any]
 
@@ -124,15 +125,7 @@ def train(
     )
     total = per_epoch * config.max_epochs
     schedule = Schedule(distill, total)
-    store = Checkpoints(
-        out_dir,
-        {
-            "train": dataclasses.asdict(config),
-            "distill": dataclasses.asdict(distill),
-            "data": batches.pairs.key,
-            "steps": total,
-        },
-    )
+    store = Checkpoints(out_dir, _identity(model, batches, config, distill))
     parts = {"step_module": step_module, "optimizer": optimizer} | ({"average": average} if average else {})
     state = {"epoch": 0, "best": -math.inf, "stale": 0, "finished": False}
     log = store.restore(parts, state) if resume else store.clear()
@@ -175,6 +168,19 @@ def train(
     if average:
         model.load_state_dict(average.module.state_dict())
     return TrainResult(model.eval(), log, time.perf_counter() - start, step, state["epoch"] < config.max_epochs)
+
+
+def _identity(model: nn.Module, batches: BatchSource, config: TrainConfig, distill: DistillConfig) -> dict[str, Any]:
+    """Everything that decides how a run ends; a checkpoint serves only a run that agrees in all of it."""
+    architecture = getattr(model, "config", None)
+    return {
+        "model": dataclasses.asdict(architecture) if dataclasses.is_dataclass(architecture) else None,
+        "starting_weights": weights_sha256(model)[:16],
+        "train": dataclasses.asdict(config),
+        "distill": dataclasses.asdict(distill),
+        "data": batches.pairs.key,
+        "teacher_targets": batches.targets.key if batches.targets else None,
+    }
 
 
 def _groups(fabric: Fabric, batches: BatchSource, epoch: int, size: int, count: int) -> Iterator[list[Batch]]:

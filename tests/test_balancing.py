@@ -70,6 +70,13 @@ def test_a_schedule_without_phases_is_whole_from_the_first_step():
     assert schedule.active(0) == WHOLE
 
 
+def test_a_run_without_a_teacher_has_one_phase():
+    alone = Schedule(DistillConfig(feature_weight=0, response_weight=0), 100)
+    assert {alone.phase(step) for step in range(100)} == {1}
+    feature = Schedule(DistillConfig(response_weight=0), 100)
+    assert {feature.phase(step) for step in range(100)} == {1, 2}
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     total=st.integers(1, 500),
@@ -372,11 +379,7 @@ def check_errors_are_raised(weigher):
 
 @pytest.mark.parametrize("strategy", ["magnitude", "gradient_norm"])
 def test_defect_06_the_balancer_is_alive(strategy):
-    checks = (
-        check_a_new_term_comes_alive,
-        check_inactive_terms_leave_active_ones_alone,
-        check_errors_are_raised,
-    )
+    checks = (check_a_new_term_comes_alive, check_inactive_terms_leave_active_ones_alone, check_errors_are_raised)
     for check in checks:
         check(balancer(strategy, rate=0.1))
         with pytest.raises((AssertionError, pytest.fail.Exception)):

@@ -186,9 +186,7 @@ def test_learned_bias_and_teacher_scale_have_gradients():
 @every_loss
 @settings(max_examples=15, deadline=None)
 @given(**sizes)
-def test_order_of_the_batch_and_roles_of_the_modalities_do_not_matter(
-    name, batch, width, teacher_width, scale, seed
-):
+def test_order_of_the_batch_and_roles_of_the_modalities_do_not_matter(name, batch, width, teacher_width, scale, seed):
     u, v, tu, tv = embeddings(batch, width, teacher_width if name in ANY_WIDTH else width, seed)
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
     loss = LOSSES[name](u, v, tu, tv, scale)

@@ -17,8 +17,12 @@ from mclip.results import ResultError, make_result, save_result
 from mclip.tables import zero_shot_table
 
 SETS = {"shape": 12.5, "colour": 10.0, "relation": 50.0}
-VALUES = {"base": (30.0, 90.0, 49.0), "clip": (25.0, 85.5, 50.0), "kd": (80.0, 99.0, 51.0),
-          "teacher": (93.0, 100.0, 52.0)}
+VALUES = {
+    "base": (30.0, 90.0, 49.0),
+    "clip": (25.0, 85.5, 50.0),
+    "kd": (80.0, 99.0, 51.0),
+    "teacher": (93.0, 100.0, 52.0),
+}
 
 
 def record(model: str, dataset: str, value: float, seed: int = 0) -> dict:
@@ -65,8 +69,12 @@ def test_performance_bars_are_the_results_and_the_published_table(records, tmp_p
 
 
 def test_performance_over_seeds_is_the_table(records):
-    three = [record(m, d, v - seed / 2, seed) for seed in range(3)
-             for m, values in VALUES.items() for d, v in zip(SETS, values, strict=True)]
+    three = [
+        record(m, d, v - seed / 2, seed)
+        for seed in range(3)
+        for m, values in VALUES.items()
+        for d, v in zip(SETS, values, strict=True)
+    ]
     table = zero_shot_table(three)
     fig = plots.performance_comparison(three, published=None)
     assert len(fig.axes) == 1
@@ -115,8 +123,9 @@ def training_log() -> list[dict]:
         phase = 1 + (step >= 10) + (step >= 40)
         names = ("original", "feature", "response")[:phase]
         terms, weights = dict.fromkeys(names, 4 / (step + 1)), dict.fromkeys(names, 1.0)
-        log.append({"step": step, "phase": phase, "lr": 1e-3, "terms": terms, "weights": weights,
-                    "temperature": 8 - step / 15})
+        log.append(
+            {"step": step, "phase": phase, "lr": 1e-3, "terms": terms, "weights": weights, "temperature": 8 - step / 15}
+        )
         if step % 20 == 19:
             log.append({"step": step, "validation": {"r1": float(step)}})
     return log
@@ -138,6 +147,10 @@ def test_training_curves_are_the_log():
         assert [(patch.get_x(), patch.get_width()) for patch in ax.patches] == [(0, 10), (10, 30), (40, 19)]
     without = [{k: v for k, v in r.items() if k not in ("weights", "temperature")} for r in log]
     assert len(plots.training_curves(without).axes) == 2
+    base = [
+        {**r, "phase": 1, "terms": {"original": 1.0}, "weights": {"original": 1.0}} if "terms" in r else r for r in log
+    ]
+    assert [ax.get_ylabel() for ax in plots.training_curves(base).axes] == ["loss (log scale)", "recall at 1 (%)"]
 
 
 def test_negative_losses_get_a_linear_axis():

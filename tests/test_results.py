@@ -23,8 +23,18 @@ def record(dataset: str = "shape", name: str = "kd", seed: int = 0, value: float
 
 
 def test_a_record_says_everything_and_comes_back_unchanged(tmp_path):
-    made = make_result("zero_shot", "shape", "test", 100, MODEL, {"top1": TOP1, "chance": 12.5},
-                       templates=["a photo of a {}"], seed=3, seconds=1.25, details={"data_size": 0.1})
+    made = make_result(
+        "zero_shot",
+        "shape",
+        "test",
+        100,
+        MODEL,
+        {"top1": TOP1, "chance": 12.5},
+        templates=["a photo of a {}"],
+        seed=3,
+        seconds=1.25,
+        details={"data_size": 0.1},
+    )
     assert set(made) == {*results.FIELDS, "metrics", "details"}
     assert made["schema"] == 1
     assert set(made["versions"]) == {"python", "torch", "torchvision", "open_clip", "mclip"}

@@ -1,5 +1,6 @@
 """The runs and the command line, in their smallest form."""
 
+import dataclasses
 import json
 
 import pytest
@@ -91,6 +92,16 @@ def test_a_checkpoint_of_another_configuration_is_refused(data, tmp_path):
         train_student(
             PRESETS["mobile-512"], *data, SMOKE, tmp_path / "kd", base_checkpoint=str(tmp_path / "base" / "model")
         )
+
+
+def test_a_run_starts_from_a_model_that_ships_by_its_name(data, tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'base'"):
+        train_student(PRESETS["course"], *data, SMOKE, tmp_path, base_checkpoint="bass")
+    slow = dataclasses.replace(SMOKE, learning_rate=1e-9, weight_decay=0.0)
+    trained = train_student(PRESETS["course"], *data, slow, tmp_path, base_checkpoint="base").model
+    shipped, _ = load_model("base")
+    for (name, value), other in zip(trained.named_parameters(), shipped.parameters(), strict=True):
+        torch.testing.assert_close(value, other, msg=name)
 
 
 def test_what_is_written_is_whole_or_not_there(tmp_path):

@@ -40,14 +40,15 @@ def toy_pairs(pictures=24):
     return Pairs(rng.integers(0, 256, (pictures, 3, 32, 32), dtype=np.uint8), captions, "toy", "toy")
 
 
-def run(tmp_path, distill=BASE, settings=SETTINGS, resume=True, validate=None, stop_after=None, pairs=None):
+def run(tmp_path, distill=BASE, settings=SETTINGS, resume=True, validate=None, stop_after=None, pairs=None,
+        config=TINY, teacher="teacher"):  # fmt: skip
     torch.manual_seed(settings.seed)
-    model, pairs = MobileCLIP(TINY), pairs or toy_pairs()
+    model, pairs = MobileCLIP(config), pairs or toy_pairs()
     targets, objective = None, Contrastive(distill)
     if distill.feature_weight:
         rng = np.random.default_rng(1)
         unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.standard_normal((2, 2 * len(pairs), 16))]
-        targets = Targets(unit[0][: len(pairs)], unit[1], 20.0)
+        targets = Targets(unit[0][: len(pairs)], unit[1], 20.0, teacher)
         objective = Distillation(distill, (16, 16), 16, 20.0)
     batches = BatchSource(pairs, model.tokenizer, student_prepare(TINY), settings.batch_size, settings.seed, targets)
 
@@ -100,6 +101,15 @@ def test_a_folder_with_another_run_is_refused_with_the_difference(tmp_path):
     run(tmp_path)
     with pytest.raises(ConfigError, match=r"learning_rate was 0\.001 and is now 0\.01"):
         run(tmp_path, settings=dataclasses.replace(SETTINGS, learning_rate=0.01))
+    other = dataclasses.replace(TINY, text=dataclasses.replace(TINY.text, dropout=0.0))
+    with pytest.raises(ConfigError, match=r"model\.text\.dropout was 0\.1 and is now 0\.0"):
+        run(tmp_path, config=other)
+
+
+def test_a_finished_run_is_not_passed_off_as_one_with_another_teacher(tmp_path):
+    run(tmp_path, ALL_TERMS, teacher="one")
+    with pytest.raises(ConfigError, match="teacher_targets was 'one' and is now 'another'"):
+        run(tmp_path, ALL_TERMS, teacher="another")
 
 
 def test_a_finished_run_is_returned_at_once(tmp_path):
