@@ -14,9 +14,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import MobileNet_V3_Large_Weights
 from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
+from torchvision.ops import Conv2dNormActivation
 
 from mclip.config import ImageConfig
 
@@ -78,6 +80,47 @@ def imagenet_trunk_weights() -> dict[str, Tensor] | None:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
+class DepthwiseConv(nn.Conv2d):
+    """A depthwise convolution that trains fast on maps of a few pixels.
+
+    On a CPU, PyTorch's backward pass of a 5x5 kernel over a 2x2 map takes some twenty times as long as the
+    arithmetic needs. There, while gradients are wanted, the kernel is spread out as a matrix from input to output
+    pixels, one for each channel, as LightConv does along time; anywhere else this is ``nn.Conv2d``, whose
+    parameters it shares.
+    """
+
+    LARGEST = 16  # pixels of a map that is worth a matrix
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> DepthwiseConv:
+        """The depthwise ``conv`` in this form, with its weights."""
+        new = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
+                  groups=conv.groups, bias=False)  # fmt: skip
+        new.weight = conv.weight
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H', W')."""
+        (height, width), (kernel, _) = x.shape[-2:], self.kernel_size
+        if height * width > self.LARGEST or x.is_cuda or not torch.is_grad_enabled() or kernel < 5:
+            return super().forward(x)
+        rows, columns = (self._taps(size) for size in (height, width))
+        # Tap of the kernel that joins output pixel (i, j) to input pixel (h, w); -1, the zero at the end, for none.
+        taps = rows[:, None, :, None] * kernel + columns[None, :, None, :]
+        taps = taps.where((rows >= 0)[:, None, :, None] & (columns >= 0)[None, :, None, :], -1)
+        padded = F.pad(self.weight.flatten(1), (0, 1))
+        matrix = padded.T[taps.reshape(len(rows) * len(columns), height * width)]
+        pixels = x.permute(0, 2, 3, 1).reshape(len(x), 1, height * width, -1)
+        return (pixels * matrix).sum(2).unflatten(1, (len(rows), len(columns))).permute(0, 3, 1, 2)
+
+    def _taps(self, size: int) -> Tensor:
+        """(outputs, inputs): which row of the kernel an output line lays on an input line; -1 for none."""
+        (kernel, _), (stride, _), (padding, _) = self.kernel_size, self.stride, self.padding
+        starts = torch.arange((size + 2 * padding - kernel) // stride + 1) * stride - padding
+        taps = torch.arange(size) - starts[:, None]
+        return taps.where((taps >= 0) & (taps < kernel), -1)
+
+
 class ImageEncoder(nn.Module):
     """MobileNetV3-Large without its classifier (Howard et al. 2019).
 
@@ -93,6 +136,9 @@ class ImageEncoder(nn.Module):
         # torchvision also builds a classifier: kept small, and dropped at once.
         network = MobileNetV3(stage_table(config.width), last_channel=8, num_classes=1, norm_layer=norm)
         self.trunk = network.features
+        for block in self.trunk.modules():
+            if isinstance(block, Conv2dNormActivation) and block[0].groups > 1:
+                block[0] = DepthwiseConv.of(block[0])
         self.features = self.trunk[-1].out_channels
         layers: list[nn.Module] = []
         for width in config.head:

@@ -6,11 +6,13 @@ import warnings
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
 from torchvision.models.mobilenetv3 import _mobilenet_v3_conf
 
 from mclip.config import ConfigError, ImageConfig
-from mclip.image_encoder import STAGES, ImageEncoder, stage_table
+from mclip.image_encoder import STAGES, DepthwiseConv, ImageEncoder, stage_table
 
 
 def count(module: torch.nn.Module) -> int:
@@ -40,6 +42,25 @@ def test_same_output_as_torchvision_with_its_weights(width):
         assert expected.std() > 1e-3
         torch.testing.assert_close(encoder(images), expected, rtol=1e-5, atol=1e-5)
     assert encoder.features == expected.shape[1] == int(960 * width)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    batch=st.integers(1, 3), channels=st.integers(1, 5), size=st.integers(1, 6), kernel=st.sampled_from([3, 5]),
+    stride=st.integers(1, 2),
+)  # fmt: skip
+def test_depthwise_convolution_is_torchs_forward_and_backward(batch, channels, size, kernel, stride):
+    conv = torch.nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=channels, bias=False).double()
+    ours = DepthwiseConv.of(conv)
+    x = torch.randn(batch, channels, size, size, dtype=torch.double, requires_grad=True)
+    weights = torch.randn_like(expected := conv(x))
+    gradients = []
+    for module in (ours, conv):
+        output = module(x)
+        torch.testing.assert_close(output, expected)
+        gradients.append(torch.autograd.grad(output, [x, conv.weight], weights))
+    for mine, torchs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, torchs)
 
 
 def test_stage_table_is_torchvisions():
