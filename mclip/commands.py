@@ -28,13 +28,11 @@ from .teacher import TEACHER_CONFIG
 ProfileName = Literal["smoke", "cpu", "gpu"]
 
 
-def _settings(profile: str, max_epochs: int | None, batch_size: int | None, **others: object) -> TrainConfig:
+def _settings(profile: str, **chosen: object) -> TrainConfig:
+    """The profile's settings, but for those that were chosen."""
     defaults = get_profile(profile)
-    return TrainConfig(
-        max_epochs=max_epochs or defaults.max_epochs,
-        batch_size=batch_size or defaults.batch_size,
-        **{key: value for key, value in others.items() if value is not None},
-    )
+    settings = {key: getattr(defaults, key) for key in ("max_epochs", "batch_size", "learning_rate")}
+    return TrainConfig(**settings | {key: value for key, value in chosen.items() if value is not None})
 
 
 def _run_student(
@@ -74,7 +72,7 @@ def train(
     config_path: str = "",
     profile: ProfileName = "cpu",
     batch_size: int | None = None,
-    learning_rate: float = 1e-3,
+    learning_rate: float | None = None,
     early_stopping_patience: int | None = None,
     accumulate_grad_batches: int = 1,
     ema_decay: float | None = None,
@@ -93,7 +91,7 @@ def train(
         config_path: a preset (course, mobile-256, mobile-512, klmobile) or a YAML file.
         profile: smoke, cpu or gpu: sizes and defaults.
         batch_size: pairs a step; the profile's if not given.
-        learning_rate: peak of the schedule.
+        learning_rate: peak of the schedule; the profile's if not given.
         early_stopping_patience: evaluations without improvement before training stops.
         accumulate_grad_batches: batches a step.
         ema_decay: keep a moving average of the weights with this decay, and use it.
@@ -102,8 +100,8 @@ def train(
     """
     settings = _settings(
         profile,
-        max_epochs,
-        batch_size,
+        max_epochs=max_epochs,
+        batch_size=batch_size,
         learning_rate=learning_rate,
         seed=seed,
         ema_decay=ema_decay,
@@ -138,7 +136,7 @@ def distill(
     teacher_pretrained: str | None = None,
     profile: ProfileName = "cpu",
     batch_size: int | None = None,
-    learning_rate: float = 1e-3,
+    learning_rate: float | None = None,
     early_stopping_patience: int | None = None,
     accumulate_grad_batches: int = 1,
     ema_decay: float | None = None,
@@ -160,7 +158,7 @@ def distill(
         teacher_pretrained: the architecture's weights: an open_clip tag or a file.
         profile: smoke, cpu or gpu: sizes and defaults.
         batch_size: pairs a step; the profile's if not given.
-        learning_rate: peak of the schedule.
+        learning_rate: peak of the schedule; the profile's if not given.
         early_stopping_patience: evaluations without improvement before training stops.
         accumulate_grad_batches: batches a step.
         ema_decay: keep a moving average of the weights with this decay, and use it.
@@ -169,8 +167,8 @@ def distill(
     defaults = get_profile(profile)
     settings = _settings(
         profile,
-        max_epochs,
-        batch_size,
+        max_epochs=max_epochs,
+        batch_size=batch_size,
         learning_rate=learning_rate,
         seed=seed,
         ema_decay=ema_decay,

@@ -12,16 +12,18 @@ from typing import Any
 
 from .config import PRESETS, DistillConfig, TrainConfig, require
 from .data import Pairs, load_pairs
-from .evaluate import evaluate_retrieval
-from .files import DATA
+from .datasets import ZeroShotSet, zero_shot_set
+from .evaluate import evaluate_retrieval, evaluate_zero_shot
+from .files import DATA, atomic_path
 from .plots import performance_comparison, training_curves
 from .results import load_results, save_result
 from .runs import BASE, evaluate_all, get_profile, load_data, load_model, train_open_clip, train_student
 from .style import save_figure
+from .tables import markdown_table, replace_block, retrieval_table, zero_shot_table
 from .teacher import PLAIN_CLIP_CONFIG, TEACHER_CONFIG, copy_model
 from .train import read_log
 
-RESULTS, FIGURES = DATA / "results", DATA.parent / "figures"
+RESULTS, FIGURES, README = DATA / "results", DATA.parent / "figures", DATA.parent / "README.md"
 
 
 def _students(
@@ -59,7 +61,12 @@ def reproduce(seeds: int = 3, out_dir: str = "runs/reproduce", profile: str = "c
     training, validation = load_data(profile, PRESETS["course"].image.image_size)
     evaluate_all({"teacher": load_model("teacher")}, profile=profile, save_results=RESULTS / "teacher")
     for seed in range(first_seed, first_seed + seeds):
-        settings = TrainConfig(max_epochs=defaults.max_epochs, batch_size=defaults.batch_size, seed=seed)
+        settings = TrainConfig(
+            max_epochs=defaults.max_epochs,
+            batch_size=defaults.batch_size,
+            learning_rate=defaults.learning_rate,
+            seed=seed,
+        )
         models = _students(out, seed, training, validation, settings, defaults.teacher)
         loaded = {name: load_model(folder) for name, folder in models.items()}
         evaluate_all(loaded, profile=profile, seed=seed, save_results=RESULTS / f"seed-{seed}")
@@ -73,9 +80,23 @@ def reproduce(seeds: int = 3, out_dir: str = "runs/reproduce", profile: str = "c
 
 
 def figures() -> None:
-    """Draw the committed figures from ``data/results`` alone."""
+    """Draw the committed figures, and write the README's tables, from ``data/results`` alone."""
     save_figure(performance_comparison(scene_results()), FIGURES / "performance_comparison.png")
     save_figure(training_curves(read_log(RESULTS / "logs" / "kd.jsonl")), FIGURES / "training_curves.png")
+    text = README.read_text(encoding="utf-8")
+    for name, table in readme_tables().items():
+        text = replace_block(text, name, table)
+    with atomic_path(README) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def readme_tables() -> dict[str, str]:
+    """The tables of the README by the name of their block."""
+    real = load_results(RESULTS / "photographs")
+    return {
+        "scenes": markdown_table(zero_shot_table(scene_results()), ("base", "clip", "kd", "teacher")),
+        "photographs": markdown_table(retrieval_table(real) | zero_shot_table(real), ("base", "kd", "teacher")),
+    }
 
 
 def scene_results() -> list[dict[str, Any]]:
@@ -86,7 +107,8 @@ def scene_results() -> list[dict[str, Any]]:
 
 def photographs(
     train_data_path: str, val_data_path: str, data_size: float = 0.2, teacher_epochs: int = 12, max_epochs: int = 20,
-    batch_size: int = 64, seeds: int = 3, out_dir: str = "runs/photographs",
+    batch_size: int = 64, learning_rate: float = 3e-3, teacher_batch_size: int = 128, seeds: int = 3,
+    dataset: str = "", out_dir: str = "runs/photographs",
 ) -> None:  # fmt: skip
     """Base against kd on real captions: a teacher from all pairs, students from a share; retrieval on the rest.
 
@@ -97,28 +119,37 @@ def photographs(
         teacher_epochs: passes of the teacher over all pictures.
         max_epochs: passes of the students over their share.
         batch_size: pairs a step, of the students.
+        learning_rate: peak of the schedule, of the students.
+        teacher_batch_size: pairs a step, of the teacher.
         seeds: number of seeds.
+        dataset: also classify this one zero-shot: a torchvision set such as cifar10, or a folder of pictures.
         out_dir: where runs and their checkpoints go.
     """
+    labelled = zero_shot_set(dataset) if dataset else None
     out, size = Path(out_dir), PRESETS["course"].image.image_size
     everything, validation = load_pairs(train_data_path, size), load_pairs(val_data_path, size)
-    settings = TrainConfig(max_epochs=teacher_epochs, batch_size=128, learning_rate=1.5e-3, weight_decay=0.1)
+    settings = TrainConfig(
+        max_epochs=teacher_epochs, batch_size=teacher_batch_size, learning_rate=1.5e-3, weight_decay=0.1
+    )
     train_open_clip(TEACHER_CONFIG, everything, validation, settings, out / "teacher")
     teacher = out / "teacher" / "model"
-    _save_retrieval("teacher", teacher, validation, 0)
+    _measure("teacher", teacher, validation, labelled, 0)
     for seed in range(seeds):
         share = everything.fraction(data_size, seed)
-        settings = TrainConfig(max_epochs=max_epochs, batch_size=batch_size, seed=seed)
+        settings = TrainConfig(max_epochs=max_epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
         for name, distill in (("base", BASE), ("kd", DistillConfig())):
             folder = out / f"{name}-{seed}"
             train_student(
                 PRESETS["course"], share, validation, settings, folder, distill=distill, teacher_model=str(teacher)
             )
-            _save_retrieval(name, folder / "model", validation, seed)
+            _measure(name, folder / "model", validation, labelled, seed)
 
 
-def _save_retrieval(name: str, folder: Path, validation: Pairs, seed: int) -> None:
+def _measure(name: str, folder: Path, validation: Pairs, labelled: ZeroShotSet | None, seed: int) -> None:
     model, tokenizer = load_model(folder)
+    if labelled is not None:
+        record = evaluate_zero_shot(model, tokenizer, labelled, name, seed=seed)
+        save_result(RESULTS / "photographs" / f"zero_shot_{name}-{seed}.json", record)
     record = evaluate_retrieval(model, tokenizer, validation, name, seed=seed)
     save_result(RESULTS / "photographs" / f"retrieval_{name}-{seed}.json", record)
     both = {way: {k: round(v["value"], 1) for k, v in recalls.items()} for way, recalls in record["metrics"].items()}

@@ -5,6 +5,7 @@ Notebooks and the command line call the same functions, so that equal settings g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ class Profile:
     max_epochs: int
     batch_size: int
     test_pictures: int
+    learning_rate: float = 3e-3
     preset: str = "course"
     teacher: str = SHIPPED
     teacher_pretrained: str | None = None
@@ -45,12 +47,13 @@ class Profile:
 
 PROFILES = {
     "smoke": Profile(pictures=256, max_epochs=1, batch_size=64, test_pictures=128),
-    "cpu": Profile(pictures=10_000, max_epochs=6, batch_size=128, test_pictures=2000),
+    "cpu": Profile(pictures=10_000, max_epochs=9, batch_size=64, test_pictures=2000),
     "gpu": Profile(
         pictures=100_000,
         max_epochs=30,
         batch_size=512,
         test_pictures=5000,
+        learning_rate=1e-3,
         preset="mobile-256",
         teacher="ViT-B-32",
         teacher_pretrained="openai",
@@ -142,6 +145,9 @@ def train_student(
         penultimate = (model.image_encoder.features, model.text_encoder.features)
         widths = penultimate if distill.feature_source == "penultimate" else (config.embed_dim,) * 2
         objective = Distillation(distill, widths, teacher.embed_dim, teacher.logit_scale)
+        if not base_checkpoint:
+            # Where embeddings are to equal the teacher's, responses agree only at the teacher's scale.
+            nn.init.constant_(model.logit_scale, math.log(teacher.logit_scale))
     batches = BatchSource(
         training, model.tokenizer, student_prepare(config), settings.batch_size, settings.seed, targets
     )

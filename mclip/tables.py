@@ -42,3 +42,34 @@ def zero_shot_table(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str,
                 "n": group[0]["n"],
             }
     return table
+
+
+def retrieval_table(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """``{"image to text, R@5": {model: {"value", "low", "high"}}}`` in percent, over seeds."""
+    groups: dict[str, dict[str, list]] = {}
+    for record in records:
+        for way, recalls in record["metrics"].items() if record["task"] == "retrieval" else ():
+            for key, value in recalls.items():
+                row = f"{way.replace('_', ' ')}, R@{key[1:]}"
+                groups.setdefault(row, {}).setdefault(record["model"]["name"], []).append(value)
+    return {row: {model: over_seeds(group) for model, group in models.items()} for row, models in groups.items()}
+
+
+def markdown_table(table: Mapping[str, Mapping[str, Mapping[str, float]]], models: Iterable[str]) -> str:
+    """A Markdown table of percentages with their intervals: a row for each key, a column for each model."""
+    models = list(models)
+    lines = [f"| % | {' | '.join(models)} |", "|" + "---|" * (len(models) + 1)]
+    for row, values in table.items():
+        shown = [values.get(model) for model in models]
+        cells = [f"{v.get('value', v.get('top1')):.1f} ({v['low']:.1f}-{v['high']:.1f})" if v else "" for v in shown]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def replace_block(text: str, name: str, block: str) -> str:
+    """``text`` with what lies between ``<!-- name -->`` and the next ``<!-- end -->`` replaced by ``block``."""
+    start, mark = text.find(f"<!-- {name} -->"), "<!-- end -->"
+    end = text.find(mark, start)
+    if start < 0 or end < 0:
+        raise ResultError(f"no block <!-- {name} --> ... {mark} in the text; restore the two lines.")
+    return f"{text[:start]}<!-- {name} -->\n{block}\n{text[end:]}"

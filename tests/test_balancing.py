@@ -18,7 +18,7 @@ WHOLE = {"original": 1.0, "feature": 1.0, "response": 1.0}
 
 
 def balancer(*strategies, rate=1.0, frequency=1, **settings):
-    settings = {"adaptation_rate": rate, "gradient_check_frequency": frequency} | settings
+    settings = {"feature_weight": 1.0, "adaptation_rate": rate, "gradient_check_frequency": frequency} | settings
     return make_balancer(DistillConfig(balancers=strategies, **settings))
 
 

@@ -1,0 +1,66 @@
+"""The long runs in their smallest form, and the tables that are written from results files."""
+
+import pytest
+
+from mclip import reproduce
+from mclip.results import ResultError, load_results
+from mclip.scenes import SceneConfig, export_scenes, make_scenes
+from mclip.tables import markdown_table, replace_block, retrieval_table, zero_shot_table
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Results of a run over drawn pictures in files, as if they were photographs."""
+    folder = tmp_path_factory.mktemp("photographs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MCLIP_CACHE", str(folder / "cache"))
+        patch.setattr(reproduce, "RESULTS", folder / "results")
+        for split, count in (("train", 40), ("val", 16)):
+            export_scenes(make_scenes(SceneConfig(count, 64, split), progress=False), folder / split)
+        for index in range(12):
+            source = folder / "test" / ("cat", "dog")[index % 2] / f"{index}.jpg"
+            source.parent.mkdir(parents=True, exist_ok=True)
+            source.write_bytes(sorted((folder / "val").rglob("*.jpg"))[index].read_bytes())
+        csvs = [str(next((folder / split).glob("*.csv"))) for split in ("train", "val")]
+        reproduce.photographs(
+            *csvs, data_size=0.5, teacher_epochs=1, max_epochs=1, batch_size=16, teacher_batch_size=16, seeds=2,
+            dataset=str(folder / "test"), out_dir=str(folder / "runs"),
+        )  # fmt: skip
+        yield folder / "results" / "photographs"
+
+
+def test_photographs_leave_a_record_of_each_model_seed_and_task(photographs):
+    records = load_results(photographs)
+    found = sorted((r["task"], r["model"]["name"], r["seed"]) for r in records)
+    expected = [("teacher", 0), *((name, seed) for name in ("base", "kd") for seed in (0, 1))]
+    assert found == sorted((task, *each) for task in ("retrieval", "zero_shot") for each in expected)
+    assert {r["n"] for r in records if r["task"] == "zero_shot"} == {12}
+
+
+def test_tables_hold_the_mean_of_the_seeds(photographs):
+    records = load_results(photographs)
+    values = [
+        r["metrics"]["image_to_text"]["r5"]["value"]
+        for r in records
+        if r["task"] == "retrieval" and r["model"]["name"] == "kd"
+    ]
+    table = retrieval_table(records)
+    assert table["image to text, R@5"]["kd"]["value"] == pytest.approx(sum(values) / 2)
+    text = markdown_table(table | zero_shot_table(records), ("base", "kd", "teacher", "absent"))
+    assert len(text.splitlines()) == 2 + len(table) + 1
+    assert f"| {sum(values) / 2:.1f} (" in next(row for row in text.splitlines() if "image to text, R@5" in row)
+    assert all(row.endswith("|  |") for row in text.splitlines()[2:])
+
+
+def test_a_block_is_replaced_and_nothing_else():
+    text = "before\n<!-- a -->\nold\n<!-- end -->\nbetween\n<!-- b -->\n<!-- end -->\nafter\n"
+    assert replace_block(text, "a", "new") == text.replace("old", "new")
+    assert replace_block(replace_block(text, "b", "x"), "b", "y") == replace_block(text, "b", "y")
+    with pytest.raises(ResultError, match="<!-- c -->"):
+        replace_block(text, "c", "new")
+
+
+def test_the_readme_holds_what_the_results_files_say():
+    text = reproduce.README.read_text(encoding="utf-8")
+    for name, table in reproduce.readme_tables().items():
+        assert replace_block(text, name, table) == text, f"run `make figures`: the table {name!r} is out of date"
