@@ -47,7 +47,7 @@ class Profile:
 
 PROFILES = {
     "smoke": Profile(pictures=256, max_epochs=1, batch_size=64, test_pictures=128),
-    "cpu": Profile(pictures=10_000, max_epochs=9, batch_size=64, test_pictures=2000),
+    "cpu": Profile(pictures=10_000, max_epochs=7, batch_size=64, test_pictures=2000),
     "gpu": Profile(
         pictures=100_000,
         max_epochs=30,
