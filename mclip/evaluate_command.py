@@ -9,7 +9,7 @@ from .config import require
 from .datasets import zero_shot_set
 from .evaluate import evaluate_zero_shot
 from .results import save_result
-from .runs import get_profile, load_model
+from .runs import device_for, get_profile, load_model
 from .scene_sets import RELATION, evaluate_relation, scene_sets
 
 
@@ -35,7 +35,7 @@ def evaluate(
         download: let torchvision download the set.
         seed: of the bootstrap.
     """
-    model, tokenizer = load_model(model_checkpoint)
+    model, tokenizer = load_model(model_checkpoint, device_for("auto"))
     name = Path(model_checkpoint).name if Path(model_checkpoint).name != "model" else Path(model_checkpoint).parent.name
     count = get_profile(profile).test_pictures
     embedded = scene_sets(count=count)

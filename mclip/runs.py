@@ -87,7 +87,9 @@ def load_data(
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[Pairs, Pairs]:
-    """Training and validation pairs: scenes of the profile's size where a path is empty."""
+    """Training and validation pairs: scenes of the profile's size where both paths are empty."""
+    remedy = "pairs to train on need pairs of the same kind to validate with"
+    require(bool(val_data_path) or not train_data_path, "val_data_path", val_data_path, remedy)
     size = get_profile(profile).pictures
     train_scenes = SceneConfig(size, image_size, "train", noise=noise)
     val_scenes = SceneConfig(max(64, size // 20), image_size, "val")
@@ -140,7 +142,7 @@ def train_student(
     model = MobileCLIP.from_pretrained(model_folder(base_checkpoint), config) if base_checkpoint else MobileCLIP(config)
     objective, targets = Contrastive(distill), None
     if any((distill.feature_weight, distill.response_weight, distill.similarity_weight, distill.icl_weight)):
-        teacher = load_teacher(teacher_model, teacher_pretrained)
+        teacher = load_teacher(teacher_model, teacher_pretrained, device_for(settings.accelerator))
         targets = teacher_targets(teacher, training, settings.progress)
         penultimate = (model.image_encoder.features, model.text_encoder.features)
         widths = penultimate if distill.feature_source == "penultimate" else (config.embed_dim,) * 2
@@ -208,13 +210,18 @@ def model_folder(name: str | Path) -> Path:
     return folder
 
 
-def load_model(name: str | Path) -> tuple[nn.Module, Any]:
-    """A trained model and its tokenizer, in evaluation mode, on the CPU; ``name`` as in :func:`model_folder`."""
+def device_for(accelerator: str) -> str:
+    """Where a run with Lightning's ``accelerator`` computes: "cuda" or "cpu"."""
+    return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def load_model(name: str | Path, device: str = "cpu") -> tuple[nn.Module, Any]:
+    """A trained model and its tokenizer, in evaluation mode; ``name`` as in :func:`model_folder`."""
     folder = model_folder(name)
     if (folder / "open_clip_config.json").is_file():
         model, tokenizer = load_open_clip(str(folder))
-        return model.eval(), tokenizer
-    model = MobileCLIP.from_pretrained(folder)
+        return model.eval().to(device), tokenizer
+    model = MobileCLIP.from_pretrained(folder).to(device)
     return model, model.tokenizer
 
 

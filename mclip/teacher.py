@@ -197,13 +197,16 @@ def _embed(
 def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True) -> Targets:
     """The teacher's embeddings of every picture and every caption of ``pairs``, from the cache where they are.
 
-    Kept as fp16, memory-mapped, under a key of the teacher's weights, the data and the view (the teacher's own
-    preparation), so that targets of another teacher or of edited data are never used.
+    Kept as fp16, memory-mapped, under a key of the teacher's layers, weights and tokens, the data and the view (the
+    teacher's own preparation), so that targets of another teacher or of edited data are never used.
 
     Raises: TeacherError if all captions look alike to the teacher: distilling such targets teaches nothing.
     """
     view = (teacher.image_size, teacher.mean, teacher.std)
-    folder = cache_dir() / "targets" / content_key("targets", weights_sha256(teacher.model), pairs.key, view)
+    # Layers without weights (activations) and the tokenizer's merges show in neither the weights nor the data.
+    sample = teacher.tokenize([own[0] for own in pairs.captions[:256]]).tolist()
+    identity = (str(teacher.model), sample, weights_sha256(teacher.model))
+    folder = cache_dir() / "targets" / content_key("targets", identity, pairs.key, view)
     if not folder.exists():
         images = decode_images(pairs.files, teacher.image_size, progress=progress)[0] if pairs.files else pairs.images
         captions = [caption for own in pairs.captions for caption in own]

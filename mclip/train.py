@@ -174,10 +174,12 @@ def train(
 def _identity(model: nn.Module, batches: BatchSource, config: TrainConfig, distill: DistillConfig) -> dict[str, Any]:
     """Everything that decides how a run ends; a checkpoint serves only a run that agrees in all of it."""
     architecture = getattr(model, "config", None)
+    settings = dataclasses.asdict(config)
+    del settings["progress"]
     return {
         "model": dataclasses.asdict(architecture) if dataclasses.is_dataclass(architecture) else None,
         "starting_weights": weights_sha256(model)[:16],
-        "train": dataclasses.asdict(config),
+        "train": settings,
         "distill": dataclasses.asdict(distill),
         "data": batches.pairs.key,
         "teacher_targets": batches.targets.key if batches.targets else None,

@@ -113,7 +113,7 @@ def test_a_finished_run_is_not_passed_off_as_one_with_another_teacher(tmp_path):
 
 
 def test_a_finished_run_is_returned_at_once(tmp_path):
-    first, second = run(tmp_path), run(tmp_path)
+    first, second = run(tmp_path), run(tmp_path, settings=dataclasses.replace(SETTINGS, progress=True))
     assert second.log == first.log
     assert all(torch.equal(value, state(second)[key]) for key, value in state(first).items())
 
