@@ -140,7 +140,7 @@ def training_curves(log: Sequence[Mapping[str, Any]]) -> NotebookFigure:
         ("Each loss term, before weighting", "loss (log scale)", _series(steps, "terms")),
         ("The weight that balancing gives it", "weight", weights if len(weights) > 1 else {}),
         ("Softening of the response targets", "temperature T", {"temperature": warmth} if warmth else {}),
-        ("Retrieval of held-out pairs", "recall at 1 (%)", {"recall": recall} if recall else {}),
+        ("Retrieval of validation pairs", "recall at 1 (%)", {"recall": recall} if recall else {}),
     ]
     panels = [panel for panel in panels if panel[2]]
     fig = figure(8.3, 0.9 + 2.25 * -(-len(panels) // 2))
@@ -152,8 +152,11 @@ def training_curves(log: Sequence[Mapping[str, Any]]) -> NotebookFigure:
             plain = {"color": "black", "marker": "o" if name == "recall" else "", "markersize": 4}
             ax.plot(*zip(*points, strict=True), label=name, **TERMS.get(name, plain))
         ax.set(title=title, ylabel=label, xlabel="step")
-        if label.startswith("loss") and all(value > 0 for points in series.values() for _, value in points):
+        values = [value for points in series.values() for _, value in points]
+        spread = label == "weight" and 0 < 50 * min(values) < max(values)
+        if spread or (label.startswith("loss") and min(values) > 0):
             ax.set_yscale("log")
+            ax.set_ylabel(f"{label} (log scale)" if spread else label)
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_major_formatter("{x:g}")
             ax.yaxis.set_minor_locator(NullLocator())
