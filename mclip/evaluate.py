@@ -181,14 +181,18 @@ def evaluate_zero_shot(
     seed: int = 0,
     batch_size: int = 256,
     workers: int = 0,
+    embeddings: Tensor | None = None,
 ) -> dict[str, Any]:
     """The results record of ``model``, called ``name``, on ``dataset``.
 
-    ``prompt``, one or several, replaces the set's own templates.
+    ``prompt``, one or several, replaces the set's own templates. ``embeddings`` (N, d) are those of the set's
+    pictures by :func:`embed_images`, where another set has the same pictures; the set must then bring its labels.
     """
     start, templates = time.perf_counter(), as_templates(dataset.templates if prompt is None else prompt)
     classifier = build_classifier(model, tokenizer, dataset.class_names, templates)
-    embeddings, found = embed_images(model, dataset.images, batch_size, workers)
+    found = None
+    if embeddings is None:
+        embeddings, found = embed_images(model, dataset.images, batch_size, workers)
     labels = found if dataset.labels is None else torch.as_tensor(dataset.labels).cpu()
     metrics = zero_shot_metrics(embeddings, classifier, labels, dataset.class_names, seed)
     seconds = time.perf_counter() - start

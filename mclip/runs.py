@@ -48,16 +48,7 @@ class Profile:
 PROFILES = {
     "smoke": Profile(pictures=256, max_epochs=1, batch_size=64, test_pictures=128),
     "cpu": Profile(pictures=10_000, max_epochs=7, batch_size=64, test_pictures=2000),
-    "gpu": Profile(
-        pictures=100_000,
-        max_epochs=30,
-        batch_size=512,
-        test_pictures=5000,
-        learning_rate=1e-3,
-        preset="mobile-256",
-        teacher="ViT-B-32",
-        teacher_pretrained="openai",
-    ),
+    "gpu": Profile(100_000, 30, 512, 5000, 1e-3, preset="mobile-256", teacher="ViT-B-32", teacher_pretrained="openai"),
 }
 
 
@@ -238,8 +229,13 @@ def evaluate_all(
     count = get_profile(profile).test_pictures
     records = []
     for name, (model, tokenizer) in models.items():
-        for dataset in scene_sets(image_size, count).values():
-            records.append(evaluate_zero_shot(model, tokenizer, dataset, name, seed=seed))
+        sets = scene_sets(image_size, count).values()
+        embedded = {
+            key: embed_images(model, images)[0] for key, images in {id(s.images): s.images for s in sets}.items()
+        }
+        for dataset in sets:
+            embeddings = embedded[id(dataset.images)]
+            records.append(evaluate_zero_shot(model, tokenizer, dataset, name, seed=seed, embeddings=embeddings))
         if relation:
             records.append(
                 evaluate_relation(model, tokenizer, name, image_size=image_size, count=count // 2, seed=seed)

@@ -49,8 +49,11 @@ def scene_sets(image_size: int = 64, count: int = 2000, seed: int = 0) -> dict[s
         shown = zip(labels(scenes, "shape").tolist(), labels(scenes, "colour").tolist(), strict=True)
         return torch.tensor([place[pair] for pair in shown])
 
+    # Sets of the same pictures share one tensor, so that whoever evaluates them all can embed it once.
+    pictures = {id(scenes): torch.from_numpy(scenes.images.copy()) for scenes in (seen, unseen)}
+
     def make(name: str, scenes: Scenes, truth: Tensor, names: list[str], templates: list[str]) -> ZeroShotSet:
-        return ZeroShotSet(name, torch.from_numpy(scenes.images.copy()), truth, names, templates)
+        return ZeroShotSet(name, pictures[id(scenes)], truth, names, templates)
 
     phrases = [BACKGROUND_PHRASES[name][0] for name in BACKGROUNDS]
     noun, adjective = ["a {}", "a picture of a {}"], ["a {} shape", "a picture of a {} thing"]

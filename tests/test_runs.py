@@ -8,9 +8,19 @@ import torch
 
 from mclip.cli import main
 from mclip.config import PRESETS, ConfigError, DistillConfig, TrainConfig
+from mclip.evaluate import evaluate_zero_shot
 from mclip.files import atomic_folder, atomic_path, write_json
 from mclip.results import load_results
-from mclip.runs import get_model_config, get_profile, load_data, load_model, train_open_clip, train_student
+from mclip.runs import (
+    evaluate_all,
+    get_model_config,
+    get_profile,
+    load_data,
+    load_model,
+    train_open_clip,
+    train_student,
+)
+from mclip.scene_sets import scene_sets
 from mclip.teacher import PLAIN_CLIP_CONFIG
 
 SMOKE = TrainConfig(max_epochs=1, batch_size=64, progress=False, accelerator="cpu")
@@ -92,6 +102,14 @@ def test_a_checkpoint_of_another_configuration_is_refused(data, tmp_path):
         train_student(
             PRESETS["mobile-512"], *data, SMOKE, tmp_path / "kd", base_checkpoint=str(tmp_path / "base" / "model")
         )
+
+
+def test_all_sets_at_once_give_what_each_gives_alone(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("MCLIP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    model, tokenizer = load_model("kd")
+    together = {r["dataset"]: r["metrics"] for r in evaluate_all({"kd": (model, tokenizer)}, profile="smoke")}
+    for name, dataset in scene_sets(64, get_profile("smoke").test_pictures).items():
+        assert evaluate_zero_shot(model, tokenizer, dataset, "kd")["metrics"] == together[name]
 
 
 def test_a_run_starts_from_a_model_that_ships_by_its_name(data, tmp_path):
