@@ -7,6 +7,7 @@ function of seed and epoch.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import zipfile
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from .config import ConfigError
+from .config import ConfigError, DistillConfig, TrainConfig
+from .data import BatchSource
 from .files import atomic_path, write_json
+from .results import weights_sha256
 
 KEEP = 2
 
@@ -26,6 +30,21 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
         keys = sorted(old.keys() | new.keys())
         return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{prefix}{key}.")]
     return [] if old == new else [f"{prefix[:-1]} was {old!r} and is now {new!r}"]
+
+
+def run_identity(model: nn.Module, batches: BatchSource, config: TrainConfig, distill: DistillConfig) -> dict[str, Any]:
+    """Everything that decides how a run ends; a checkpoint serves only a run that agrees in all of it."""
+    architecture = getattr(model, "config", None)
+    settings = dataclasses.asdict(config)
+    del settings["progress"]
+    return {
+        "model": dataclasses.asdict(architecture) if dataclasses.is_dataclass(architecture) else None,
+        "starting_weights": weights_sha256(model)[:16],
+        "train": settings,
+        "distill": dataclasses.asdict(distill),
+        "data": batches.pairs.key,
+        "teacher_targets": batches.targets.key if batches.targets else None,
+    }
 
 
 class Checkpoints:

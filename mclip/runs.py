@@ -80,7 +80,7 @@ def load_data(
 ) -> tuple[Pairs, Pairs]:
     """Training and validation pairs: scenes of the profile's size where both paths are empty."""
     remedy = "pairs to train on need pairs of the same kind to validate with"
-    require(bool(val_data_path) or not train_data_path, "val_data_path", val_data_path, remedy)
+    require(bool(val_data_path) or not Path(train_data_path).is_file(), "val_data_path", val_data_path, remedy)
     size = get_profile(profile).pictures
     train_scenes = SceneConfig(size, image_size, "train", noise=noise)
     val_scenes = SceneConfig(max(64, size // 20), image_size, "val")

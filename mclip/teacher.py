@@ -220,19 +220,14 @@ def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True) -> Ta
             "captions",
             progress,
         )
+
+        def view_of(a: int, b: int) -> Tensor:
+            return teacher.prepare(torch.from_numpy(np.array(images[a:b])))
+
         with atomic_folder(folder) as temporary:
             np.save(temporary / "texts.npy", unique[[place[text] for text in captions]])
-            np.save(
-                temporary / "images.npy",
-                _embed(
-                    teacher,
-                    teacher.model.encode_image,
-                    lambda a, b: teacher.prepare(torch.from_numpy(np.array(images[a:b]))),
-                    len(images),
-                    "pictures",
-                    progress,
-                ),
-            )
+            embedded = _embed(teacher, teacher.model.encode_image, view_of, len(images), "pictures", progress)
+            np.save(temporary / "images.npy", embedded)
     images, texts = (np.load(folder / f"{kind}.npy", mmap_mode="r") for kind in ("images", "texts"))
     stored = Targets(images, texts, teacher.logit_scale, folder.name)
     check_targets(stored)

@@ -6,7 +6,6 @@ balancer -> one scalar -> step. Lightning Fabric moves it to the device and the 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -22,11 +21,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from .balancing import Schedule, make_balancer
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, run_identity
 from .config import DistillConfig, TrainConfig, require
 from .data import Batch, BatchSource
 from .objectives import Contrastive
-from .results import weights_sha256
 
 Record = dict[str, Any]
 
@@ -126,7 +124,7 @@ def train(
     )
     total = per_epoch * config.max_epochs
     schedule = Schedule(distill, total)
-    store = Checkpoints(out_dir, _identity(model, batches, config, distill))
+    store = Checkpoints(out_dir, run_identity(model, batches, config, distill))
     parts = {"step_module": step_module, "optimizer": optimizer} | ({"average": average} if average else {})
     state = {"epoch": 0, "best": -math.inf, "stale": 0, "finished": False}
     log = store.restore(parts, state) if resume else store.clear()
@@ -169,21 +167,6 @@ def train(
     if average:
         model.load_state_dict(average.module.state_dict())
     return TrainResult(model.eval(), log, time.perf_counter() - start, step, state["epoch"] < config.max_epochs)
-
-
-def _identity(model: nn.Module, batches: BatchSource, config: TrainConfig, distill: DistillConfig) -> dict[str, Any]:
-    """Everything that decides how a run ends; a checkpoint serves only a run that agrees in all of it."""
-    architecture = getattr(model, "config", None)
-    settings = dataclasses.asdict(config)
-    del settings["progress"]
-    return {
-        "model": dataclasses.asdict(architecture) if dataclasses.is_dataclass(architecture) else None,
-        "starting_weights": weights_sha256(model)[:16],
-        "train": settings,
-        "distill": dataclasses.asdict(distill),
-        "data": batches.pairs.key,
-        "teacher_targets": batches.targets.key if batches.targets else None,
-    }
 
 
 def _groups(fabric: Fabric, batches: BatchSource, epoch: int, size: int, count: int) -> Iterator[list[Batch]]:

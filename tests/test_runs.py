@@ -23,7 +23,7 @@ from mclip.runs import (
 from mclip.scene_sets import scene_sets
 from mclip.teacher import PLAIN_CLIP_CONFIG
 
-SMOKE = TrainConfig(max_epochs=1, batch_size=64, progress=False, accelerator="cpu")
+SMOKE = TrainConfig(max_epochs=1, batch_size=64, learning_rate=3e-3, progress=False, accelerator="cpu")
 
 
 @pytest.fixture(scope="module")
