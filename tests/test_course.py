@@ -138,7 +138,7 @@ def test_interrupt_exits_130(notebooks, tmp_path):
     while not flag.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
     assert "Traceback" not in error
     assert (tmp_path / "out" / "notebooks" / "01_first.ipynb").exists()
