@@ -102,6 +102,7 @@ class DepthwiseConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H', W')."""
         (height, width), (kernel, _) = x.shape[-2:], self.kernel_size
+        # A 3x3 kernel gains nothing: there the library is the faster one.
         if height * width > self.LARGEST or x.is_cuda or not torch.is_grad_enabled() or kernel < 5:
             return super().forward(x)
         rows, columns = (self._taps(size) for size in (height, width))

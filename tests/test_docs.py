@@ -126,6 +126,11 @@ def statements_of(path: Path) -> int:
     )
 
 
+@pytest.mark.xfail(strict=True, reason="the package has more than 3,000 lines of code: it wants to be made smaller")
+def test_package_has_fewer_than_3000_lines():
+    assert sum(lines_of_code(path) for path in MODULES) < 3000
+
+
 def test_package_stays_thin():
     assert sum(lines_of_code(path) for path in MODULES if path.stem in HEART) < 900
     assert sum(statements_of(path) for path in MODULES) < 3000
