@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 DATA = Path(__file__).resolve().parents[1] / "data"
 """What ships with the course: teacher, student checkpoints, published figures, results."""
 
@@ -53,6 +55,23 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def missing_folder(path: str | Path) -> Iterator[Path | None]:
+    """Yield None where ``path`` is there, else a folder to fill, as :func:`atomic_folder`.
+
+    Of several processes that want the same folder one fills it while the others wait; should it be killed, the
+    next one takes over.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / f".{path.name}.lock"):
+        if path.is_dir():
+            yield None
+        else:
+            with atomic_folder(path) as temporary:
+                yield temporary
 
 
 def write_json(path: str | Path, value: Any) -> None:

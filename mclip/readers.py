@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as VF
 from tqdm.auto import tqdm
 
-from .files import atomic_path, cache_dir, content_key
+from .files import cache_dir, content_key, missing_folder, write_json
 from .text_encoder import clean_caption
 
 OnError = Literal["raise", "skip"]
@@ -119,23 +119,23 @@ def decode_images(
     """
     stats = [(str(file.resolve()), *os.stat(file)[6:9:2]) for file in files]
     key = content_key("pixels", size, on_error, stats)
-    stored, kept_file = cache_dir() / "pixels" / f"{key}.npy", cache_dir() / "pixels" / f"{key}.json"
-    if not (stored.exists() and kept_file.exists()):
-        kept: list[int] = []
-        with atomic_path(stored) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
+    folder = cache_dir() / "pixels" / key
+    with missing_folder(folder) as temporary:
+        if temporary:
+            kept: list[int] = []
             shape = (len(files), 3, size, size)
-            images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-            decoded = pool.map(lambda file: _decode(file, size), files)
-            for index, picture in enumerate(
-                tqdm(decoded, "decoding pictures", len(files), disable=not progress, leave=False)
-            ):
-                if isinstance(picture, str):
-                    _bad(f"{places[index]}: {picture}" if places else picture, on_error)
-                else:
-                    images[len(kept)] = picture
-                    kept.append(index)
+            images = np.lib.format.open_memmap(temporary / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                decoded = pool.map(lambda file: _decode(file, size), files)
+                for index, picture in enumerate(
+                    tqdm(decoded, "decoding pictures", len(files), disable=not progress, leave=False)
+                ):
+                    if isinstance(picture, str):
+                        _bad(f"{places[index]}: {picture}" if places else picture, on_error)
+                    else:
+                        images[len(kept)] = picture
+                        kept.append(index)
             images.flush()
-        with atomic_path(kept_file) as temporary:
-            temporary.write_text(json.dumps(kept), encoding="utf-8")
-    kept = json.loads(kept_file.read_text(encoding="utf-8"))
-    return np.load(stored, mmap_mode="r")[: len(kept)], kept, key
+            write_json(temporary / "kept.json", kept)
+    kept = json.loads((folder / "kept.json").read_text(encoding="utf-8"))
+    return np.load(folder / "images.npy", mmap_mode="r")[: len(kept)], kept, key

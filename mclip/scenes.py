@@ -28,7 +28,7 @@ from .captions import SHAPE_WORDS as SHAPE_WORDS
 from .captions import Table, write_captions
 from .config import closest, require
 from .drawing import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, draw_backgrounds, draw_clutter, draw_objects
-from .files import atomic_folder, cache_dir, content_key, write_json
+from .files import atomic_folder, cache_dir, content_key, missing_folder, write_json
 
 DRAWING_VERSION = 4
 SPLITS = ("train", "val", "test", "teacher")
@@ -182,9 +182,9 @@ def _draw_all(config: SceneConfig, table: Table, progress: bool, chunk: int = 25
 def make_scenes(config: SceneConfig, progress: bool = True) -> Scenes:
     """The scenes of ``config``, drawn once and kept in the cache under a key of all settings."""
     folder = cache_dir() / "scenes" / content_key(DRAWING_VERSION, dataclasses.asdict(config))
-    if not folder.exists():
-        table = sample_table(config)
-        with atomic_folder(folder) as temporary:
+    with missing_folder(folder) as temporary:
+        if temporary:
+            table = sample_table(config)
             np.save(temporary / "images.npy", _draw_all(config, table, progress))
             np.savez(temporary / "table.npz", **table)
             (temporary / "captions.json").write_text(json.dumps(captions_of(config, table)), encoding="utf-8")

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .config import closest
 from .data import Pairs, Targets, normalise
-from .files import DATA, atomic_folder, atomic_path, cache_dir, content_key, write_json
+from .files import DATA, atomic_folder, atomic_path, cache_dir, content_key, missing_folder, write_json
 from .readers import decode_images
 from .results import weights_sha256
 
@@ -207,31 +207,32 @@ def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True) -> Ta
     sample = teacher.tokenize([own[0] for own in pairs.captions[:256]]).tolist()
     identity = (str(teacher.model), sample, weights_sha256(teacher.model))
     folder = cache_dir() / "targets" / content_key("targets", identity, pairs.key, view)
-    if not folder.exists():
-        images = decode_images(pairs.files, teacher.image_size, progress=progress)[0] if pairs.files else pairs.images
-        captions = [caption for own in pairs.captions for caption in own]
-        texts = sorted(set(captions))
-        place = {text: row for row, text in enumerate(texts)}
-        unique = _embed(
-            teacher,
-            teacher.model.encode_text,
-            lambda a, b: teacher.tokenize(texts[a:b]),
-            len(texts),
-            "captions",
-            progress,
-        )
-
-        def view_of(a: int, b: int) -> Tensor:
-            return teacher.prepare(torch.from_numpy(np.array(images[a:b])))
-
-        with atomic_folder(folder) as temporary:
-            np.save(temporary / "texts.npy", unique[[place[text] for text in captions]])
-            embedded = _embed(teacher, teacher.model.encode_image, view_of, len(images), "pictures", progress)
-            np.save(temporary / "images.npy", embedded)
+    with missing_folder(folder) as temporary:
+        if temporary:
+            _write_targets(temporary, teacher, pairs, progress)
     images, texts = (np.load(folder / f"{kind}.npy", mmap_mode="r") for kind in ("images", "texts"))
     stored = Targets(images, texts, teacher.logit_scale, folder.name)
     check_targets(stored)
     return stored
+
+
+def _write_targets(folder: Path, teacher: Teacher, pairs: Pairs, progress: bool) -> None:
+    """texts.npy and images.npy: a caption that comes several times is embedded once."""
+    images = decode_images(pairs.files, teacher.image_size, progress=progress)[0] if pairs.files else pairs.images
+    captions = [caption for own in pairs.captions for caption in own]
+    texts = sorted(set(captions))
+    place = {text: row for row, text in enumerate(texts)}
+
+    def tokens_of(start: int, stop: int) -> Tensor:
+        return teacher.tokenize(texts[start:stop])
+
+    def view_of(start: int, stop: int) -> Tensor:
+        return teacher.prepare(torch.from_numpy(np.array(images[start:stop])))
+
+    unique = _embed(teacher, teacher.model.encode_text, tokens_of, len(texts), "captions", progress)
+    np.save(folder / "texts.npy", unique[[place[text] for text in captions]])
+    pictures = _embed(teacher, teacher.model.encode_image, view_of, len(images), "pictures", progress)
+    np.save(folder / "images.npy", pictures)
 
 
 def check_targets(targets: Targets) -> None:

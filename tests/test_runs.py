@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import multiprocessing
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ import torch
 from mclip.cli import main
 from mclip.config import PRESETS, ConfigError, DistillConfig, TrainConfig
 from mclip.evaluate import evaluate_zero_shot
-from mclip.files import atomic_folder, atomic_path, write_json
+from mclip.files import atomic_folder, atomic_path, missing_folder, write_json
 from mclip.results import load_results
 from mclip.runs import (
     evaluate_all,
@@ -132,3 +135,32 @@ def test_what_is_written_is_whole_or_not_there(tmp_path):
         (temporary / "x").write_text("half")
         raise RuntimeError
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def _fill(folder: Path, filled: Path) -> None:
+    with missing_folder(folder) as temporary:
+        if temporary:
+            time.sleep(0.3)
+            (temporary / "images.npy").write_text("whole")
+            with filled.open("a") as handle:
+                handle.write("once\n")
+    assert (folder / "images.npy").read_text() == "whole"
+
+
+def test_processes_that_want_the_same_cache_fill_it_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_fill, args=(tmp_path / "cache", tmp_path / "filled")) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert (tmp_path / "filled").read_text() == "once\n"
+
+
+def test_cache_of_a_killed_process_is_filled_by_the_next(tmp_path):
+    with pytest.raises(RuntimeError, match="killed"), missing_folder(tmp_path / "cache") as temporary:  # noqa: PT012
+        (temporary / "half").write_text("")
+        raise RuntimeError("killed")
+    _fill(tmp_path / "cache", tmp_path / "filled")
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["images.npy"]
