@@ -3,46 +3,19 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
+import os
 import time
 from pathlib import Path
 from typing import Any, Literal
 
-import nbformat
 import papermill
-from ipykernel.kernelspec import RESOURCES, get_kernel_dict
-from jupyter_client.kernelspec import KernelSpec
-from jupyter_client.manager import AsyncKernelManager
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
-from tqdm import tqdm
 
 from .config import ConfigError, closest, require
+from .execution import LANGUAGE, run_notebooks
 from .files import write_json
 from .parameters import RANGES, plan
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-LANGUAGE = {"kernel_name": "python3", "language": "python"}  # tells papermill how to write parameters down
-
-
-class NotebookError(RuntimeError):
-    """A notebook failed; the message names it, the cell, the reason and the partial copy."""
-
-    exit_status = 1
-
-
-class OwnKernel(AsyncKernelManager):
-    """A kernel of the interpreter that runs this module.
-
-    Looking up "python3" by name may find a kernel that the user once installed for another Python, whose
-    packages are not ours; ipykernel describes the one of ``sys.executable``. The kernel's own log would only
-    break the progress bar: errors of the cells come back as outputs.
-    """
-
-    @property
-    def kernel_spec(self) -> KernelSpec:
-        return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict(["--log-level=CRITICAL"]))
 
 
 def course(
@@ -50,9 +23,10 @@ def course(
     out: str = "runs/course",
     parameters: list[tuple[str, str]] | None = None,
     only: list[str] | None = None,
+    jobs: int | None = None,
     prepare: bool = False,
 ) -> None:
-    """Execute the numbered notebooks in order and leave their copies, results, figures and a summary.
+    """Execute the numbered notebooks and leave their copies, results, figures and a summary.
 
     Raises :class:`ConfigError` before anything runs where a parameter cannot work, OSError where the folder
     cannot be written, and :class:`NotebookError` for the first notebook that fails; later ones are not run.
@@ -62,10 +36,13 @@ def course(
         out: folder for notebooks/, results/, figures/ and summary.json.
         parameters: names and values, given to every notebook that declares the name.
         only: numbers of the notebooks to run, such as 04 08; all by default.
+        jobs: notebooks at a time, each with its share of the cores: 2 by default, 1 on a GPU or a single core.
+            With 1 they run in the order of their numbers; else those that others wait for come first.
         prepare: write the copies with their parameters, those of the solutions too, and run nothing.
     """
     within, remedy = RANGES["profile"]
     require(within(profile), "profile", profile, remedy)
+    require(jobs is None or jobs >= 1, "jobs", jobs, "use 1 or more notebooks at a time")
     notebooks, folder = select(only or [], solutions=prepare), Path(out).resolve()
     common = {"profile": profile, "out_dir": str(folder), "seed": 0}
     planned = plan(notebooks, dict(parameters or []), common)
@@ -80,17 +57,11 @@ def course(
             papermill.execute_notebook(notebook, copy, values, prepare_only=True, **LANGUAGE)
         print(f"prepared {len(planned)} notebooks in {folder / 'notebooks'}")
         return
-    start, timings = time.perf_counter(), []
-    with tqdm(total=len(planned), unit="notebook") as bar:
-        for notebook, values in planned.items():
-            bar.set_description(notebook.stem)
-            began = time.perf_counter()
-            execute(notebook, folder / "notebooks" / notebook.name, values, bar)
-            timings.append({"name": notebook.stem, "seconds": round(time.perf_counter() - began, 1)})
-            bar.update()
-        bar.set_postfix_str("")
-    summary = summarise(folder, profile, round(time.perf_counter() - start, 1), timings)
-    print(f"{len(timings)} notebooks in {summary['seconds']:.0f} s, {summary['peak_rss_mb']:,} MB of memory")
+    start = time.perf_counter()
+    jobs = jobs or (1 if profile == "gpu" else min(2, os.cpu_count() or 1))
+    timings, peak = run_notebooks(planned, folder / "notebooks", jobs)
+    summary = summarise(folder, profile, round(time.perf_counter() - start, 1), timings, peak)
+    print(f"{len(timings)} notebooks in {summary['seconds']:.0f} s, {peak:,} MB of memory")
     print(f"summary: {folder / 'summary.json'}")
 
 
@@ -107,42 +78,7 @@ def select(only: list[str], solutions: bool = False) -> list[Path]:
     return [path for path in found if path.name[:2] in wanted]
 
 
-def execute(notebook: Path, copy: Path, parameters: dict[str, Any], bar: tqdm) -> None:
-    """Run ``notebook`` in its own folder; write ``copy`` cell by cell, and show the cell in ``bar``.
-
-    Raises :class:`NotebookError` naming the cell by its number in ``notebook``, all kinds counted from 1.
-    """
-    cells = nbformat.read(notebook, as_version=4).cells
-    injected = bool(parameters)  # papermill adds one cell, straight after the one tagged "parameters"
-    running = 0
-
-    def on_cell_start(cell: nbformat.NotebookNode, cell_index: int) -> None:
-        nonlocal running
-        running = cell_index
-        bar.set_postfix_str(f"cell {cell_index + 1} of {len(cells) + injected}")
-
-    try:
-        papermill.execute_notebook(
-            notebook, copy, parameters, cwd=notebook.parent, progress_bar=False, start_timeout=180,
-            kernel_manager_class=OwnKernel, on_cell_start=on_cell_start, **LANGUAGE)  # fmt: skip
-    except PapermillExecutionError as error:
-        running, reason = error.cell_index, f"{error.ename}: {error.evalue}"
-        raise NotebookError(_failure(notebook, running + 1 - injected, cells, reason, copy)) from None
-    except DeadKernelError:
-        reason = "the kernel died (a crash, or the system ended it for want of memory)"
-        raise NotebookError(_failure(notebook, running + 1 - injected, cells, reason, copy)) from None
-
-
-def _failure(notebook: Path, number: int, cells: list, reason: str, copy: Path) -> str:
-    lines = [line.strip() for line in cells[number - 1].source.splitlines()]
-    first = next((line for line in lines if line and not line.startswith("#")), "")
-    return (
-        f"{notebook.name}, cell {number} ({first}): {' '.join(reason.split())}. "
-        f"The copy up to there: {copy}; the notebooks after it were not run."
-    )
-
-
-def summarise(folder: Path, profile: str, seconds: float, timings: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(folder: Path, profile: str, seconds: float, timings: dict[str, float], peak_mb: int) -> dict[str, Any]:
     """Collect ``folder``/results into ``folder``/summary.json, and return it.
 
     Parameter counts come from records of the task "parameters", whose metrics are {model: {part: count}};
@@ -165,14 +101,9 @@ def summarise(folder: Path, profile: str, seconds: float, timings: list[dict[str
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path}: not a results record ({type(error).__name__}: {error}).") from error
     summary = {
-        "schema": 1, "profile": profile, "seconds": seconds, "peak_rss_mb": peak_rss_mb(),
-        "notebooks": timings, "parameters": counts, "zero_shot": scores,
+        "schema": 1, "profile": profile, "seconds": seconds, "peak_rss_mb": peak_mb,
+        "notebooks": [{"name": name, "seconds": own} for name, own in timings.items()],
+        "parameters": counts, "zero_shot": scores,
     }  # fmt: skip
     write_json(folder / "summary.json", summary)
     return summary
-
-
-def peak_rss_mb() -> int:
-    """Largest resident memory of any ended child process, which the kernels are, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)  # macOS: bytes, Linux: kilobytes

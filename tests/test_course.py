@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
-from mclip import cli, course
+from mclip import cli, course, execution
 from mclip.config import ConfigError
 from mclip.parameters import parse_value, read_parameters
 
@@ -105,7 +106,7 @@ def test_failing_notebook_keeps_its_copy_and_stops_the_course(notebooks, tmp_pat
     out = tmp_path / "out"
     out.mkdir()
     (out / "summary.json").write_text("{}")
-    assert run(out) == 1
+    assert run(out, "--jobs", "1") == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "01_first.ipynb, cell 4 (scale = 1 / 0): ZeroDivisionError: division by zero." in error
     copy = out / "notebooks" / "01_first.ipynb"
@@ -114,6 +115,58 @@ def test_failing_notebook_keeps_its_copy_and_stops_the_course(notebooks, tmp_pat
     assert "Traceback" in copy.read_text()
     assert not (out / "notebooks" / "02_second.ipynb").exists()
     assert not (out / "summary.json").exists()
+
+
+def test_failure_ends_the_notebooks_beside_it(notebooks, tmp_path, capsys):
+    started = tmp_path / "started"
+    wait = f"import os, pathlib, time\npathlib.Path({str(started)!r}).write_text(str(os.getpid()))\ntime.sleep(300)"
+    write_notebook(notebooks / "01_first.ipynb", wait)
+    write_notebook(notebooks / "02_second.ipynb", until(started), "raise ValueError('no')")
+    assert run(tmp_path / "out", "--jobs", "2") == 1
+    assert "02_second.ipynb, cell 4 (raise ValueError('no')): ValueError: no." in capsys.readouterr().err
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(int(started.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not psutil.pid_exists(int(started.read_text()))
+
+
+def until(path: Path) -> str:
+    """Source of a cell that waits, a minute at the most, until ``path`` is there."""
+    return (
+        f"import pathlib, time\nend = time.monotonic() + 60\n"
+        f"while not pathlib.Path({str(path)!r}).exists():\n    assert time.monotonic() < end\n    time.sleep(0.05)"
+    )
+
+
+def test_two_at_a_time_share_the_cores_and_wait_for_what_they_read(notebooks, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    here = {number: tmp_path / f"{number}.done" for number in ("04", "05", "08")}
+    tell = "import os\nprint(os.environ['OMP_NUM_THREADS'])"
+
+    def done(number: str) -> str:
+        return f"import pathlib\npathlib.Path({str(here[number])!r}).touch()"
+
+    def is_done(number: str) -> str:
+        return f"import pathlib\nassert pathlib.Path({str(here[number])!r}).exists()"
+
+    # 04 ends only once 05 has run beside it; 08 reads what 04 left, and 09 what 08 left.
+    write_notebook(notebooks / "04_base.ipynb", tell, until(here["05"]), done("04"))
+    write_notebook(notebooks / "05_teacher.ipynb", tell, done("05"))
+    write_notebook(notebooks / "08_kd.ipynb", is_done("04"), done("08"))
+    write_notebook(notebooks / "09_all.ipynb", is_done("08"), tell)
+    assert run(tmp_path / "out", "--jobs", "2") == 0
+    cores = os.cpu_count() or 1
+    told = {
+        number: int(output_of(next((tmp_path / "out" / "notebooks").glob(f"{number}_*")))) for number in ("04", "09")
+    }
+    assert told == {"04": max(1, cores // 2), "09": cores}
+
+
+def test_notebooks_that_others_wait_for_come_first():
+    paths = [Path(f"{number:02}_x.ipynb") for number in range(10)]
+    assert execution.in_turn(paths[::-1], jobs=1) == paths
+    assert [path.name[:2] for path in execution.in_turn(paths, jobs=2)][:4] == ["04", "08", "00", "01"]
+    assert [path.name[:2] for path in execution.in_turn(paths[5:], jobs=2)] == ["08", "05", "06", "07", "09"]
 
 
 def test_dead_kernel_is_named(notebooks, tmp_path, capsys):
@@ -162,6 +215,7 @@ def test_interrupt_exits_130(notebooks, tmp_path):
     (["--profile", "huge"], ["huge", "smoke"]),
     (["--only", "03"], ["'03'", "'01'"]),
     (["--onyl", "01"], ["--onyl"]),
+    (["--jobs", "0"], ["jobs=0", "1 or more"]),
 ])  # fmt: skip
 def test_wrong_settings_stop_before_anything_runs(notebooks, tmp_path, capsys, options, words):
     write_notebook(notebooks / "01_first.ipynb", "1 / 0")
@@ -219,7 +273,7 @@ def test_summary_names_a_file_that_is_no_record(tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "05.json").write_text('{"task": "zero_shot", "metrics": {}}')
     with pytest.raises(ConfigError, match=r"05\.json: not a results record \(KeyError: 'top1'\)"):
-        course.summarise(tmp_path, "cpu", 1.0, [])
+        course.summarise(tmp_path, "cpu", 1.0, {}, 0)
 
 
 def test_prepare_writes_copies_with_parameters_and_runs_nothing(notebooks, tmp_path):
