@@ -93,14 +93,15 @@ class BatchSource:
     def __len__(self) -> int:
         return len(self.pairs) // self.batch_size
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of ``epoch`` from number ``start`` on."""
+    def epoch(self, epoch: int, start: int = 0, process: int = 0, processes: int = 1) -> Iterator[Batch]:
+        """The batches of ``epoch`` from number ``start`` on; of each, the part of one of several processes."""
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self.pairs))
         counts = np.diff(self.first_caption)[order]
         caption = self.first_caption[order] + (rng.random(len(order)) * counts).astype(np.int64)
         for number in range(start, len(self)):
-            rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
+            whole = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
+            rows = np.array_split(whole, processes)[process]
             yield self._batch(order[rows], caption[rows])
 
     def _batch(self, pictures: np.ndarray, captions: np.ndarray) -> Batch:

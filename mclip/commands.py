@@ -12,6 +12,7 @@ from typing import Literal
 from .cards import write_card
 from .config import DistillConfig, TrainConfig, from_yaml
 from .data import load_pairs
+from .files import processes
 from .runs import (
     BASE,
     evaluate_all,
@@ -59,7 +60,8 @@ def _run_student(
     )
     folder = Path(checkpoint_dir) / (checkpoint_filename or name)
     result = train_student(config, training, validation, settings, folder, distill=distill, **teacher)
-    print(f"{folder / 'model'}: {result.steps} steps, validation {result.validations()[-1]['validation']}")
+    if processes()[0] == 0:
+        print(f"{folder / 'model'}: {result.steps} steps, validation {result.validations()[-1]['validation']}")
 
 
 def train(

@@ -206,6 +206,10 @@ class DistillConfig:
 class TrainConfig:
     """The optimiser and the loop. ``precision`` and ``accelerator`` are Lightning Fabric's own names.
 
+    A step takes ``accumulate_grad_batches`` batches of ``batch_size`` pairs, over all processes together; whatever
+    their number, each pair sees all others of the step. Checkpoints are written at the end of each epoch, and within
+    one when the last is ``checkpoint_minutes`` old.
+
     ``clip_grad_norm`` guards against explosions: a healthy norm is 1 or 2 here, and a bound that cuts into it slows
     the image encoder down.
     """
@@ -220,17 +224,17 @@ class TrainConfig:
     ema_decay: float | None = None
     early_stopping_patience: int | None = None
     validate_every: int = 1
-    checkpoint_every: int = 1
+    checkpoint_minutes: float = 10.0
     seed: int = 0
     accelerator: str = "auto"
     precision: str = "32-true"
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for key in ("max_epochs", "batch_size", "accumulate_grad_batches", "validate_every", "checkpoint_every"):
+        for key in ("max_epochs", "batch_size", "accumulate_grad_batches", "validate_every"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "use 1 or more")
         require(self.batch_size >= 2, "batch_size", self.batch_size, "in-batch negatives need at least 2 pairs")
-        for key in ("learning_rate", "clip_grad_norm"):
+        for key in ("learning_rate", "clip_grad_norm", "checkpoint_minutes"):
             require(getattr(self, key) > 0, key, getattr(self, key), "use a positive number")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "use 0 or more")
         require(0 <= self.warmup < 1, "warmup", self.warmup, "choose a fraction of the run in [0, 1)")

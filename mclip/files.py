@@ -25,6 +25,11 @@ def cache_dir() -> Path:
     return folder
 
 
+def processes() -> tuple[int, int]:
+    """This process's number among those that torchrun started, and how many there are: (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it takes the final name only if the block succeeds."""

@@ -38,7 +38,7 @@ def _students(
 
 
 def _ship(models: dict[str, Path]) -> None:
-    """Copy the models of the first seed to ``data/checkpoints``, students in fp16."""
+    """Copy the models of seed 0 to ``data/checkpoints``, students in fp16."""
     for name, folder in models.items():
         destination = DATA / "checkpoints" / name
         if name == "clip":
@@ -49,6 +49,8 @@ def _ship(models: dict[str, Path]) -> None:
 
 def reproduce(seeds: int = 3, out_dir: str = "runs/reproduce", profile: str = "cpu", first_seed: int = 0) -> None:
     """Train base, kd and clip with several seeds, evaluate them and the teacher, and write ``data/``.
+
+    The students of seed 0 are those that ship.
 
     Args:
         seeds: number of seeds.
@@ -70,7 +72,7 @@ def reproduce(seeds: int = 3, out_dir: str = "runs/reproduce", profile: str = "c
         models = _students(out, seed, training, validation, settings, defaults.teacher)
         loaded = {name: load_model(folder) for name, folder in models.items()}
         evaluate_all(loaded, profile=profile, seed=seed, save_results=RESULTS / f"seed-{seed}")
-        if seed == first_seed:
+        if seed == 0:
             _ship(models)
             (RESULTS / "logs").mkdir(parents=True, exist_ok=True)
             for name in ("base", "kd"):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .config import PRESETS, DistillConfig, ModelConfig, TrainConfig, closest, from_yaml, require
 from .data import BatchSource, Pairs, load_pairs, normalise
 from .evaluate import embed_images, embed_texts, evaluate_zero_shot
-from .files import DATA
+from .files import DATA, processes
 from .metrics import first_hit_ranks
 from .model import MobileCLIP
 from .objectives import Contrastive, Distillation
@@ -154,7 +154,8 @@ def train_student(
         on_record=on_record,
         validate=retrieval_validation(model.tokenizer, validation),
     )
-    model.save_pretrained(Path(out_dir) / "model")
+    if processes()[0] == 0:
+        model.save_pretrained(Path(out_dir) / "model")
     return result
 
 
@@ -173,6 +174,8 @@ def train_open_clip(
     ``config`` is an open_clip configuration such as ``TEACHER_CONFIG``. The model folder, in open_clip's own
     form and fp16, is ``out_dir/model``.
     """
+    remedy = "a teacher or plain CLIP of this size is trained by one process; start it without torchrun"
+    require(processes()[1] == 1, "WORLD_SIZE", processes()[1], remedy)
     folder = Path(out_dir) / "model"
     write_untrained(folder, config, settings.seed)
     model, tokenizer = load_open_clip(str(folder))

@@ -1,36 +1,37 @@
 """One training loop for everything: the base student, distillation, the plain CLIP and the teacher.
 
 A batch flows one way: pairs -> tensors (+ cached teacher embeddings) -> model -> named loss terms -> schedule and
-balancer -> one scalar -> step. Lightning Fabric moves it to the device and the precision asked for.
+balancer -> one scalar -> step. Lightning Fabric moves it to the device and the precision asked for, and joins the
+processes that torchrun has started.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric, seed_everything
-from torch import Tensor, nn
+from lightning_fabric import Fabric
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from .balancing import Schedule, make_balancer
+from .balancing import Balancer, Schedule, make_balancer
 from .checkpoints import Checkpoints, run_identity
-from .config import DistillConfig, TrainConfig, require
+from .config import TrainConfig, require
 from .data import Batch, BatchSource
 from .objectives import Contrastive
-
-Record = dict[str, Any]
-
-
-class TrainError(RuntimeError):
-    """A run that cannot go on; the message names the step, the term and the last good checkpoint."""
+from .steps import Record, Stepper
+from .steps import TrainError as TrainError
 
 
 @dataclass
@@ -48,22 +49,6 @@ class TrainResult:
         return [record for record in self.log if "validation" in record]
 
 
-class _Step(nn.Module):
-    """Model, objective and balancer as one module, so that precision and devices apply to all of a step."""
-
-    def __init__(self, model: nn.Module, objective: Contrastive, distill: DistillConfig) -> None:
-        super().__init__()
-        self.model, self.objective, self.balancer = model, objective, make_balancer(distill)
-
-    def forward(
-        self, batch: Batch, active: dict[str, float], temperature: float, step: int
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
-        output = self.model(batch.images, batch.tokens)
-        terms = self.objective(output, batch, active, temperature)
-        loss, weights = self.balancer.combine(terms, active, step, self.objective.student_tensors(output))
-        return loss, terms, weights
-
-
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     """Linear warm-up, then a cosine to 0, per step (Loshchilov & Hutter 2017): a function of the step alone."""
     warmup = max(1, round(config.warmup * total))
@@ -72,13 +57,24 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(modules: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW (betas 0.9, 0.98 as CLIP); norms, biases, temperatures and balances are not decayed."""
-    decayed = [p for p in module.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in module.parameters() if p.requires_grad and p.ndim < 2]
+    decayed = [p for p in modules.parameters() if p.requires_grad and p.ndim >= 2]
+    others = [p for p in modules.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     # Fused: on a CPU about a quarter of the time of the usual form, which a small model feels in every step.
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
+
+
+def make_fabric(config: TrainConfig) -> Fabric:
+    """One process, or as many as torchrun has started, on as many machines."""
+    devices, nodes = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
+    strategy = "ddp" if devices * nodes > 1 else "auto"
+    fabric = Fabric(
+        accelerator=config.accelerator, devices=devices, num_nodes=nodes, strategy=strategy, precision=config.precision
+    )
+    fabric.launch()
+    return fabric
 
 
 def train(
@@ -94,6 +90,9 @@ def train(
 ) -> TrainResult:
     """Train ``model`` on ``batches`` with the terms of ``objective``; write log and checkpoints to ``out_dir``.
 
+    Several processes share each batch: the run is the same, whatever their number. Ctrl-C lets the step end and
+    writes a checkpoint.
+
     Args:
         model: anything whose ``forward(images, tokens)`` returns open_clip's dict of features and scale.
         validate: from the model to metrics in percent; higher ``r1`` is better. Called every
@@ -104,75 +103,80 @@ def train(
     Raises:
         TrainError: a term is not finite. ConfigError: the checkpoint has other settings. OSError: no writing there.
     """
-    distill = objective.config
-    fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
-    seed_everything(config.seed, verbose=False)
-    step_module = _Step(model.to(memory_format=torch.channels_last), objective, distill)
-    optimizer = make_optimizer(step_module, config)
+    fabric, distill = make_fabric(config), objective.config
+    modules = nn.ModuleDict({"model": model, "objective": objective, "balancer": make_balancer(distill)})
+    modules.to(fabric.device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(modules, config)
     average = (
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
         if config.ema_decay
         else None
     )
-    runner, fabric_optimizer = fabric.setup(step_module, optimizer)
     per_epoch = len(batches) // config.accumulate_grad_batches
-    require(
-        per_epoch > 0,
-        "accumulate_grad_batches",
-        config.accumulate_grad_batches,
-        f"an epoch has only {len(batches)} batches",
-    )
+    remedy = f"an epoch has only {len(batches)} batches"
+    require(per_epoch > 0, "accumulate_grad_batches", config.accumulate_grad_batches, remedy)
+    remedy = f"each of the {fabric.world_size} processes needs a pair of every batch"
+    require(config.batch_size >= fabric.world_size, "batch_size", config.batch_size, remedy)
     total = per_epoch * config.max_epochs
-    schedule = Schedule(distill, total)
-    store = Checkpoints(out_dir, run_identity(model, batches, config, distill))
-    parts = {"step_module": step_module, "optimizer": optimizer} | ({"average": average} if average else {})
-    state = {"epoch": 0, "best": -math.inf, "stale": 0, "finished": False}
-    log = store.restore(parts, state) if resume else store.clear()
-    start = time.perf_counter()
-    step = state["epoch"] * per_epoch
-    bar = tqdm(total=total, initial=step, desc="training", unit="step", disable=not config.progress, mininterval=0.5)
-
-    def write(record: Record) -> None:
-        log.append(record)
-        store.log(record)
-        if on_record is not None:
-            on_record(record)
-
-    while not state["finished"]:
-        clock, seen = time.perf_counter(), 0
-        for group in _groups(fabric, batches, state["epoch"], config.accumulate_grad_batches, per_epoch):
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = learning_rate(step, total, config)
-            record = _step(fabric, runner, fabric_optimizer, group, schedule, step, config, store)
-            if average:
-                average.update_parameters(model)
-            seen += sum(len(batch.images) for batch in group)
-            write({**record, "epoch": state["epoch"], "lr": optimizer.param_groups[0]["lr"]})
-            bar.set_postfix(
-                loss=f"{record['loss']:.3f}",
-                phase=record["phase"],
-                pairs_per_s=f"{seen / (time.perf_counter() - clock):.0f}",
-            )
-            bar.update()
-            step += 1
-        state["epoch"] += 1
-        last = state["epoch"] == config.max_epochs
-        if validate is not None and (last or state["epoch"] % config.validate_every == 0):
-            _observe(write, validate(average.module if average else model), step, step_module, state)
-        patience = config.early_stopping_patience
-        state["finished"] = last or (patience is not None and state["stale"] >= patience)
-        if state["finished"] or state["epoch"] % config.checkpoint_every == 0:
-            store.save(parts, state)
-    bar.close()
+    parts = {"modules": modules, "optimizer": optimizer} | ({"average": average} if average else {})
+    identity = run_identity(model, batches, config, distill)
+    run = Checkpoints(out_dir, identity, parts, fabric.is_global_zero, on_record)
+    run.begin(resume)
+    fabric.barrier()
+    stepper = Stepper(
+        fabric, fabric.setup_module(model), objective, modules["balancer"], fabric.setup_optimizers(optimizer),
+        Schedule(distill, total), config,
+    )  # fmt: skip
+    start, state = time.perf_counter(), run.state
+    hidden = not (config.progress and fabric.is_global_zero)
+    bar = tqdm(total=total, initial=state["step"], desc="training", unit="step", disable=hidden, mininterval=0.5)
+    with bar, interruptible(fabric) as interrupted:
+        while not state["finished"]:
+            for group in _groups(fabric, batches, state["step"], config.accumulate_grad_batches, per_epoch):
+                _train_step(stepper, group, run, total, per_epoch, bar)
+                if average:
+                    average.update_parameters(model)
+                if state["step"] % per_epoch and (
+                    run.minutes_since_save() > config.checkpoint_minutes or interrupted()
+                ):
+                    run.save()
+                    _leave_if(interrupted)
+            last = state["step"] == total
+            if validate is not None and (last or state["step"] // per_epoch % config.validate_every == 0):
+                metrics = validate(average.module if average else model) if fabric.is_global_zero else None
+                _observe(run, fabric.broadcast(metrics), modules["balancer"], per_epoch)
+            patience = config.early_stopping_patience
+            state["finished"] = last or (patience is not None and state["stale"] >= patience)
+            run.save()
+            if not state["finished"]:
+                _leave_if(interrupted)
     if average:
         model.load_state_dict(average.module.state_dict())
-    return TrainResult(model.eval(), log, time.perf_counter() - start, step, state["epoch"] < config.max_epochs)
+    return TrainResult(model.eval(), run.log, time.perf_counter() - start, state["step"], state["step"] < total)
 
 
-def _groups(fabric: Fabric, batches: BatchSource, epoch: int, size: int, count: int) -> Iterator[list[Batch]]:
-    """The epoch's batches on the device, ``size`` for each optimiser step."""
-    stream = batches.epoch(epoch)
-    for _ in range(count):
+def _train_step(stepper: Stepper, group: list[Batch], run: Checkpoints, total: int, per_epoch: int, bar: tqdm) -> None:
+    config, step = stepper.config, run.state["step"]
+    rate = learning_rate(step, total, config)
+    for parameters in stepper.optimizer.param_groups:
+        parameters["lr"] = rate
+    clock = time.perf_counter()
+    try:
+        record = stepper.take(group, step)
+    except TrainError as error:
+        raise TrainError(f"{error} {run.describe_last()}") from None
+    pace = config.batch_size * len(group) / (time.perf_counter() - clock)
+    run.record({**record, "epoch": step // per_epoch, "lr": rate})
+    bar.set_postfix(loss=f"{record['loss']:.3f}", phase=record["phase"], pairs_per_s=f"{pace:.0f}")
+    bar.update()
+    run.state["step"] += 1
+
+
+def _groups(fabric: Fabric, batches: BatchSource, step: int, size: int, per_epoch: int) -> Iterator[list[Batch]]:
+    """What is left of the epoch at ``step``: this process's part of ``size`` batches for each optimiser step."""
+    epoch, done = divmod(step, per_epoch)
+    stream = batches.epoch(epoch, done * size, fabric.global_rank, fabric.world_size)
+    for _ in range(done, per_epoch):
         moved = [next(stream) for _ in range(size)]
         yield [
             Batch(**{key: value if value is None else fabric.to_device(value) for key, value in vars(b).items()})
@@ -180,61 +184,46 @@ def _groups(fabric: Fabric, batches: BatchSource, epoch: int, size: int, count: 
         ]
 
 
-def _step(
-    fabric: Fabric,
-    runner: nn.Module,
-    optimizer: Any,
-    group: list[Batch],
-    schedule: Schedule,
-    step: int,
-    config: TrainConfig,
-    store: Checkpoints,
-) -> Record:
-    """One optimiser step over a group of batches; the record of its terms, weights and temperature."""
-    runner.train()
-    active, temperature = schedule.active(step), schedule.temperature(step)
-    sums: dict[str, float] = dict.fromkeys(active, 0.0)
-    total = 0.0
-    for batch in group:
-        loss, terms, weights = runner(batch, active, temperature, step)
-        values = {name: term.item() for name, term in terms.items()}
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise TrainError(
-                    f"step {step}: the term {name!r} is {value}; lower learning_rate={config.learning_rate}. "
-                    f"{store.describe_last()}"
-                )
-            sums[name] += value / len(group)
-        fabric.backward(loss / len(group))
-        total += loss.item() / len(group)
-    norm = fabric.clip_gradients(runner, optimizer, max_norm=config.clip_grad_norm, error_if_nonfinite=False)
-    if not torch.isfinite(norm):
-        raise TrainError(
-            f"step {step}: the gradient of {' + '.join(active)} is not finite; lower "
-            f"learning_rate={config.learning_rate}. {store.describe_last()}"
-        )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {
-        "step": step,
-        "phase": schedule.phase(step),
-        "temperature": temperature,
-        "loss": total,
-        "terms": sums,
-        "weights": weights,
-        "strategy": runner.balancer.strategy,
-    }
-
-
-def _observe(
-    write: Callable[[Record], None], metrics: dict[str, float], step: int, module: _Step, state: dict[str, Any]
-) -> None:
+def _observe(run: Checkpoints, metrics: dict[str, float], balancer: Balancer, per_epoch: int) -> None:
     """Log an evaluation, and tell the balancer and early stopping of it."""
-    improved = metrics["r1"] > state["best"]
-    state["stale"] = 0 if improved else state["stale"] + 1
+    state = run.state
+    state["stale"] = 0 if metrics["r1"] > state["best"] else state["stale"] + 1
     state["best"] = max(state["best"], metrics["r1"])
-    switched = module.balancer.observe(metrics["r1"])
-    write({"step": step, "epoch": state["epoch"] - 1, "validation": metrics, "switched": switched})
+    switched = balancer.observe(metrics["r1"])
+    epoch = state["step"] // per_epoch - 1
+    run.record({"step": state["step"], "epoch": epoch, "validation": metrics, "switched": switched})
+
+
+@contextmanager
+def interruptible(fabric: Fabric) -> Iterator[Callable[[], bool]]:
+    """While it lasts, the first Ctrl-C or SIGTERM is only noted, for the step to end; the second stops at once.
+
+    Yields a function that tells, on all processes alike, whether one was noted on any.
+    """
+    noted: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    def interrupted() -> bool:
+        if fabric.world_size == 1:
+            return bool(noted)
+        return bool(fabric.all_reduce(torch.tensor(float(len(noted)), device=fabric.device), reduce_op="sum") > 0)
+
+    main = threading.current_thread() is threading.main_thread()  # elsewhere Python has no signals
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave_if(interrupted: Callable[[], bool]) -> None:
+    if interrupted():
+        raise KeyboardInterrupt
 
 
 def read_log(path: str | Path) -> list[Record]:

@@ -238,10 +238,10 @@ def test_defect_12_a_checkpoint_holds_the_phase_and_never_the_teacher(tmp_path):
     run(tmp_path, ALL_TERMS)
     file = max(tmp_path.glob("checkpoint-*.pt"))
     content = torch.load(file, weights_only=True)
-    keys = set(content["parts"]["step_module"])
+    keys = set(content["parts"]["modules"])
     assert not [key for key in keys if "teacher" in key]
-    assert content["state"]["epoch"] == 3
-    assert {"index", "best", "stale", "log_factors"} <= set(content["parts"]["step_module"]["balancer._extra_state"])
+    assert content["state"]["step"] == 9
+    assert {"index", "best", "stale", "log_factors"} <= set(content["parts"]["modules"]["balancer._extra_state"])
     assert any("aligner" in key for key in keys)
     settings = json.loads((tmp_path / "settings.json").read_text(encoding="utf-8"))
     assert settings["distill"]["phases"] == [0.2, 0.4, 0.8]

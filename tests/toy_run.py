@@ -1,0 +1,71 @@
+"""A run of a toy model without BatchNorm, for one process or several: ``torchrun tests/toy_run.py FOLDER``."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mclip.config import DistillConfig, TrainConfig
+from mclip.data import BatchSource, Pairs, Targets
+from mclip.objectives import Distillation
+from mclip.train import TrainResult, train
+
+SETTINGS = TrainConfig(
+    max_epochs=2, batch_size=9, learning_rate=0.01, progress=False, accelerator="cpu", clip_grad_norm=100.0
+)
+FIXED = DistillConfig(
+    aligner="mlp", phases=(0.0, 0.0, 0.5), ramp=0.0, balancers=("fixed",), feature_weight=1.0, icl_weight=1.0,
+    similarity_weight=1.0,
+)  # fmt: skip
+CASES = {
+    "info_nce": dataclasses.replace(FIXED, feature_weight=0.0, icl_weight=0.0, similarity_weight=0.0),
+    "siglip": dataclasses.replace(FIXED, task="siglip"),
+    "all_terms": FIXED,
+    "balanced": dataclasses.replace(FIXED, balancers=("gradient_norm",), gradient_check_frequency=1),
+    "learned": dataclasses.replace(FIXED, balancers=("uncertainty",)),
+}
+
+
+class Toy(nn.Module):
+    """Pictures and token ids (B, T) -> open_clip's dict of outputs; 8 dimensions, dropout in one tower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(3 * 4 * 4, 8), nn.EmbeddingBag(16, 8)
+        self.drop = nn.Dropout(0.0)
+        self.logit_scale, self.logit_bias = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(-2.0))
+
+    def forward(self, images, tokens):
+        return {
+            "image_features": F.normalize(self.image(images.flatten(1)), dim=-1),
+            "text_features": F.normalize(self.drop(self.text(tokens)), dim=-1),
+            "logit_scale": self.logit_scale.exp(),
+            "logit_bias": self.logit_bias,
+        }
+
+
+def run(folder: str | Path, distill: DistillConfig, settings: TrainConfig = SETTINGS) -> TrainResult:
+    """Two epochs over 36 pairs; ``folder`` receives log and checkpoints."""
+    rng = np.random.default_rng(0)
+    pairs = Pairs(rng.integers(0, 256, (36, 3, 4, 4), dtype=np.uint8), [[f"{i % 16}"] for i in range(36)], "toy", "toy")
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.standard_normal((2, 36, 8))]
+    torch.manual_seed(0)
+    model, objective = Toy(), Distillation(distill, (8, 8), 8, 10.0)
+    batches = BatchSource(
+        pairs,
+        lambda texts: torch.tensor([[int(text), 1 + int(text) % 3, 5] for text in texts]),
+        lambda images: images.float() / 255,
+        settings.batch_size,
+        settings.seed,
+        Targets(unit[0], unit[1], 10.0, "toy"),
+    )
+    return train(model, batches, settings, objective=objective, out_dir=folder)
+
+
+if __name__ == "__main__":
+    for name, distill in CASES.items():
+        run(Path(sys.argv[1]) / name, distill)
