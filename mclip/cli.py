@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from . import __version__
-from .config import ConfigError, closest
+from .config import ConfigError, DistillConfig, closest, from_yaml
 
 COMMANDS = {
     "train": ("mclip.commands:train", "train a student on pairs alone"),
@@ -56,19 +58,77 @@ def overview() -> str:
 
 
 def parse(command: str, arguments: list[str]) -> tuple[Callable[..., None], dict[str, Any]]:
-    """The function of ``command`` and its keyword arguments; ConfigError or ArgumentError if one is wrong."""
+    """The function of ``command`` and its keyword arguments; ConfigError or ArgumentError if one is wrong.
+
+    Each field of a dataclass among the function's parameters is an option of its own.
+    """
     if command not in COMMANDS:
         raise ConfigError(f"no command {command!r}; {closest(command, COMMANDS)}")
     target, summary = COMMANDS[command]
     module, name = target.split(":")
     function = getattr(importlib.import_module(module), name)
+    parameters = inspect.signature(function).parameters
+    groups = {key: kind for key, kind in get_type_hints(function).items() if dataclasses.is_dataclass(kind)}
+    fields = {key: kind for group in groups.values() for key, kind in get_type_hints(group).items()}
     parser = ArgumentParser(prog=f"python -m mclip {command}", description=summary, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of options; those written after it win")
     own_form = _add_course_options(parser) if command == "course" else set()
-    parser.add_function_arguments(function, skip=own_form, fail_untyped=True)
+    for kind in groups.values():
+        parser.add_class_arguments(kind)
+    parser.add_function_arguments(function, skip={*own_form, *groups}, fail_untyped=True)
+    if DistillConfig in groups.values():
+        helps = "YAML file of phases, weights, temperatures and balancers; single options win over it"
+        parser.add_argument("--auto_kd_config", type=str, default="", help=helps)
+    for key in groups.keys() & {key for key, p in parameters.items() if p.default is not p.empty}:
+        parser.set_defaults(_values(parameters[key].default))
+    _require_known(command, arguments, {*fields, *parameters.keys() - groups, "auto_kd_config"})
+    arguments = _with_values(arguments, {f"--{key}" for key, kind in fields.items() if kind is bool})
+    if "profile" in fields:
+        _set_profile(parser, arguments)
     settings = parser.instantiate(parser.parse_args(arguments)).as_dict()
-    settings.pop("config")
+    del settings["config"]
+    settings.pop("auto_kd_config", None)
+    for key, kind in groups.items():
+        settings[key] = kind(**{field.name: settings.pop(field.name) for field in dataclasses.fields(kind)})
     return function, settings
+
+
+def _require_known(command: str, arguments: list[str], known: set[str]) -> None:
+    known |= {"config", "print_config", "help"}
+    for word in arguments:
+        name = word.removeprefix("--").split("=")[0].split(".")[0]
+        if word.startswith("--") and name and name not in known:
+            hint = closest(name, known)
+            raise ConfigError(f"--{name}: no such option of {command}; {hint}")
+
+
+def _set_profile(parser: ArgumentParser, arguments: list[str]) -> None:
+    """Make the chosen profile's numbers, and those of ``--auto_kd_config``, the defaults that options override."""
+    from .runs import get_profile
+
+    def use(profile: str) -> None:
+        chosen = get_profile(profile)
+        parser.set_defaults({key: getattr(chosen, key) for key in ("max_epochs", "batch_size", "learning_rate")})
+
+    use("cpu")
+    first = parser.parse_args(arguments)
+    use(first.profile)
+    if first.get("auto_kd_config"):
+        parser.set_defaults(_values(from_yaml(DistillConfig, first.auto_kd_config)))
+
+
+def _with_values(arguments: list[str], switches: set[str]) -> list[str]:
+    """A switch such as ``--use_swa`` may stand alone, which means true, or be followed by 0 or 1."""
+    words, digits = [], {"0": "false", "1": "true"}
+    for word, following in zip(arguments, [*arguments, "--"][1:], strict=True):
+        words.append(digits.get(word, word) if words and words[-1] in switches else word)
+        if word in switches and following.startswith("-"):
+            words.append("true")
+    return words
+
+
+def _values(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
 def _add_course_options(parser: ArgumentParser) -> set[str]:

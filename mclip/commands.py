@@ -5,13 +5,13 @@ Each is a plain function around :mod:`mclip.runs`; the notebooks call the same f
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .cards import write_card
-from .config import DistillConfig, TrainConfig, from_yaml
-from .data import load_pairs
+from .config import DistillConfig, TrainConfig
+from .data import Pairs, load_pairs
 from .files import processes
 from .runs import (
     BASE,
@@ -27,217 +27,143 @@ from .scenes import SceneConfig
 from .teacher import TEACHER_CONFIG
 
 ProfileName = Literal["smoke", "cpu", "gpu"]
+SWA_DECAY = 0.999
 
 
-def _settings(profile: str, **chosen: object) -> TrainConfig:
-    """The profile's settings, but for those that were chosen."""
-    defaults = get_profile(profile)
-    settings = {key: getattr(defaults, key) for key in ("max_epochs", "batch_size", "learning_rate")}
-    return TrainConfig(**settings | {key: value for key, value in chosen.items() if value is not None})
+@dataclass(frozen=True)
+class DataOptions:
+    """Pairs to train on and to validate with.
+
+    Attributes:
+        train_data_path: a CSV or COCO Captions JSON file; empty draws scenes.
+        val_data_path: the same for validation.
+        data_size: share of the pictures to train on, in (0, 1].
+        csv_img_key: column of a CSV that names the pictures.
+        csv_caption_key: column of a CSV that holds the captions.
+        on_error: stop at a bad row (raise), or leave it out and count it (skip).
+    """
+
+    train_data_path: str = ""
+    val_data_path: str = ""
+    data_size: float = 1.0
+    csv_img_key: str = "file_name"
+    csv_caption_key: str = "caption"
+    on_error: Literal["raise", "skip"] = "raise"
+
+    def keys(self) -> dict[str, Any]:
+        """What every reader of files is told."""
+        return {"image_key": self.csv_img_key, "caption_key": self.csv_caption_key, "on_error": self.on_error}
 
 
-def _run_student(
-    name: str,
-    distill: DistillConfig,
-    profile: str,
-    config_path: str,
-    train_data_path: str,
-    val_data_path: str,
-    data_size: float,
-    checkpoint_dir: str,
-    checkpoint_filename: str,
-    settings: TrainConfig,
-    **teacher: str | None,
+@dataclass(frozen=True)
+class RunOptions:
+    """The model, the size of the run, and where it is written.
+
+    Attributes:
+        profile: smoke, cpu or gpu: how many scenes, and the defaults of the options below it.
+        config_path: a preset (course, mobile-256, mobile-512, klmobile) or a YAML file; empty is the profile's.
+        checkpoint_dir: folder for runs.
+        checkpoint_filename: name of this run's folder in it; base or kd if empty.
+        use_swa: train with a moving average of the weights, of decay 0.999 if ema_decay names no other.
+    """
+
+    profile: ProfileName = "cpu"
+    config_path: str = ""
+    checkpoint_dir: str = "runs"
+    checkpoint_filename: str = ""
+    use_swa: bool = False
+
+
+def _student(
+    name: str, data: DataOptions, run: RunOptions, settings: TrainConfig, distill: DistillConfig, **teacher: str | None
 ) -> None:
-    config = get_model_config(config_path or get_profile(profile).preset)
+    config = get_model_config(run.config_path or get_profile(run.profile).preset)
     training, validation = load_data(
-        profile,
-        config.image.image_size,
-        train_data_path=train_data_path,
-        val_data_path=val_data_path,
-        data_size=data_size,
-        seed=settings.seed,
-    )
-    folder = Path(checkpoint_dir) / (checkpoint_filename or name)
+        run.profile, config.image.image_size, train_data_path=data.train_data_path, val_data_path=data.val_data_path,
+        data_size=data.data_size, seed=settings.seed, **data.keys(),
+    )  # fmt: skip
+    if run.use_swa and settings.ema_decay is None:
+        settings = replace(settings, ema_decay=SWA_DECAY)
+    folder = Path(run.checkpoint_dir) / (run.checkpoint_filename or name)
     result = train_student(config, training, validation, settings, folder, distill=distill, **teacher)
     if processes()[0] == 0:
         print(f"{folder / 'model'}: {result.steps} steps, validation {result.validations()[-1]['validation']}")
 
 
 def train(
-    train_data_path: str = "",
-    val_data_path: str = "",
-    max_epochs: int | None = None,
-    data_size: float = 1.0,
-    checkpoint_dir: str = "runs",
-    checkpoint_filename: str = "",
-    config_path: str = "",
-    profile: ProfileName = "cpu",
-    batch_size: int | None = None,
-    learning_rate: float | None = None,
-    early_stopping_patience: int | None = None,
-    accumulate_grad_batches: int = 1,
-    ema_decay: float | None = None,
+    data: DataOptions,
+    run: RunOptions,
+    settings: TrainConfig,
     task: Literal["info_nce", "siglip", "jsd"] = "info_nce",
-    seed: int = 0,
+    base_checkpoint: str = "",
 ) -> None:
     """Train a student on pairs alone, without a teacher.
 
     Args:
-        train_data_path: a CSV or COCO Captions JSON file; empty draws scenes.
-        val_data_path: the same for validation.
-        max_epochs: passes over the pictures; the profile's if not given.
-        data_size: share of the pictures to train on, in (0, 1].
-        checkpoint_dir: folder for runs.
-        checkpoint_filename: name of this run's folder in it.
-        config_path: a preset (course, mobile-256, mobile-512, klmobile) or a YAML file.
-        profile: smoke, cpu or gpu: sizes and defaults.
-        batch_size: pairs a step; the profile's if not given.
-        learning_rate: peak of the schedule; the profile's if not given.
-        early_stopping_patience: evaluations without improvement before training stops.
-        accumulate_grad_batches: batches a step.
-        ema_decay: keep a moving average of the weights with this decay, and use it.
         task: the contrastive loss.
-        seed: of weights, order and captions.
+        base_checkpoint: base, kd, or a model folder to start from; empty starts from random weights.
     """
-    settings = _settings(
-        profile,
-        max_epochs=max_epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        ema_decay=ema_decay,
-        early_stopping_patience=early_stopping_patience,
-        accumulate_grad_batches=accumulate_grad_batches,
-    )
-    _run_student(
-        "base",
-        replace(BASE, task=task),
-        profile,
-        config_path,
-        train_data_path,
-        val_data_path,
-        data_size,
-        checkpoint_dir,
-        checkpoint_filename,
-        settings,
-    )
+    _student("base", data, run, settings, replace(BASE, task=task), base_checkpoint=base_checkpoint)
 
 
 def distill(
-    train_data_path: str = "",
-    val_data_path: str = "",
-    max_epochs: int | None = None,
-    data_size: float = 1.0,
-    checkpoint_dir: str = "runs",
-    checkpoint_filename: str = "",
-    config_path: str = "",
-    auto_kd_config: str = "",
+    data: DataOptions,
+    run: RunOptions,
+    settings: TrainConfig,
+    terms: DistillConfig,
     base_checkpoint: str = "",
     teacher_model: str = "",
     teacher_pretrained: str | None = None,
-    profile: ProfileName = "cpu",
-    batch_size: int | None = None,
-    learning_rate: float | None = None,
-    early_stopping_patience: int | None = None,
-    accumulate_grad_batches: int = 1,
-    ema_decay: float | None = None,
-    seed: int = 0,
+    distill_temperature: float | None = None,
 ) -> None:
     """Distil a student from a teacher in three phases.
 
     Args:
-        train_data_path: a CSV or COCO Captions JSON file; empty draws scenes.
-        val_data_path: the same for validation.
-        max_epochs: passes over the pictures; the profile's if not given.
-        data_size: share of the pictures to train on, in (0, 1].
-        checkpoint_dir: folder for runs.
-        checkpoint_filename: name of this run's folder in it.
-        config_path: a preset (course, mobile-256, mobile-512, klmobile) or a YAML file.
-        auto_kd_config: a YAML file of distillation settings (phases, weights, temperatures, balancers).
-        base_checkpoint: a model folder to start from; empty starts from random weights.
-        teacher_model: scenes, a teacher's folder, or an open_clip architecture.
+        base_checkpoint: base, kd, or a model folder to start from; empty starts from random weights.
+        teacher_model: scenes, a teacher's folder, or an open_clip architecture; the profile's if empty.
         teacher_pretrained: the architecture's weights: an open_clip tag or a file.
-        profile: smoke, cpu or gpu: sizes and defaults.
-        batch_size: pairs a step; the profile's if not given.
-        learning_rate: peak of the schedule; the profile's if not given.
-        early_stopping_patience: evaluations without improvement before training stops.
-        accumulate_grad_batches: batches a step.
-        ema_decay: keep a moving average of the weights with this decay, and use it.
-        seed: of weights, order and captions.
+        distill_temperature: one temperature for the whole run, in place of max_temperature and min_temperature.
     """
-    defaults = get_profile(profile)
-    settings = _settings(
-        profile,
-        max_epochs=max_epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        ema_decay=ema_decay,
-        early_stopping_patience=early_stopping_patience,
-        accumulate_grad_batches=accumulate_grad_batches,
-    )
-    terms = from_yaml(DistillConfig, auto_kd_config) if auto_kd_config else DistillConfig()
-    pretrained = teacher_pretrained if teacher_model else defaults.teacher_pretrained
-    _run_student(
-        "kd",
-        terms,
-        profile,
-        config_path,
-        train_data_path,
-        val_data_path,
-        data_size,
-        checkpoint_dir,
-        checkpoint_filename,
-        settings,
+    defaults = get_profile(run.profile)
+    if distill_temperature is not None:
+        terms = replace(terms, max_temperature=distill_temperature, min_temperature=distill_temperature)
+    _student(
+        "kd", data, run, settings, terms, base_checkpoint=base_checkpoint,
         teacher_model=teacher_model or defaults.teacher,
-        teacher_pretrained=pretrained,
-        base_checkpoint=base_checkpoint,
-    )
+        teacher_pretrained=teacher_pretrained if teacher_model else defaults.teacher_pretrained,
+    )  # fmt: skip
+
+
+TEACHER_SETTINGS = TrainConfig(max_epochs=7, batch_size=128, learning_rate=1.5e-3, weight_decay=0.1, warmup=0.03)
 
 
 def teacher(
-    out_dir: str = "runs/teacher",
-    train_data_path: str = "",
-    val_data_path: str = "",
-    pictures: int = 24_000,
-    max_epochs: int = 7,
-    batch_size: int = 128,
-    learning_rate: float = 1.5e-3,
-    weight_decay: float = 0.1,
-    seed: int = 0,
+    data: DataOptions, settings: TrainConfig = TEACHER_SETTINGS, out_dir: str = "runs/teacher", pictures: int = 24_000
 ) -> None:
     """Train a small open_clip teacher from scratch: on many clean scenes, or on all pairs of a file.
 
     Args:
         out_dir: the run's folder; the model is its sub-folder "model".
-        train_data_path: a CSV or COCO Captions JSON file; empty draws scenes with clean captions.
-        val_data_path: the same for validation.
         pictures: number of scenes.
-        max_epochs: passes over the pictures.
-        batch_size: pairs a step.
-        learning_rate: peak of the schedule.
-        weight_decay: of AdamW.
-        seed: of weights, order and captions.
     """
-    size = TEACHER_CONFIG["model_cfg"]["vision_cfg"]["image_size"]
-    training = load_pairs(
-        train_data_path, size, scenes=SceneConfig(pictures, size, "teacher", two_objects=0.1, captions="clean")
-    )
-    validation = load_pairs(val_data_path, size, scenes=SceneConfig(500, size, "val", captions="clean"))
-    settings = TrainConfig(
-        max_epochs=max_epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        warmup=0.03,
-        seed=seed,
-    )
+    training, validation = teacher_data(data, pictures)
     result = train_open_clip(TEACHER_CONFIG, training, validation, settings, out_dir)
     metrics = result.validations()[-1]["validation"]
     print(f"{Path(out_dir) / 'model'}: {result.steps} steps in {result.seconds:.0f} s, validation {metrics}")
-    if not train_data_path:
-        options = f"--pictures {pictures} --max_epochs {max_epochs} --batch_size {batch_size} --seed {seed}"
-        command = f"python -m mclip teacher {options} --learning_rate {learning_rate} --weight_decay {weight_decay}"
+    if not data.train_data_path:
+        shown = ("max_epochs", "batch_size", "seed", "learning_rate", "weight_decay")
+        options = " ".join(f"--{key} {getattr(settings, key)}" for key in shown)
+        command = f"python -m mclip teacher --pictures {pictures} {options}"
         records = evaluate_all({"teacher": load_model(Path(out_dir) / "model")})
         write_card(Path(out_dir) / "model", "The teacher of the course", command, result.seconds, records)
+
+
+def teacher_data(data: DataOptions, pictures: int) -> tuple[Pairs, Pairs]:
+    """Pairs for a teacher: of scenes ``pictures`` with clean captions, and no scene that a student sees."""
+    size = TEACHER_CONFIG["model_cfg"]["vision_cfg"]["image_size"]
+    training = SceneConfig(pictures, size, "teacher", two_objects=0.1, captions="clean")
+    validation = SceneConfig(500, size, "val", captions="clean")
+    return (
+        load_pairs(data.train_data_path, size, scenes=training, data_size=data.data_size, **data.keys()),
+        load_pairs(data.val_data_path, size, scenes=validation, **data.keys()),
+    )

@@ -1,4 +1,4 @@
-"""Typed settings: model presets, the training schedule, and the checks that keep impossible values out.
+"""Typed settings: the model and its presets; training and distillation in :mod:`mclip.settings`.
 
 Every setting is a field of a frozen dataclass. A value that cannot work raises :class:`ConfigError`, which names
 the key, the value and what would be right; the same errors come from Python, YAML files and the command line.
@@ -7,7 +7,6 @@ the key, the value and what would be right; the same errors come from Python, YA
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from .checks import ConfigError as ConfigError
 from .checks import closest as closest
@@ -15,6 +14,8 @@ from .checks import from_mapping as from_mapping
 from .checks import from_yaml as from_yaml
 from .checks import require as require
 from .checks import to_mapping as to_mapping
+from .settings import DistillConfig as DistillConfig
+from .settings import TrainConfig as TrainConfig
 
 
 @dataclass(frozen=True)
@@ -125,122 +126,3 @@ def preset(name: str) -> ModelConfig:
     """The model preset called ``name``; an unknown name raises :class:`ConfigError` with the nearest ones."""
     require(name in PRESETS, "preset", name, closest(name, PRESETS))
     return PRESETS[name]
-
-
-@dataclass(frozen=True)
-class DistillConfig:
-    """Which loss terms there are, when each begins, and how they are balanced (DESIGN: three phases).
-
-    The term weights are priors: 0 switches a term off, and the balancer multiplies them.
-
-    Attributes:
-        task: the student's own loss on its pairs.
-        original_weight, feature_weight, response_weight, similarity_weight, icl_weight: priors of the terms. Until
-            the image encoder has come near the teacher, any other term that pulls as hard only slows it down.
-        feature_source: distil the final embedding, or the encoders' penultimate features.
-        feature_form: "cosine" is 1 - cos; "mse" is the mean squared error summed over dimensions.
-        aligner: "mlp" (Linear, ReLU, Dropout 0.1, Linear), "identity", which needs equal widths, or "auto":
-            identity where the widths agree, so that what is distilled is what inference uses.
-        phases: start of phase 2 (feature), start of phase 3 (response), end of the temperature's descent; all
-            fractions of the run (at most 1) or all steps (above 1), in order.
-        ramp: a term that becomes active rises over this many steps (or this fraction of the run).
-        max_temperature, min_temperature: of the response term, before phase 2 and from ``phases[2]`` on.
-        balancers: strategies in order; the next one takes over when validation stops improving.
-        adaptation_rate: exponential smoothing of the balancer's weights, per update.
-        gradient_check_frequency: steps between updates of the balancer.
-        plateau_patience: evaluations without improvement before the next balancer takes over.
-    """
-
-    task: Literal["info_nce", "siglip", "jsd"] = "info_nce"
-    original_weight: float = 1.0
-    feature_weight: float = 20.0
-    response_weight: float = 1.0
-    similarity_weight: float = 0.0
-    icl_weight: float = 0.0
-    feature_source: Literal["embedding", "penultimate"] = "embedding"
-    feature_form: Literal["cosine", "mse"] = "cosine"
-    aligner: Literal["auto", "mlp", "identity"] = "auto"
-    phases: tuple[float, float, float] = (0.05, 0.5, 0.9)
-    ramp: float = 0.05
-    max_temperature: float = 8.0
-    min_temperature: float = 4.0
-    balancers: tuple[Literal["fixed", "magnitude", "gradient_norm", "uncertainty"], ...] = (
-        "gradient_norm",
-        "magnitude",
-    )
-    adaptation_rate: float = 0.1
-    gradient_check_frequency: int = 10
-    plateau_patience: int = 3
-
-    def __post_init__(self) -> None:
-        for key in ("original_weight", "feature_weight", "response_weight", "similarity_weight", "icl_weight"):
-            require(getattr(self, key) >= 0, key, getattr(self, key), "weights are 0 (off) or positive")
-        require(
-            self.original_weight > 0,
-            "original_weight",
-            self.original_weight,
-            "phase 1 has no other term; use a positive weight",
-        )
-        fractions, steps = all(0 <= p <= 1 for p in self.phases), all(p == 0 or p > 1 for p in self.phases)
-        require(
-            fractions or steps, "phases", self.phases, "give three fractions in [0, 1] or three step numbers above 1"
-        )
-        require(list(self.phases) == sorted(self.phases), "phases", self.phases, "the bounds must be in rising order")
-        require(self.ramp >= 0, "ramp", self.ramp, "use 0 or more")
-        require(self.max_temperature >= self.min_temperature > 0, "min_temperature", self.min_temperature,
-                f"choose a positive value, at most max_temperature={self.max_temperature}")  # fmt: skip
-        require(
-            len(self.balancers) > 0, "balancers", self.balancers, "name at least one strategy, for example ('fixed',)"
-        )
-        require(0 < self.adaptation_rate <= 1, "adaptation_rate", self.adaptation_rate, "choose a share in (0, 1]")
-        require(
-            self.gradient_check_frequency >= 1,
-            "gradient_check_frequency",
-            self.gradient_check_frequency,
-            "use 1 or more",
-        )
-        require(self.plateau_patience >= 1, "plateau_patience", self.plateau_patience, "use 1 or more")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The optimiser and the loop. ``precision`` and ``accelerator`` are Lightning Fabric's own names.
-
-    A step takes ``accumulate_grad_batches`` batches of ``batch_size`` pairs, over all processes together; whatever
-    their number, each pair sees all others of the step. Checkpoints are written at the end of each epoch, and within
-    one when the last is ``checkpoint_minutes`` old.
-
-    ``clip_grad_norm`` guards against explosions: a healthy norm is 1 or 2 here, and a bound that cuts into it slows
-    the image encoder down.
-    """
-
-    max_epochs: int = 10
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.05
-    clip_grad_norm: float = 10.0
-    accumulate_grad_batches: int = 1
-    ema_decay: float | None = None
-    early_stopping_patience: int | None = None
-    validate_every: int = 1
-    checkpoint_minutes: float = 10.0
-    seed: int = 0
-    accelerator: str = "auto"
-    precision: str = "32-true"
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for key in ("max_epochs", "batch_size", "accumulate_grad_batches", "validate_every"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "use 1 or more")
-        require(self.batch_size >= 2, "batch_size", self.batch_size, "in-batch negatives need at least 2 pairs")
-        for key in ("learning_rate", "clip_grad_norm", "checkpoint_minutes"):
-            require(getattr(self, key) > 0, key, getattr(self, key), "use a positive number")
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "use 0 or more")
-        require(0 <= self.warmup < 1, "warmup", self.warmup, "choose a fraction of the run in [0, 1)")
-        require(
-            self.ema_decay is None or 0 < self.ema_decay < 1,
-            "ema_decay",
-            self.ema_decay,
-            "choose a decay in (0, 1), or null",
-        )

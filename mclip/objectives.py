@@ -76,7 +76,10 @@ class Distillation(Contrastive):
         if self.config.feature_form == "mse":
             image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
         form = self.config.feature_form
-        return losses.feature(image, batch.teacher_image, form) + losses.feature(text, batch.teacher_text, form)
+        images, texts = (
+            losses.feature(a, b, form) for a, b in ((image, batch.teacher_image), (text, batch.teacher_text))
+        )
+        return self.config.img_distill_weight * images + self.config.txt_distill_weight * texts
 
     def _response(self, output: Output, batch: Batch, temperature: float) -> Tensor:
         return losses.response(

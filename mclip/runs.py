@@ -77,17 +77,20 @@ def load_data(
     noise: float = 0.0,
     seed: int = 0,
     progress: bool = True,
+    **reading: Any,
 ) -> tuple[Pairs, Pairs]:
-    """Training and validation pairs: scenes of the profile's size where both paths are empty."""
+    """Training and validation pairs: scenes of the profile's size where both paths are empty.
+
+    ``reading`` is passed on to :func:`~mclip.data.load_pairs`: the keys of a CSV, and what to do with bad rows.
+    """
     remedy = "pairs to train on need pairs of the same kind to validate with"
     require(bool(val_data_path) or not Path(train_data_path).is_file(), "val_data_path", val_data_path, remedy)
     size = get_profile(profile).pictures
     train_scenes = SceneConfig(size, image_size, "train", noise=noise)
     val_scenes = SceneConfig(max(64, size // 20), image_size, "val")
-    training = load_pairs(
-        train_data_path, image_size, data_size=data_size, seed=seed, scenes=train_scenes, progress=progress
-    )
-    return training, load_pairs(val_data_path, image_size, scenes=val_scenes, progress=progress)
+    reading |= {"progress": progress}
+    training = load_pairs(train_data_path, image_size, data_size=data_size, seed=seed, scenes=train_scenes, **reading)
+    return training, load_pairs(val_data_path, image_size, scenes=val_scenes, **reading)
 
 
 def student_prepare(config: ModelConfig) -> Callable[[Tensor], Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from mclip.cli import main
 from mclip.config import PRESETS, ConfigError, DistillConfig, TrainConfig
@@ -36,14 +37,18 @@ def data(tmp_path_factory):
         yield load_data("smoke", 64, progress=False)
 
 
-def test_command_and_function_give_the_same_weights(data, tmp_path, monkeypatch, tmp_path_factory):
+def test_command_yaml_and_function_give_the_same_weights(data, tmp_path, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("MCLIP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     arguments = ["distill", "--profile", "smoke", "--max_epochs", "1", "--checkpoint_dir", str(tmp_path)]
     assert main([*arguments, "--checkpoint_filename", "command"]) == 0
     direct = train_student(PRESETS["course"], *data, SMOKE, tmp_path / "direct", distill=DistillConfig())
-    again, _ = load_model(tmp_path / "command" / "model")
-    for key, value in direct.model.state_dict().items():
-        assert torch.equal(value, again.state_dict()[key]), key
+    options = {"profile": "smoke", "max_epochs": 1, "checkpoint_dir": str(tmp_path), "checkpoint_filename": "yaml"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(options), encoding="utf-8")
+    assert main(["distill", "--config", str(tmp_path / "run.yaml")]) == 0
+    for name in ("command", "yaml"):
+        again, _ = load_model(tmp_path / name / "model")
+        for key, value in direct.model.state_dict().items():
+            assert torch.equal(value, again.state_dict()[key]), (name, key)
 
 
 def test_plain_clip_is_an_open_clip_model(data, tmp_path):

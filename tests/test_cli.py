@@ -1,0 +1,71 @@
+"""Options of the command line: defaults of the profile, YAML, the names of the existing implementation."""
+
+import pytest
+
+from mclip.cli import main, parse
+from mclip.config import DistillConfig
+
+THEIR_TRAINING = (
+    "--train_data_path a.csv --val_data_path b.csv --config_path course --max_epochs 3 --early_stopping_patience 5 "
+    "--checkpoint_dir runs --checkpoint_filename kd_coco --base_checkpoint base --data_size 0.5 "
+    "--accumulate_grad_batches 2 --use_swa 0 --teacher_model ViT-B-32 --original_weight 0.7 --img_distill_weight 0.1 "
+    "--txt_distill_weight 0.1 --response_weight 0.1 --distill_temperature 4.0"
+)
+THEIR_EVALUATION = "--model_checkpoint kd --dataset cifar10 --prompt photo --root_dir data --save_results out"
+
+
+def test_flags_of_the_existing_implementation_are_understood(tmp_path):
+    (tmp_path / "kd.yaml").write_text("phases: [1000, 2000, 3000]\n", encoding="utf-8")
+    _, settings = parse("distill", [*THEIR_TRAINING.split(), "--auto_kd_config", str(tmp_path / "kd.yaml")])
+    assert settings["data"].train_data_path == "a.csv"
+    assert settings["settings"].early_stopping_patience == 5
+    assert settings["terms"].phases == (1000, 2000, 3000)
+    assert settings["terms"].txt_distill_weight == 0.1
+    assert settings["distill_temperature"] == 4.0
+    assert not settings["run"].use_swa
+    _, settings = parse("evaluate", THEIR_EVALUATION.split())
+    assert (settings["dataset"], settings["root_dir"]) == ("cifar10", "data")
+
+
+def test_defaults_are_those_of_the_profile_and_options_win():
+    _, cpu = parse("distill", [])
+    _, gpu = parse("distill", ["--profile", "gpu", "--batch_size", "256"])
+    assert (cpu["settings"].batch_size, cpu["settings"].learning_rate) == (64, 3e-3)
+    assert (gpu["settings"].batch_size, gpu["settings"].learning_rate) == (256, 1e-3)
+    assert cpu["terms"] == DistillConfig()
+
+
+def test_single_options_win_over_the_file_of_terms(tmp_path):
+    (tmp_path / "kd.yaml").write_text("feature_weight: 7.0\nramp: 0.2\n", encoding="utf-8")
+    _, settings = parse("distill", ["--auto_kd_config", str(tmp_path / "kd.yaml"), "--feature_weight", "3"])
+    assert (settings["terms"].feature_weight, settings["terms"].ramp) == (3.0, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [(["--use_swa"], True), (["--use_swa", "1"], True), (["--use_swa", "false"], False), ([], False)],
+)
+def test_a_switch_may_stand_alone(words, expected):
+    _, settings = parse("train", [*words, "--seed", "1"])
+    assert settings["run"].use_swa is expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["distill", "--feature_wieght", "3"],
+            "--feature_wieght: no such option of distill; did you mean 'feature_weight'",
+        ),
+        (["distill", "--phases", "[0.5, 0.1, 0.9]"], "phases=(0.5, 0.1, 0.9)"),
+        (["distill", "--img_distill_weight", "0", "--txt_distill_weight", "0"], "feature_weight=0"),
+        (["train", "--data_size", "much"], "data_size"),
+        (["train", "--max_epochs", "0"], "max_epochs=0"),
+        (["distill", "--auto_kd_config", "missing.yaml"], "missing.yaml: no such file"),
+    ],
+)
+def test_a_wrong_option_is_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
