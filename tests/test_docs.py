@@ -13,7 +13,7 @@ import pytest
 from mclip.cli import COMMANDS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-HEART = ("image_encoder", "text_encoder", "model", "losses", "balancing", "train")
+HEART = ("image_encoder", "text_encoder", "model", "losses", "balancing", "steps", "train")
 FORBIDDEN = {
     "hype": r"(?i)\b(seamless|powerful|cutting-edge|blazing|effortless|game-chang|revolutionary)",
     "unfinished work": r"\b(TODO|FIXME|XXX|WIP)\b",

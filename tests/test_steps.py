@@ -54,10 +54,27 @@ def test_mean_of_pieces_is_another_loss(tmp_path):
     assert large - small > 0.5
 
 
+def interrupting(step: int):
+    """A model that sends Ctrl-C to its own process while it computes a step."""
+    calls = iter(range(10**6))
+
+    class Interrupted(Toy):
+        def forward(self, images, tokens):
+            if next(calls) == step:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().forward(images, tokens)
+
+    return Interrupted
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
-    """Every case, run by torchrun on two processes with gloo."""
+    """Every case, run by torchrun on two processes with gloo; "resumed" was begun, and stopped, on one."""
     folder = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("toy_run.Toy", interrupting(2))
+        with pytest.raises(KeyboardInterrupt):
+            run(folder / "resumed", CASES["resumed"])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = Path(__file__).with_name("toy_run.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
@@ -98,19 +115,6 @@ def test_running_statistics_move_once_for_two_passes():
 def test_a_step_of_more_batches_than_an_epoch_has_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="accumulate_grad_batches=5"):
         run(tmp_path, FIXED, dataclasses.replace(SETTINGS, accumulate_grad_batches=5))
-
-
-def interrupting(step: int):
-    """A model that sends Ctrl-C to its own process while it computes a step."""
-    calls = iter(range(10**6))
-
-    class Interrupted(Toy):
-        def forward(self, images, tokens):
-            if next(calls) == step:
-                os.kill(os.getpid(), signal.SIGINT)
-            return super().forward(images, tokens)
-
-    return Interrupted
 
 
 @pytest.mark.parametrize("step", [0, 2, 3, 5])

@@ -1,6 +1,7 @@
 """The training loop, objectives and checkpoints, on a student of a few thousand parameters."""
 
 import dataclasses
+import errno
 import json
 import math
 
@@ -177,6 +178,24 @@ def test_an_unwritable_folder_is_an_error_before_training(tmp_path):
     (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(OSError, match="file"):
         run(tmp_path / "file" / "run")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole")
+    save, calls = torch.save, iter(range(100))
+
+    def full(content, path):
+        save(content, path)
+        if next(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(tmp_path / "cut")
+    assert [path.name for path in (tmp_path / "cut").glob("*checkpoint*")] == ["checkpoint-00000003.pt"]
+    resumed = run(tmp_path / "cut")
+    assert all(torch.equal(value, state(resumed)[key]) for key, value in state(whole).items())
 
 
 def fake_output(batch=6, width=16):

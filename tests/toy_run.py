@@ -28,6 +28,7 @@ CASES = {
     "balanced": dataclasses.replace(FIXED, balancers=("gradient_norm",), gradient_check_frequency=1),
     "learned": dataclasses.replace(FIXED, balancers=("uncertainty",)),
 }
+CASES["resumed"] = CASES["balanced"]
 
 
 class Toy(nn.Module):
