@@ -45,7 +45,8 @@ def run_identity(model: nn.Module, batches: BatchSource, config: TrainConfig, di
         "model": dataclasses.asdict(architecture) if dataclasses.is_dataclass(architecture) else None,
         "starting_weights": weights_sha256(model)[:16],
         "train": settings,
-        "distill": dataclasses.asdict(distill),
+        # Without a teacher, phases and balancers decide nothing.
+        "distill": dataclasses.asdict(distill) if batches.targets else {"task": distill.task},
         "data": batches.pairs.key,
         "teacher_targets": batches.targets.key if batches.targets else None,
     }

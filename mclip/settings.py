@@ -50,8 +50,8 @@ class DistillConfig:
     feature_source: Literal["embedding", "penultimate"] = "embedding"
     feature_form: Literal["cosine", "mse"] = "cosine"
     aligner: Literal["auto", "mlp", "identity"] = "auto"
-    phases: tuple[float, float, float] = (0.05, 0.5, 0.9)
-    ramp: float = 0.05
+    phases: tuple[float, float, float] = (0.02, 0.5, 0.9)
+    ramp: float = 0.02
     max_temperature: float = 8.0
     min_temperature: float = 4.0
     balancers: tuple[Literal["fixed", "magnitude", "gradient_norm", "uncertainty"], ...] = (

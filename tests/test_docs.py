@@ -143,3 +143,19 @@ def test_public_names_have_docstrings(path):
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), node.name
+
+
+def test_minutes_are_those_of_the_measured_course():
+    """README and the heads of the notebooks: within a minute of data/results/course_summary.json."""
+    summary = json.loads((REPOSITORY / "data" / "results" / "course_summary.json").read_text(encoding="utf-8"))
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for notebook in summary["notebooks"]:
+        minutes = notebook["seconds"] / 60
+        row = next(line for line in readme.splitlines() if f"notebooks/{notebook['name']}.ipynb" in line)
+        assert abs(int(re.search(r"(\d+) min", row)[1]) - minutes) <= 1, row
+        head = "".join(
+            json.loads((REPOSITORY / "notebooks" / f"{notebook['name']}.ipynb").read_text())["cells"][0]["source"]
+        )
+        told = re.search(r"\*\*Time\W+about ([\d.]+) minutes?", head)
+        assert told, notebook["name"]
+        assert abs(float(told[1]) - minutes) <= 1, (notebook["name"], told[0])
