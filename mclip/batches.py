@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,21 @@ class Targets:
     texts: np.ndarray
     logit_scale: float
     key: str = ""
+
+
+def join_targets(several: Sequence[Targets]) -> Targets:
+    """The targets of several teachers side by side: (N, sum of D), shortened together to unit vectors.
+
+    The cosine of two such vectors is the mean of the teachers' cosines.
+    """
+    if len(several) == 1:
+        return several[0]
+    images, texts = (
+        np.concatenate([getattr(targets, kind) for targets in several], 1) / math.sqrt(len(several))
+        for kind in ("images", "texts")
+    )
+    scale = math.prod(targets.logit_scale for targets in several) ** (1 / len(several))
+    return Targets(images, texts, scale, "+".join(targets.key for targets in several))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 from .batches import Batch as Batch
 from .batches import BatchSource as BatchSource
 from .batches import Targets as Targets
+from .batches import join_targets as join_targets
 from .batches import normalise as normalise
 from .config import require
 from .files import content_key

@@ -13,6 +13,8 @@ take their targets from the teacher, who gives duplicates equal scores, and have
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -89,8 +91,8 @@ def feature(student: Tensor, teacher: Tensor, form: Literal["cosine", "mse"] = "
 
 
 def response(
-    image: Tensor, text: Tensor, teacher_image: Tensor, teacher_text: Tensor,
-    logit_scale: Tensor | float, teacher_logit_scale: Tensor | float, temperature: float = 1.0,
+    image: Tensor, text: Tensor, teacher_image: Tensor | Sequence[Tensor], teacher_text: Tensor | Sequence[Tensor],
+    logit_scale: Tensor | float, teacher_logit_scale: Tensor | float | Sequence[float], temperature: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """KL(softmax(S U V^T / T) || softmax(s u v^T / T)) T^2, images to texts and texts to images averaged.
 
@@ -98,14 +100,25 @@ def response(
     entropy taken off: 0 where the distributions are equal, positive elsewhere. The T^2 keeps the size of the
     gradients as T changes (Hinton et al. 2015, section 2; for CLIP: Yang et al. 2024, CLIP-KD). Computed from
     logarithms, so that a probability too small for a float costs nothing. The widths d and D may differ.
+
+    Of several teachers, given as sequences of equal length, the target is the mean of their distributions (Vasu
+    et al. 2024, MobileCLIP, section 3.2).
     """
+    if isinstance(teacher_image, Tensor):
+        teacher_image, teacher_text, teacher_logit_scale = [teacher_image], [teacher_text], [teacher_logit_scale]
     student = logit_scale * cosines(image, text) / temperature
-    teacher = teacher_logit_scale * cosines(teacher_image, teacher_text) / temperature
-    _same_batch(student, teacher)
-    divergences = [
-        F.kl_div(ours.log_softmax(1), theirs.log_softmax(1), reduction="batchmean", log_target=True)
-        for ours, theirs in ((student, teacher), (student.T, teacher.T))
+    teachers = [
+        scale * cosines(images, texts) / temperature
+        for images, texts, scale in zip(teacher_image, teacher_text, teacher_logit_scale, strict=True)
     ]
+    for teacher in teachers:
+        _same_batch(student, teacher)
+    divergences = []
+    for direction in (lambda logits: logits, torch.t):
+        targets = torch.stack([direction(teacher).log_softmax(1) for teacher in teachers])
+        target = targets.logsumexp(0) - math.log(len(teachers))
+        ours = direction(student).log_softmax(1)
+        divergences.append(F.kl_div(ours, target, reduction="batchmean", log_target=True))
     return temperature**2 * torch.stack(divergences).mean()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,23 +42,28 @@ class Distillation(Contrastive):
     Args:
         config: which terms there are and in which form.
         widths: of the student's tensors that feature distillation aligns: (image, text).
-        teacher_width: of the teacher's embeddings.
-        teacher_logit_scale: the teacher's exp(logit_scale).
+        teacher_width: of the teacher's embeddings; of several teachers, which lie side by side, one each.
+        teacher_logit_scale: the teacher's exp(logit_scale), or one each.
     """
 
     def __init__(
-        self, config: DistillConfig, widths: tuple[int, int], teacher_width: int, teacher_logit_scale: float
+        self,
+        config: DistillConfig,
+        widths: tuple[int, int],
+        teacher_width: int | Sequence[int],
+        teacher_logit_scale: float | Sequence[float],
     ) -> None:
         super().__init__(config)
-        self.teacher_logit_scale = teacher_logit_scale
+        self.teacher_widths = [teacher_width] if isinstance(teacher_width, int) else list(teacher_width)
+        scales = [teacher_logit_scale] if isinstance(teacher_logit_scale, float | int) else list(teacher_logit_scale)
+        # What lies side by side was shortened to a unit vector together.
+        self.teacher_logit_scales = [scale * len(scales) for scale in scales]
+        joined = sum(self.teacher_widths)
         if config.feature_weight:
-            self.image_aligner, self.text_aligner = (_aligner(width, teacher_width, config.aligner) for width in widths)
-        require(
-            config.icl_weight == 0 or config.feature_source == "penultimate" or widths == (teacher_width,) * 2,
-            "icl_weight",
-            config.icl_weight,
-            f"the student's embedding {widths} must be as wide as the teacher's {teacher_width}",
-        )
+            self.image_aligner, self.text_aligner = (_aligner(width, joined, config.aligner) for width in widths)
+        remedy = f"the student's embedding {widths} must be as wide as the teacher's {joined}"
+        fits = config.feature_source == "penultimate" or widths == (joined,) * 2
+        require(config.icl_weight == 0 or fits, "icl_weight", config.icl_weight, remedy)
 
     def student_tensors(self, output: Output) -> list[Tensor]:
         """The embeddings, and the penultimate features where feature distillation reads them."""
@@ -85,10 +90,10 @@ class Distillation(Contrastive):
         return losses.response(
             output["image_features"],
             output["text_features"],
-            batch.teacher_image,
-            batch.teacher_text,
+            batch.teacher_image.split(self.teacher_widths, dim=1),
+            batch.teacher_text.split(self.teacher_widths, dim=1),
             output["logit_scale"],
-            self.teacher_logit_scale,
+            self.teacher_logit_scales,
             temperature,
         )
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from .config import PRESETS, DistillConfig, ModelConfig, TrainConfig, closest, from_yaml, require
-from .data import BatchSource, Pairs, load_pairs, normalise
+from .data import BatchSource, Pairs, join_targets, load_pairs, normalise
 from .evaluate import embed_images, embed_texts, evaluate_zero_shot
 from .files import DATA, processes
 from .metrics import first_hit_ranks
 from .model import MobileCLIP
 from .objectives import Contrastive, Distillation
+from .profiles import PROFILES as PROFILES
+from .profiles import get_profile
 from .results import save_result
 from .scene_sets import evaluate_relation, scene_sets
 from .scenes import SceneConfig
-from .teacher import SHIPPED, load_open_clip, load_teacher, save_weights, teacher_targets, write_untrained
+from .targets import teacher_targets
+from .teacher import SHIPPED, load_open_clip, load_teacher, load_teachers, save_weights, write_untrained
 from .train import Record, TrainResult, train
 
 BASE = DistillConfig(feature_weight=0.0, response_weight=0.0)
 """The student's own loss and nothing else."""
-
-
-@dataclass(frozen=True)
-class Profile:
-    """How much a run does: ``pictures`` of scenes, passes over them, and pictures in each test set."""
-
-    pictures: int
-    max_epochs: int
-    batch_size: int
-    test_pictures: int
-    learning_rate: float = 3e-3
-    preset: str = "course"
-    teacher: str = SHIPPED
-    teacher_pretrained: str | None = None
-
-
-PROFILES = {
-    "smoke": Profile(pictures=256, max_epochs=1, batch_size=64, test_pictures=128),
-    "cpu": Profile(pictures=10_000, max_epochs=7, batch_size=64, test_pictures=2000),
-    "gpu": Profile(100_000, 30, 512, 5000, 1e-3, preset="mobile-256", teacher="ViT-B-32", teacher_pretrained="openai"),
-}
-
-
-def get_profile(name: str) -> Profile:
-    """The profile called ``name``; ConfigError with the nearest names for another."""
-    require(name in PROFILES, "profile", name, closest(name, PROFILES))
-    return PROFILES[name]
 
 
 def get_model_config(name_or_path: str) -> ModelConfig:
@@ -128,7 +103,8 @@ def train_student(
 ) -> TrainResult:
     """Train a student, from scratch or from ``base_checkpoint``; ``distill`` decides whether there is a teacher.
 
-    ``base_checkpoint`` and ``resume`` as in :func:`load_model` and :func:`~mclip.train.train`.
+    ``teacher_model`` and ``teacher_pretrained`` may name several teachers, separated by commas. ``base_checkpoint`` and
+    ``resume`` as in :func:`load_model` and :func:`~mclip.train.train`.
 
     The model folder is ``out_dir/model``; log and checkpoints lie beside it.
     """
@@ -136,14 +112,15 @@ def train_student(
     model = MobileCLIP.from_pretrained(model_folder(base_checkpoint), config) if base_checkpoint else MobileCLIP(config)
     objective, targets = Contrastive(distill), None
     if any((distill.feature_weight, distill.response_weight, distill.similarity_weight, distill.icl_weight)):
-        teacher = load_teacher(teacher_model, teacher_pretrained, device_for(settings.accelerator))
-        targets = teacher_targets(teacher, training, settings.progress)
+        teachers = load_teachers(teacher_model, teacher_pretrained, device_for(settings.accelerator))
+        targets = join_targets([teacher_targets(teacher, training, settings.progress) for teacher in teachers])
         penultimate = (model.image_encoder.features, model.text_encoder.features)
         widths = penultimate if distill.feature_source == "penultimate" else (config.embed_dim,) * 2
-        objective = Distillation(distill, widths, teacher.embed_dim, teacher.logit_scale)
+        teacher_widths, scales = zip(*((teacher.embed_dim, teacher.logit_scale) for teacher in teachers), strict=True)
+        objective = Distillation(distill, widths, teacher_widths, scales)
         if not base_checkpoint:
             # Where embeddings are to equal the teacher's, responses agree only at the teacher's scale.
-            nn.init.constant_(model.logit_scale, math.log(teacher.logit_scale))
+            nn.init.constant_(model.logit_scale, math.log(targets.logit_scale))
     batches = BatchSource(
         training, model.tokenizer, student_prepare(config), settings.batch_size, settings.seed, targets
     )
