@@ -6,7 +6,7 @@ ARGS    ?=
 
 READY := .venv/.ready
 MCLIP := .venv/bin/python -m mclip
-PYTEST := .venv/bin/python -m pytest
+NBVAL := .venv/bin/python -m pytest --nbval-lax --nbval-current-env
 CHECK := runs/test-notebooks
 # --inexact keeps pip and uv, which the lock file does not name; the interpreter is the one that made .venv.
 SYNC  := UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON=.venv/bin/python UV_PYTHON_DOWNLOADS=never .venv/bin/uv sync --locked --inexact
@@ -21,15 +21,15 @@ help: ## list the targets
 course: $(READY) ## run the whole course; PROFILE=smoke|cpu|gpu, OUT=folder, ARGS="-p NAME VALUE --only 04 08"
 	$(MCLIP) course --profile $(PROFILE) --out $(OUT) $(ARGS)
 
-# Tests and notebooks (nbval executes the prepared copies) beside each other, since either keeps one core busy.
+# nbval executes the prepared copies: the lessons beside tests and solutions, since either keeps one core busy.
 test: $(READY) ## run the tests, and every notebook in profile smoke against its stored outputs
 	rm -rf $(CHECK)
 	$(MCLIP) course --profile smoke --out $(CHECK) --prepare
 	@export OMP_NUM_THREADS=1; \
-	$(PYTEST) -p no:cacheprovider --nbval-lax --nbval-current-env $(CHECK)/notebooks > $(CHECK)/nbval.log 2>&1 & notebooks=$$!; \
-	$(PYTEST) tests $(ARGS); tests=$$?; \
-	echo "the notebooks:"; wait $$notebooks; notebooks=$$?; cat $(CHECK)/nbval.log; \
-	test $$tests = 0 && test $$notebooks = 0
+	$(NBVAL) -p no:cacheprovider $(CHECK)/notebooks --ignore $(CHECK)/notebooks/solutions > $(CHECK)/lessons.log 2>&1 & lessons=$$!; \
+	$(NBVAL) tests $(CHECK)/notebooks/solutions $(ARGS); tests=$$?; \
+	echo "the lessons:"; wait $$lessons; lessons=$$?; cat $(CHECK)/lessons.log; \
+	test $$tests = 0 && test $$lessons = 0
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	JUPYTER_PREFER_ENV_PATH=1 .venv/bin/python -m jupyterlab notebooks $(ARGS)
