@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +17,13 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as VF
 
 from .config import require
+from .pictures import Crops, pool
 
 if TYPE_CHECKING:
     from .data import Pairs
+    from .targets import OnlineTargets
+
+READ_AHEAD = 2  # batches
 
 
 def normalise(images: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -36,13 +43,31 @@ def normalise(images: Tensor, size: int, mean: Sequence[float], std: Sequence[fl
 class Targets:
     """A frozen teacher's embeddings of every picture (N, D) and every caption (M, D), and its logit scale.
 
-    ``key`` changes with the teacher's weights, its view of the pictures and the data.
+    With crops, ``images`` is (N, K, D), of the K views of each picture that ``seeds`` (N, K) replay. ``key`` changes
+    with the teacher's weights, its view of the pictures and the data.
     """
 
     images: np.ndarray
     texts: np.ndarray
     logit_scale: float
     key: str = ""
+    seeds: np.ndarray | None = None
+
+    def of(self, pictures: np.ndarray, captions: np.ndarray, view: np.ndarray, seeds: Any) -> tuple[Tensor, Tensor]:
+        """The embeddings (B, D) of these pictures, each in its view, and of these captions."""
+        rows = self.images[pictures]
+        rows = rows if self.seeds is None else rows[np.arange(len(rows)), view]
+        return tuple(torch.from_numpy(np.asarray(found, np.float32)) for found in (rows, self.texts[captions]))
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The rows of several arrays, each (N, ..., D), as one of (N, ..., sum of D): joined when they are asked for."""
+
+    parts: Sequence[np.ndarray]
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return np.concatenate([part[rows] for part in self.parts], -1) / math.sqrt(len(self.parts))
 
 
 def join_targets(several: Sequence[Targets]) -> Targets:
@@ -52,41 +77,53 @@ def join_targets(several: Sequence[Targets]) -> Targets:
     """
     if len(several) == 1:
         return several[0]
-    images, texts = (
-        np.concatenate([getattr(targets, kind) for targets in several], 1) / math.sqrt(len(several))
-        for kind in ("images", "texts")
-    )
+    images, texts = (SideBySide([getattr(targets, kind) for targets in several]) for kind in ("images", "texts"))
     scale = math.prod(targets.logit_scale for targets in several) ** (1 / len(several))
-    return Targets(images, texts, scale, "+".join(targets.key for targets in several))
+    return Targets(images, texts, scale, "+".join(targets.key for targets in several), several[0].seeds)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step reads: pictures (B, 3, S, S), token ids (B, T), and the teacher's embeddings (B, D) if any."""
+    """What one step reads: token ids (B, T), the teacher's embeddings (B, D) if any, and pictures.
 
-    images: Tensor
+    Pictures wait as uint8 ``pixels`` (B, 3, S, S), a quarter of what ``images``, ready for the model, take: of a step
+    in many pieces only one is ready at a time.
+    """
+
+    pixels: Tensor
     tokens: Tensor
     index: Tensor
     teacher_image: Tensor | None = None
     teacher_text: Tensor | None = None
+    prepare: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def images(self) -> Tensor:
+        """What the model reads, (B, 3, S', S')."""
+        return self.prepare(self.pixels) if self.prepare else self.pixels
+
+    def to(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        """All tensors through ``move``."""
+        return Batch(**{key: move(value) if isinstance(value, Tensor) else value for key, value in vars(self).items()})
 
 
 class BatchSource:
     """The batches of each epoch: a function of (seed, epoch) alone, so that a resumed run sees the same ones.
 
     Every epoch visits each picture once, in a new order, with one of its captions chosen at random; the last
-    incomplete batch is left out, since its pairs would have fewer in-batch negatives.
+    incomplete batch is left out, since its pairs would have fewer in-batch negatives. While a batch is used, the
+    next one is read.
     """
 
     def __init__(
         self,
         pairs: Pairs,
         tokenizer: Any,
-        prepare: Any,
+        prepare: Callable[[Tensor], Tensor],
         batch_size: int,
         seed: int,
-        targets: Targets | None = None,
-        trim: bool = True,
+        targets: Targets | OnlineTargets | None = None,
+        crops: Crops | None = None,
     ) -> None:
         require(
             batch_size <= len(pairs),
@@ -94,17 +131,9 @@ class BatchSource:
             batch_size,
             f"there are {len(pairs)} pictures; choose a smaller batch",
         )
-        self.pairs, self.prepare, self.batch_size, self.seed, self.targets = pairs, prepare, batch_size, seed, targets
+        self.pairs, self.prepare, self.batch_size, self.seed = pairs, prepare, batch_size, seed
+        self.tokenizer, self.targets, self.crops = tokenizer, targets, crops
         self.first_caption = pairs.first_caption
-        self.tokens = tokenizer([caption for own in pairs.captions for caption in own])
-        # Cutting a batch to its longest caption saves work; open_clip's text towers need the full length.
-        self.lengths = self._lengths(self.tokens) if trim else torch.full((len(self.tokens),), self.tokens.shape[1])
-
-    @staticmethod
-    def _lengths(tokens: Tensor) -> Tensor:
-        """Number of ids up to the last that is not 0: ids 0 inside a caption are kept."""
-        positions = torch.arange(1, tokens.shape[1] + 1)
-        return ((tokens != 0) * positions).amax(1)
 
     def __len__(self) -> int:
         return len(self.pairs) // self.batch_size
@@ -114,20 +143,42 @@ class BatchSource:
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self.pairs))
         counts = np.diff(self.first_caption)[order]
-        caption = self.first_caption[order] + (rng.random(len(order)) * counts).astype(np.int64)
-        for number in range(start, len(self)):
+        offset = (rng.random(len(order)) * counts).astype(np.int64)
+
+        def batch(number: int) -> Batch:
             whole = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
             rows = np.array_split(whole, processes)[process]
-            yield self._batch(order[rows], caption[rows])
+            return self._batch(order[rows], offset[rows], epoch)
 
-    def _batch(self, pictures: np.ndarray, captions: np.ndarray) -> Batch:
-        images = self.prepare(torch.from_numpy(np.ascontiguousarray(self.pairs.images[pictures])))
-        tokens = self.tokens[captions]
-        tokens = tokens[:, : int(self.lengths[captions].max())]
+        numbers = iter(range(start, len(self)))
+        with ThreadPoolExecutor(1, "batches") as reader:
+            waiting = deque(reader.submit(batch, number) for number in islice(numbers, READ_AHEAD))
+            try:
+                while waiting:
+                    ready = waiting.popleft().result()
+                    waiting.extend(reader.submit(batch, number) for number in islice(numbers, 1))
+                    yield ready
+            finally:
+                reader.shutdown(wait=True, cancel_futures=True)
+
+    def _batch(self, pictures: np.ndarray, offset: np.ndarray, epoch: int) -> Batch:
+        captions = self.first_caption[pictures] + offset
+        tokens = self.tokenizer([self.pairs.captions[p][o] for p, o in zip(pictures, offset, strict=True)])
+        view = seeds = None
+        if self.crops:
+            view = self.crops.view(pictures, epoch)
+            seeds = self.crops.seeds(pictures, view)
+        batch = Batch(torch.from_numpy(self._pixels(pictures, seeds)), tokens, torch.from_numpy(pictures),
+                      prepare=self.prepare)  # fmt: skip
         if self.targets is None:
-            return Batch(images, tokens, torch.from_numpy(pictures))
-        image, text = (
-            torch.from_numpy(a[i].astype(np.float32))
-            for a, i in ((self.targets.images, pictures), (self.targets.texts, captions))
+            return batch
+        image, text = self.targets.of(pictures, captions, view, seeds)
+        return replace(batch, teacher_image=image, teacher_text=text)
+
+    def _pixels(self, pictures: np.ndarray, seeds: np.ndarray | None) -> np.ndarray:
+        images = self.pairs.images
+        if seeds is None:
+            return np.ascontiguousarray(images[pictures])
+        return np.stack(
+            list(pool().map(lambda p, s: self.pairs.cropped(p, images.shape[-1], s, self.crops), pictures, seeds))
         )
-        return Batch(images, tokens, torch.from_numpy(pictures), image, text)

@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("mclip.commands:train", "train a student on pairs alone"),
     "distill": ("mclip.commands:distill", "distil a student from a teacher in three phases"),
     "teacher": ("mclip.commands:teacher", "train a small teacher from scratch"),
+    "cache": ("mclip.commands:cache", "compute and keep what the teacher says of all pictures and captions"),
     "evaluate": ("mclip.evaluate_command:evaluate", "classify pictures zero-shot"),
     "reproduce": ("mclip.reproduce:reproduce", "the long run: several seeds, and the results that are committed"),
     "photographs": ("mclip.reproduce:photographs", "base against kd on captions of real photographs"),

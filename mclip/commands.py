@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from .cards import write_card
 from .config import DistillConfig, TrainConfig
-from .data import Pairs, load_pairs
-from .files import processes
+from .data import Decoding, Pairs, load_pairs
+from .files import cache_dir, processes
 from .runs import (
     BASE,
+    device_for,
     evaluate_all,
     get_model_config,
     get_profile,
@@ -24,7 +25,8 @@ from .runs import (
     train_student,
 )
 from .scenes import SceneConfig
-from .teacher import TEACHER_CONFIG
+from .targets import get_crops, get_targets
+from .teacher import TEACHER_CONFIG, load_teachers
 
 ProfileName = Literal["smoke", "cpu", "gpu"]
 SWA_DECAY = 0.999
@@ -35,12 +37,14 @@ class DataOptions:
     """Pairs to train on and to validate with.
 
     Attributes:
-        train_data_path: a CSV or COCO Captions JSON file; empty draws scenes.
+        train_data_path: a CSV, TSV or COCO Captions JSON file, a folder of pictures, or WebDataset .tar files;
+            empty draws scenes.
         val_data_path: the same for validation.
         data_size: share of the pictures to train on, in (0, 1].
         csv_img_key: column of a CSV that names the pictures.
         csv_caption_key: column of a CSV that holds the captions.
         on_error: stop at a bad row (raise), or leave it out and count it (skip).
+        decoding: keep decoded pictures in the cache (once) or decode them in each epoch (always); auto keeps 4 GiB.
     """
 
     train_data_path: str = ""
@@ -49,10 +53,12 @@ class DataOptions:
     csv_img_key: str = "file_name"
     csv_caption_key: str = "caption"
     on_error: Literal["raise", "skip"] = "raise"
+    decoding: Decoding = "auto"
 
     def keys(self) -> dict[str, Any]:
         """What every reader of files is told."""
-        return {"image_key": self.csv_img_key, "caption_key": self.csv_caption_key, "on_error": self.on_error}
+        return {"image_key": self.csv_img_key, "caption_key": self.csv_caption_key, "on_error": self.on_error,
+                "decoding": self.decoding}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,37 @@ def distill(
         teacher_model=teacher_model or defaults.teacher,
         teacher_pretrained=teacher_pretrained if teacher_model else defaults.teacher_pretrained,
     )  # fmt: skip
+
+
+def cache(
+    data: DataOptions,
+    profile: ProfileName = "cpu",
+    teacher_model: str = "",
+    teacher_pretrained: str | None = None,
+    crop_scale: float = 1.0,
+    views: int = 0,
+    seed: int = 0,
+) -> None:
+    """Compute what the teacher says of every picture and caption; distill with the same options finds it there.
+
+    Args:
+        profile: how many scenes, and the teacher where none is named.
+        teacher_model: scenes, a teacher's folder, or an open_clip architecture; the profile's if empty.
+        teacher_pretrained: the architecture's weights: an open_clip tag or a file.
+        crop_scale: crops keep at least this share of a picture's area; 1 shows the whole picture.
+        views: number of crops of each picture.
+        seed: of the crops, and of the choice that data_size makes: the seed of the run.
+    """
+    defaults = get_profile(profile)
+    crops = get_crops(TrainConfig(crop_scale=crop_scale, views=views, seed=seed))
+    training, _ = load_data(
+        profile, get_model_config(defaults.preset).image.image_size, train_data_path=data.train_data_path,
+        val_data_path=data.val_data_path or data.train_data_path, data_size=data.data_size, seed=seed, **data.keys(),
+    )  # fmt: skip
+    pretrained = teacher_pretrained if teacher_model else defaults.teacher_pretrained
+    for teacher in load_teachers(teacher_model or defaults.teacher, pretrained, device_for("auto")):
+        targets = get_targets([teacher], training, False, crops, True, print)
+        print(f"{teacher.name}: {cache_dir() / 'targets' / targets.key}")
 
 
 TEACHER_SETTINGS = TrainConfig(max_epochs=7, batch_size=128, learning_rate=1.5e-3, weight_decay=0.1, warmup=0.03)

@@ -1,28 +1,48 @@
-"""Pairs of pictures and captions: readers for drawn scenes, CSV and COCO Captions, and the batches of an epoch.
+"""Pairs of pictures and captions, from drawn scenes or from files; all readers behind :func:`load_pairs`.
 
-Whatever the source, training reads one form: pictures decoded once to uint8 at the student's size, kept
-memory-mapped in the cache, and five or so captions for each, tokenised once.
+Whatever the source, training reads one form: pictures as uint8 at the student's size, and the captions of each.
+Few enough pictures are decoded once and kept memory-mapped in the cache; more are decoded when they are needed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from PIL import Image
 
 from .batches import Batch as Batch
 from .batches import BatchSource as BatchSource
 from .batches import Targets as Targets
 from .batches import join_targets as join_targets
 from .batches import normalise as normalise
+from .columns import Captions, Texts
 from .config import require
 from .files import content_key
+from .folders import read_folder, read_shards, shards_of
+from .pictures import (
+    Crops,
+    PictureError,
+    Pictures,
+    as_array,
+    decode,
+    decoded_once,
+    fingerprint,
+    open_picture,
+    readable,
+    square,
+)
 from .readers import DataError as DataError
-from .readers import OnError, decode_images, read_csv, read_json
+from .readers import OnError, Table, read_csv, read_json, reject
 from .scenes import DRAWING_VERSION, SceneConfig, make_scenes
 
 SCENES = "scenes"
+DECODE_ONCE = 4 * 2**30
+"""Bytes of decoded pictures that are kept in the cache; a larger set is decoded anew in each epoch."""
+Decoding = Literal["auto", "once", "always"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +50,7 @@ class Pairs:
     """Pictures with their captions.
 
     Attributes:
-        images: (N, 3, S, S) uint8, in memory or memory-mapped.
+        images: (N, 3, S, S) uint8: an array, in memory or memory-mapped, or decoded whenever indexed.
         captions: for each picture one caption or more.
         key: changes whenever pictures or captions do; cached teacher targets are kept under it.
         name: for messages and results files.
@@ -38,11 +58,11 @@ class Pairs:
         skipped: number of rows left out by ``on_error="skip"``.
     """
 
-    images: np.ndarray
-    captions: list[list[str]]
+    images: np.ndarray | Pictures
+    captions: Sequence[list[str]]
     key: str
     name: str
-    files: list[Path] | None = None
+    files: Sequence[str] | None = None
     skipped: int = 0
 
     def __len__(self) -> int:
@@ -51,7 +71,19 @@ class Pairs:
     @property
     def first_caption(self) -> np.ndarray:
         """(N + 1,) position of each picture's first caption in the flat list of all captions."""
+        if isinstance(self.captions, Captions):
+            return self.captions.first
         return np.concatenate([[0], np.cumsum([len(own) for own in self.captions])])
+
+    def picture(self, row: int) -> Image.Image:
+        """The picture as it came, at its full size."""
+        return open_picture(self.files[row]) if self.files else Image.fromarray(self.images[row].transpose(1, 2, 0))
+
+    def cropped(self, row: int, size: int, seed: int, crops: Crops) -> np.ndarray:
+        """The crop of a picture that ``seed`` decides, (3, size, size) uint8."""
+        if self.files:
+            return decode(self.files[row], size, seed, crops.smallest)
+        return as_array(square(self.picture(row), size, seed, crops.smallest))
 
     def fraction(self, data_size: float, seed: int = 0) -> Pairs:
         """A random ``data_size`` of the pictures, chosen by ``seed``, in their old order; at least one."""
@@ -60,12 +92,14 @@ class Pairs:
             return self
         count = max(1, round(data_size * len(self)))
         rows = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
+        files = self.files and Texts(self.files[int(row)] for row in rows)
+        captions = self.captions
         return replace(
             self,
-            images=self.images[rows],
-            captions=[self.captions[r] for r in rows],
+            images=Pictures(files, self.images.size) if isinstance(self.images, Pictures) else self.images[rows],
+            captions=captions.subset(rows) if isinstance(captions, Captions) else [captions[row] for row in rows],
             key=content_key(self.key, data_size, seed),
-            files=self.files and [self.files[r] for r in rows],
+            files=files,
         )
 
 
@@ -80,49 +114,67 @@ def load_pairs(
     on_error: OnError = "raise",
     image_key: str = "file_name",
     caption_key: str = "caption",
+    decoding: Decoding = "auto",
     progress: bool = True,
 ) -> Pairs:
-    """Pairs from "scenes" (or ""), a CSV file, or a COCO Captions JSON file.
+    """Pairs from "scenes" (or ""), a CSV or TSV file, COCO Captions JSON, a folder of pictures, or WebDataset shards.
 
     Args:
-        source: "scenes", or a path ending in .csv or .json.
+        source: "scenes", a path ending in .csv, .tsv or .json, a folder (of .tar files, or of pictures with text
+            files or in one folder per class), a .tar file, or a range of them such as "{00000..00009}.tar".
         image_size: side S of the decoded pictures; the shortest side is resized and the centre cut out.
         split, scenes: which scenes to draw; ``scenes`` overrides ``split`` and sets everything else.
         data_size: share of the pictures to use, in (0, 1].
         on_error: "raise" stops at the first bad row; "skip" leaves bad rows out and counts them.
         image_key, caption_key: columns of the CSV. An ``image_path`` column holds the folder, relative to the CSV.
+        decoding: "once" keeps all pictures in the cache, "always" decodes them in each epoch; "auto" keeps up to 4 GiB.
 
-    Raises: DataError or ConfigError, naming the file and row.
+    Raises: DataError or ConfigError, naming the file and row. A damaged picture is found here if all are decoded
+        once or bad rows are skipped; else when it is first needed.
     """
     require(0 < data_size <= 1, "data_size", data_size, "choose a share of the pictures in (0, 1]")
     require(on_error in ("raise", "skip"), "on_error", on_error, "choose 'raise' or 'skip'")
+    require(decoding in ("auto", "once", "always"), "decoding", decoding, "choose 'auto', 'once' or 'always'")
     if str(source) in ("", SCENES):
         config = scenes or SceneConfig(split=split, image_size=image_size, seed=seed)
         drawn = make_scenes(replace(config, image_size=image_size), progress)
         key = content_key("scenes", DRAWING_VERSION, config, image_size)
         return Pairs(drawn.images, drawn.captions, key, f"scenes-{config.split}").fraction(data_size, seed)
-    path = Path(source)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; give 'scenes', a .csv file or a COCO Captions .json file.")
-    if path.suffix.lower() not in (".csv", ".json"):
-        raise DataError(f"{path}: unknown kind {path.suffix!r}; give a .csv file or a COCO Captions .json file.")
-    rows, skipped = (
-        read_json(path, on_error)
-        if path.suffix.lower() == ".json"
-        else read_csv(path, image_key, caption_key, on_error)
-    )
-    files: dict[Path, list[str]] = {}
-    places: dict[Path, str] = {}
-    for file, caption, place in rows:
-        files.setdefault(file, []).append(caption)
-        places.setdefault(file, place)
-    if not files:
-        raise DataError(f"{path}: no usable rows; it needs at least one picture with a caption.")
-    images, kept, key = decode_images(list(files), image_size, on_error, progress, list(places.values()))
-    names = list(files)
-    captions = [files[names[i]] for i in kept]
-    skipped += sum(len(own) for own in files.values()) - sum(len(own) for own in captions)
-    if skipped:
-        print(f"{path}: {skipped} rows left out (on_error='skip').")
-    pairs = Pairs(images, captions, content_key(key, captions), path.stem, [names[i] for i in kept], skipped)
+    table = _read(str(source), image_key, caption_key, on_error, progress)
+    pairs = _with_pictures(table, Path(source).stem, image_size, on_error, decoding, progress)
+    if pairs.skipped:
+        print(f"{source}: {pairs.skipped} rows left out (on_error='skip').")
     return pairs.fraction(data_size, seed)
+
+
+def _read(source: str, image_key: str, caption_key: str, on_error: OnError, progress: bool) -> Table:
+    path = Path(source)
+    kind = path.suffix.lower()
+    kinds = "give 'scenes', a .csv, .tsv or COCO Captions .json file, a folder of pictures, or WebDataset .tar files"
+    if kind == ".tar" or (path.is_dir() and any(path.glob("*.tar"))):
+        shards_of(source)
+        return read_shards(source, on_error, progress)
+    if path.is_dir():
+        return read_folder(path, on_error)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; {kinds}.")
+    if kind not in (".csv", ".tsv", ".json"):
+        raise DataError(f"{path}: unknown kind {path.suffix!r}; {kinds}.")
+    return read_json(path, on_error) if kind == ".json" else read_csv(path, image_key, caption_key, on_error)
+
+
+def _with_pictures(table: Table, name: str, size: int, on_error: OnError, decoding: Decoding, progress: bool) -> Pairs:
+    def bad(number: int, error: PictureError) -> None:
+        reject(f"{table.place(number)}: {error}", on_error)
+
+    names = table.pictures
+    prints = fingerprint(names)
+    key = content_key("pictures", names.digest(), prints, on_error)
+    if decoding == "once" or (decoding == "auto" and len(names) * 3 * size * size <= DECODE_ONCE):
+        images, kept = decoded_once(names, size, content_key(key, size), bad, progress)
+        table = table.keep(kept)
+    else:
+        table = table.keep(readable(names, key, bad, progress)) if on_error == "skip" else table
+        images = Pictures(table.pictures, size)
+    key = content_key(key, table.captions.texts.digest(), table.captions.first.tolist()[:: max(1, len(names) // 1000)])
+    return Pairs(images, table.captions, key, name, table.pictures, table.skipped)

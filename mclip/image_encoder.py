@@ -140,6 +140,8 @@ class ImageEncoder(nn.Module):
         for block in self.trunk.modules():
             if isinstance(block, Conv2dNormActivation) and block[0].groups > 1:
                 block[0] = DepthwiseConv.of(block[0])
+            elif isinstance(block, nn.Hardswish):
+                block.inplace = False  # its backward pass needs the input, which would be copied first
         self.features = self.trunk[-1].out_channels
         layers: list[nn.Module] = []
         for width in config.head:

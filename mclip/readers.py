@@ -1,48 +1,131 @@
-"""Readers of captions and pictures: CSV, COCO Captions JSON, and decoding into the cache."""
+"""Readers of pairs: CSV, COCO Captions JSON, folders of pictures, and WebDataset shards.
+
+Each returns a :class:`Table`: names of pictures, and their captions. No picture is opened here.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as VF
-from tqdm.auto import tqdm
 
-from .files import cache_dir, content_key, missing_folder, write_json
+from .columns import Captions, Texts
 from .text_encoder import clean_caption
 
 OnError = Literal["raise", "skip"]
+_WORDS = re.compile(r"[A-Za-z0-9]")
 
 
 class DataError(ValueError):
     """Data that cannot be used; the message names the file, the line or picture, and the remedy."""
 
 
-Row = tuple[Path, str, str]
-"""A picture, a caption, and where they were read, for messages."""
+@dataclass(frozen=True)
+class Table:
+    """Pictures by name, the captions of each, where each was read (for messages), and the rows left out."""
+
+    pictures: Texts
+    captions: Captions
+    place: Callable[[int], str]
+    skipped: int
+
+    def keep(self, numbers: Sequence[int]) -> Table:
+        """The table of these pictures alone; the captions of the others count as left out."""
+        if len(numbers) == len(self.pictures):
+            return self
+        captions = self.captions.subset(np.asarray(numbers))
+        lost = len(self.captions.texts) - len(captions.texts)
+        pictures = Texts(self.pictures[number] for number in numbers)
+        return Table(pictures, captions, lambda number: self.place(numbers[number]), self.skipped + lost)
 
 
-def _bad(message: str, on_error: OnError) -> int:
+@dataclass
+class TableBuilder:
+    """Collects rows; captions of one picture may lie apart. ``label`` says what a number of a row counts."""
+
+    path: Path
+    on_error: OnError
+    label: str
+    skipped: int = 0
+    _numbers: dict[str, int] = field(default_factory=dict)
+    _places: list[int] = field(default_factory=list)
+    _captions: list[str] = field(default_factory=list)
+    _owners: list[int] = field(default_factory=list)
+
+    def where(self, row: int) -> str:
+        """The file and the row, for messages."""
+        return f"{self.path}, {self.label} {row}"
+
+    def bad(self, message: str) -> None:
+        """Raise DataError, or count the row."""
+        reject(message, self.on_error)
+        self.skipped += 1
+
+    def add(self, picture: str, caption: str, row: int) -> None:
+        """One pair; a caption without a word is a bad row."""
+        # Nearly every caption has a letter; cleaning each one of a million would take a minute.
+        if not _WORDS.search(caption) and not clean_caption(caption):
+            self.bad(f"{self.where(row)}: the caption is empty")
+            return
+        number = self._numbers.setdefault(picture, len(self._numbers))
+        if number == len(self._places):
+            self._places.append(row)
+        self._captions.append(caption)
+        self._owners.append(number)
+
+    def table(self) -> Table:
+        """What was collected, captions beside their picture; DataError if it is nothing."""
+        if not self._numbers:
+            raise DataError(f"{self.path}: no usable rows; it needs at least one picture with a caption.")
+        pictures = Texts(self._numbers)
+        self._numbers.clear()
+        owners = np.array(self._owners)
+        order = np.argsort(owners, kind="stable")
+        first = np.searchsorted(owners[order], np.arange(len(pictures) + 1))
+        places = np.array(self._places)
+        captions = Captions(Texts(self._captions[i] for i in order), first)
+        return Table(pictures, captions, lambda number: self.where(int(places[number])), self.skipped)
+
+
+def reject(message: str, on_error: OnError) -> None:
+    """DataError with the remedy, unless bad rows are to be left out."""
     if on_error == "raise":
         raise DataError(f"{message}; mend the row, or pass on_error='skip'.")
-    return 1
 
 
-def read_csv(path: Path, image_key: str, caption_key: str, on_error: OnError) -> tuple[list[Row], int]:
-    """The usable rows, and the number left out; an ``image_path`` column holds the folder."""
-    rows, skipped, present = [], 0, {}
+class Listing:
+    """Which files exist. Each folder is listed once: asking for every file takes five times as long."""
+
+    def __init__(self) -> None:
+        self._folders: dict[str, set[str]] = {}
+
+    def has(self, file: str) -> bool:
+        """Whether ``file`` exists."""
+        folder, name = os.path.split(file)
+        if folder not in self._folders:
+            try:
+                self._folders[folder] = set(os.listdir(folder or "."))
+            except (OSError, ValueError):
+                self._folders[folder] = set()
+        return name in self._folders[folder] or os.path.isfile(file)
+
+
+def read_csv(path: Path, image_key: str, caption_key: str, on_error: OnError) -> Table:
+    """A CSV file (.tsv: separated by tabs); an ``image_path`` column holds the folder, relative to the file."""
+    csv.field_size_limit(2**24)
+    listing, folders = Listing(), {}
+    builder = TableBuilder(path, on_error, "line")
     with path.open(newline="", encoding="utf-8-sig") as handle:
-        reader = csv.DictReader(handle)
+        reader = csv.reader(handle, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         try:
-            columns = reader.fieldnames or []
+            columns = next(reader, [])
             if not columns:
                 raise DataError(
                     f"{path}: the file is empty; it needs a header line such as file_name,image_path,caption."
@@ -50,21 +133,26 @@ def read_csv(path: Path, image_key: str, caption_key: str, on_error: OnError) ->
             for key in (image_key, caption_key):
                 if key not in columns:
                     raise DataError(f"{path}: no column {key!r}; the columns are {', '.join(columns)}.")
+            at_image, at_caption = columns.index(image_key), columns.index(caption_key)
+            at_folder = columns.index("image_path") if "image_path" in columns else None
             for row in reader:
-                where, caption = f"{path}, line {reader.line_num}", row[caption_key] or ""
-                file = path.parent / (row.get("image_path") or "") / (row[image_key] or "")
-                if not clean_caption(caption):
-                    skipped += _bad(f"{where}: the caption is empty", on_error)
-                elif not present.setdefault(file, file.is_file()):
-                    skipped += _bad(f"{where}: no picture at {file}", on_error)
+                if not row:
+                    continue
+                row += [""] * (len(columns) - len(row))
+                folder = row[at_folder] if at_folder is not None else ""
+                if folder not in folders:
+                    folders[folder] = str(path.parent / folder)
+                file = os.path.join(folders[folder], row[at_image])
+                if row[at_image] and listing.has(file):
+                    builder.add(file, row[at_caption], reader.line_num)
                 else:
-                    rows.append((file, caption, where))
+                    builder.bad(f"{builder.where(reader.line_num)}: no picture at {file}")
         except (UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"{path}: not readable as UTF-8 CSV ({error}); save it as UTF-8 text.") from error
-    return rows, skipped
+    return builder.table()
 
 
-def read_json(path: Path, on_error: OnError) -> tuple[list[Row], int]:
+def read_json(path: Path, on_error: OnError) -> Table:
     """COCO Captions; pictures lie beside the JSON file, in ``images/``, or in a folder named as the file says."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -75,67 +163,17 @@ def read_json(path: Path, on_error: OnError) -> tuple[list[Row], int]:
             f"{path}: not COCO Captions JSON ({error!r}); it needs 'images' (id, file_name) and "
             "'annotations' (image_id, caption)."
         ) from error
-    rows, skipped, found = [], 0, {}
+    listing, builder = Listing(), TableBuilder(path, on_error, "annotation")
     for number, (image_id, caption) in enumerate(annotations):
-        where = f"{path}, annotation {number}"
+        where = builder.where(number)
         if image_id not in pictures:
-            skipped += _bad(f"{where}: no image with id {image_id}", on_error)
-        elif not clean_caption(caption):
-            skipped += _bad(f"{where}: the caption is empty", on_error)
+            builder.bad(f"{where}: no image with id {image_id}")
+            continue
+        name = pictures[image_id]
+        places = [os.path.join(path.parent, name), os.path.join(path.parent, "images", name)]
+        file = next((place for place in places if listing.has(place)), None)
+        if file is None:
+            builder.bad(f"{where}: no picture {name} in {path.parent} or its folder images")
         else:
-            name = pictures[image_id]
-            if name not in found:
-                places = (path.parent / name, path.parent / "images" / name)
-                found[name] = next((place for place in places if place.is_file()), None)
-            if found[name] is None:
-                skipped += _bad(f"{where}: no picture {name} in {path.parent} or its folder images", on_error)
-            else:
-                rows.append((found[name], caption, where))
-    return rows, skipped
-
-
-def _decode(file: Path, size: int) -> np.ndarray | str:
-    """The picture as (3, size, size) uint8, or what is wrong with it."""
-    try:
-        with Image.open(file) as opened:
-            picture = opened.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        return f"{file}: not readable as a picture ({error})"
-    picture = VF.resize(picture, [size], interpolation=InterpolationMode.BICUBIC)
-    return np.asarray(VF.center_crop(picture, [size, size])).transpose(2, 0, 1)
-
-
-def decode_images(
-    files: Sequence[Path],
-    size: int,
-    on_error: OnError = "raise",
-    progress: bool = True,
-    places: Sequence[str] | None = None,
-) -> tuple[np.ndarray, list[int], str]:
-    """Pictures (N, 3, size, size) uint8 from the cache or from ``files``; positions of those kept; their key.
-
-    The key covers every file's path, length and time of change, so an edited picture is decoded anew. ``places``
-    says for each file where it was named, for messages.
-    """
-    stats = [(str(file.resolve()), *os.stat(file)[6:9:2]) for file in files]
-    key = content_key("pixels", size, on_error, stats)
-    folder = cache_dir() / "pixels" / key
-    with missing_folder(folder) as temporary:
-        if temporary:
-            kept: list[int] = []
-            shape = (len(files), 3, size, size)
-            images = np.lib.format.open_memmap(temporary / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                decoded = pool.map(lambda file: _decode(file, size), files)
-                for index, picture in enumerate(
-                    tqdm(decoded, "decoding pictures", len(files), disable=not progress, leave=False)
-                ):
-                    if isinstance(picture, str):
-                        _bad(f"{places[index]}: {picture}" if places else picture, on_error)
-                    else:
-                        images[len(kept)] = picture
-                        kept.append(index)
-            images.flush()
-            write_json(temporary / "kept.json", kept)
-    kept = json.loads((folder / "kept.json").read_text(encoding="utf-8"))
-    return np.load(folder / "images.npy", mmap_mode="r")[: len(kept)], kept, key
+            builder.add(file, caption, number)
+    return builder.table()

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .config import PRESETS, DistillConfig, ModelConfig, TrainConfig, closest, from_yaml, require
-from .data import BatchSource, Pairs, join_targets, load_pairs, normalise
+from .data import BatchSource, Pairs, load_pairs, normalise
 from .evaluate import embed_images, embed_texts, evaluate_zero_shot
 from .files import DATA, processes
 from .metrics import first_hit_ranks
@@ -25,7 +26,7 @@ from .profiles import get_profile
 from .results import save_result
 from .scene_sets import evaluate_relation, scene_sets
 from .scenes import SceneConfig
-from .targets import teacher_targets
+from .targets import get_crops, get_targets
 from .teacher import SHIPPED, load_open_clip, load_teacher, load_teachers, save_weights, write_untrained
 from .train import Record, TrainResult, train
 
@@ -59,7 +60,8 @@ def load_data(
     ``reading`` is passed on to :func:`~mclip.data.load_pairs`: the keys of a CSV, and what to do with bad rows.
     """
     remedy = "pairs to train on need pairs of the same kind to validate with"
-    require(bool(val_data_path) or not Path(train_data_path).is_file(), "val_data_path", val_data_path, remedy)
+    given = "{" in train_data_path or (train_data_path != "" and Path(train_data_path).exists())
+    require(bool(val_data_path) or not given, "val_data_path", val_data_path, remedy)
     size = get_profile(profile).pictures
     train_scenes = SceneConfig(size, image_size, "train", noise=noise)
     val_scenes = SceneConfig(max(64, size // 20), image_size, "val")
@@ -75,7 +77,7 @@ def student_prepare(config: ModelConfig) -> Callable[[Tensor], Tensor]:
 
 def retrieval_validation(tokenizer: Any, pairs: Pairs, limit: int = 1000) -> Callable[[nn.Module], dict[str, float]]:
     """A function from a model to R@1/5/10 in percent, both ways averaged, over one caption of each picture."""
-    images = torch.from_numpy(pairs.images[:limit].copy())
+    images = torch.from_numpy(np.array(pairs.images[:limit]))
     captions = [own[0] for own in pairs.captions[:limit]]
     own = torch.arange(len(images))
 
@@ -110,10 +112,10 @@ def train_student(
     """
     torch.manual_seed(settings.seed)
     model = MobileCLIP.from_pretrained(model_folder(base_checkpoint), config) if base_checkpoint else MobileCLIP(config)
-    objective, targets = Contrastive(distill), None
+    objective, targets, crops = Contrastive(distill), None, get_crops(settings)
     if any((distill.feature_weight, distill.response_weight, distill.similarity_weight, distill.icl_weight)):
         teachers = load_teachers(teacher_model, teacher_pretrained, device_for(settings.accelerator))
-        targets = join_targets([teacher_targets(teacher, training, settings.progress) for teacher in teachers])
+        targets = get_targets(teachers, training, distill.online_teacher, crops, settings.progress)
         penultimate = (model.image_encoder.features, model.text_encoder.features)
         widths = penultimate if distill.feature_source == "penultimate" else (config.embed_dim,) * 2
         teacher_widths, scales = zip(*((teacher.embed_dim, teacher.logit_scale) for teacher in teachers), strict=True)
@@ -122,7 +124,7 @@ def train_student(
             # Where embeddings are to equal the teacher's, responses agree only at the teacher's scale.
             nn.init.constant_(model.logit_scale, math.log(targets.logit_scale))
     batches = BatchSource(
-        training, model.tokenizer, student_prepare(config), settings.batch_size, settings.seed, targets
+        training, model.tokenizer, student_prepare(config), settings.batch_size, settings.seed, targets, crops
     )
     result = train(
         model,
@@ -160,7 +162,7 @@ def train_open_clip(
     write_untrained(folder, config, settings.seed)
     model, tokenizer = load_open_clip(str(folder))
     prepare = load_teacher(str(folder)).prepare
-    batches = BatchSource(training, tokenizer, prepare, settings.batch_size, settings.seed, trim=False)
+    batches = BatchSource(training, tokenizer, prepare, settings.batch_size, settings.seed, crops=get_crops(settings))
     result = train(
         model,
         batches,

@@ -28,6 +28,7 @@ class DistillConfig:
         feature_form: "cosine" is 1 - cos; "mse" is the mean squared error summed over dimensions.
         aligner: "mlp" (Linear, ReLU, Dropout 0.1, Linear), "identity", which needs equal widths, or "auto":
             identity where the widths agree, so that what is distilled is what inference uses.
+        online_teacher: embed each batch anew while training, in place of cached targets; slower, but every crop is new.
         phases: start of phase 2 (feature), start of phase 3 (response), end of the temperature's descent; all
             fractions of the run (at most 1) or all steps (above 1), in order.
         ramp: a term that becomes active rises over this many steps (or this fraction of the run).
@@ -50,6 +51,7 @@ class DistillConfig:
     feature_source: Literal["embedding", "penultimate"] = "embedding"
     feature_form: Literal["cosine", "mse"] = "cosine"
     aligner: Literal["auto", "mlp", "identity"] = "auto"
+    online_teacher: bool = False
     phases: tuple[float, float, float] = (0.02, 0.5, 0.9)
     ramp: float = 0.02
     max_temperature: float = 8.0
@@ -107,6 +109,8 @@ class TrainConfig:
         seed: of weights, order, captions and dropout.
         accelerator: Lightning Fabric's name: auto, cpu, gpu.
         precision: Lightning Fabric's name: 32-true, bf16-mixed, 16-mixed.
+        crop_scale: random crops of the pictures keep at least this share of the area; 1 shows the whole picture.
+        views: different crops of a picture in the whole run, taken in turns; 0: a new one in each epoch.
         progress: show a progress bar.
     """
 
@@ -124,6 +128,8 @@ class TrainConfig:
     seed: int = 0
     accelerator: str = "auto"
     precision: str = "32-true"
+    crop_scale: float = 1.0
+    views: int = 0
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -136,5 +142,8 @@ class TrainConfig:
         for key in ("learning_rate", "clip_grad_norm", "checkpoint_minutes"):
             check(key, getattr(self, key) > 0, "use a positive number")
         check("weight_decay", self.weight_decay >= 0, "use 0 or more")
+        check("crop_scale", 0 < self.crop_scale <= 1, "choose a share of the area in (0, 1]")
+        check("views", self.views >= 0, "use 0 or more")
+        check("views", self.views == 0 or self.crop_scale < 1, "views are crops: choose a crop_scale below 1")
         check("warmup", 0 <= self.warmup < 1, "choose a fraction of the run in [0, 1)")
         check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "choose a decay in (0, 1), or null")

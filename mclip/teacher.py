@@ -11,18 +11,21 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import open_clip
 import torch
 from open_clip.tokenizer import default_bpe
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL.Image import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import closest, require
 from .data import normalise
-from .files import DATA, atomic_folder, atomic_path, write_json
+from .files import DATA, atomic_folder, atomic_path, cache_dir, write_json
 
 SHIPPED = "scenes"
 MERGES_FILE, CONFIG_FILE, WEIGHTS_FILE = "merges.txt.gz", "open_clip_config.json", "open_clip_model.safetensors"
@@ -44,6 +47,7 @@ class Teacher:
         image_size, mean, std: what the model's pictures must look like.
         logit_scale: exp of the learned temperature.
         embed_dim: width D of its embeddings.
+        transform: a picture of any size -> what the model reads, (3, S, S); open_clip's own.
     """
 
     model: nn.Module
@@ -54,6 +58,7 @@ class Teacher:
     std: tuple[float, ...]
     logit_scale: float
     embed_dim: int
+    transform: Callable[[Image], Tensor]
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 pictures (B, 3, H, W) -> what the model reads."""
@@ -136,16 +141,26 @@ def load_open_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module,
             f"no teacher {name!r}: {closest(name, [SHIPPED, *open_clip.list_models()])}, or give a folder."
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained not in tags and not Path(pretrained or "").is_file():
+    folder = cache_dir() / "weights"
+    own = [folder / f"{name}-{pretrained}{suffix}" for suffix in (".safetensors", ".pt", ".bin")]
+    file = next((str(file) for file in (Path(pretrained or ""), *own) if file.is_file()), None)
+    if file is None and pretrained not in tags:
         raise TeacherError(
             f"teacher {name!r} has no weights {pretrained!r}: {closest(pretrained or '', tags)}, or give a file."
         )
     try:
-        return open_clip.create_model(name, pretrained=pretrained, output_dict=True), open_clip.get_tokenizer(name)
-    except (OSError, RuntimeError, ValueError) as error:
+        model = open_clip.create_model(name, pretrained=file or pretrained, output_dict=True, cache_dir=str(folder))
+        return model, open_clip.get_tokenizer(name)
+    # What fails may be a file, a connection, or the hub's own errors, which are of any of these kinds.
+    except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
+        if file:
+            raise TeacherError(f"{file}: not usable as weights of {name} ({error}); copy it again.") from error
+        source = open_clip.get_pretrained_cfg(name, pretrained)
+        places = " and ".join(f"{kind} {source[kind]}" for kind in ("hf_hub", "url") if source.get(kind))
         raise TeacherError(
-            f"the weights {pretrained!r} of {name} could not be had ({error}). Download them elsewhere and give "
-            "the file's path as teacher_pretrained, or use teacher='scenes'."
+            f"the weights {pretrained!r} of {name} are neither in {folder} nor could they be downloaded; tried "
+            f"{places}: {error}. Download them elsewhere and save them as {own[0]} (or .pt), or give the file's path "
+            "as teacher_pretrained; teacher_model='scenes' ships."
         ) from error
 
 
@@ -167,6 +182,7 @@ def load_teacher(name: str = SHIPPED, pretrained: str | None = None, device: str
         tuple(settings["std"]),
         model.logit_scale.exp().item(),
         width,
+        image_transform_v2(PreprocessCfg(**settings), is_train=False),
     )
 
 

@@ -153,7 +153,7 @@ def test_several_teachers_are_averaged_in_responses_and_side_by_side_in_features
     data = pairs()
     single = [teacher_targets(teacher, data, progress=False) for teacher in teachers]
     joined = join_targets(single)
-    np.testing.assert_allclose(np.linalg.norm(joined.images, axis=1), 1, atol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(joined.images[:], axis=1), 1, atol=1e-3)
     U, V = (
         torch.from_numpy(a[rows].astype(np.float32))
         for a, rows in ((joined.images, slice(None)), (joined.texts, slice(0, 12, 2)))

@@ -1,0 +1,229 @@
+"""Pictures in files: opening them, cutting a crop that a seed decides, and decoding them once or each time.
+
+A picture is named by a path, or by ``archive.tar::OFFSET:BYTES``, a member of a tar archive that is read in place.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as VF
+from tqdm.auto import tqdm
+
+from .files import cache_dir, missing_folder, write_json
+
+IN_ARCHIVE = "::"
+FULL_SIZE = "full size"  # of a picture that may have been shrunk while it was decoded
+RATIOS = (3 / 4, 4 / 3)  # width to height of a crop, before it is made square
+UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError)
+
+
+class PictureError(ValueError):
+    """A picture that cannot be read; the message names it."""
+
+
+@lru_cache(64)
+def _archive(path: str) -> int:
+    return os.open(path, os.O_RDONLY)
+
+
+def open_picture(name: str, at_least: int | None = None) -> Image.Image:
+    """The picture ``name`` as RGB. ``at_least``: a side in pixels to which a JPEG may be shrunk while it is decoded.
+
+    Raises: PictureError.
+    """
+    try:
+        if IN_ARCHIVE in name:
+            archive, place = name.rsplit(IN_ARCHIVE, 1)
+            offset, size = map(int, place.split(":"))
+            opened = Image.open(io.BytesIO(os.pread(_archive(archive), size, offset)))
+        else:
+            opened = Image.open(name)
+        with opened:
+            full = opened.size
+            if at_least:
+                opened.draft("RGB", (at_least, at_least))
+            picture = opened.convert("RGB")
+            picture.info[FULL_SIZE] = full
+            return picture
+    except UNREADABLE as error:
+        raise PictureError(f"{name}: not readable as a picture ({error})") from error
+
+
+def crop_box(seed: int, width: int, height: int, smallest: float) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of the crop that ``seed`` decides, in pixels.
+
+    Its share of the picture's area is uniform in [``smallest``, 1], its ratio of sides log-uniform in ``RATIOS``
+    (Szegedy et al. 2015, section 6); where ten draws do not fit, the largest central square.
+    """
+    rng = np.random.default_rng(int(seed))
+    shares, logs, lefts, tops = rng.random((4, 10))
+    low, high = math.log(RATIOS[0]), math.log(RATIOS[1])
+    for share, log, left, top in zip(shares, logs, lefts, tops, strict=True):
+        area, ratio = width * height * (smallest + (1 - smallest) * share), math.exp(low + (high - low) * log)
+        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if w <= width and h <= height:
+            x, y = left * (width - w), top * (height - h)
+            return x, y, x + w, y + h
+    side = min(width, height)
+    x, y = (width - side) / 2, (height - side) / 2
+    return x, y, x + side, y + side
+
+
+def square(picture: Image.Image, size: int, seed: int | None = None, smallest: float = 1.0) -> Image.Image:
+    """``size`` x ``size`` pixels: the centre, shortest side resized (bicubic); with a ``seed``, its crop instead."""
+    if seed is None:
+        return VF.center_crop(VF.resize(picture, [size], interpolation=InterpolationMode.BICUBIC), [size, size])
+    width, height = picture.info.get(FULL_SIZE, picture.size)
+    scale = (picture.width / width, picture.height / height) * 2
+    box = [side * factor for side, factor in zip(crop_box(seed, width, height, smallest), scale, strict=True)]
+    box[2:] = min(box[2], picture.width), min(box[3], picture.height)  # rounding must not reach beyond the edge
+    return picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def as_array(picture: Image.Image) -> np.ndarray:
+    """(3, H, W) uint8."""
+    return np.asarray(picture).transpose(2, 0, 1)
+
+
+def decode(name: str, size: int, seed: int | None = None, smallest: float = 1.0) -> np.ndarray:
+    """The picture (3, size, size) uint8, as :func:`square`; PictureError if it cannot be read."""
+    # Twice the side, so that the shrinking while decoding is not seen after the resizing.
+    enough = math.ceil(2 * size / math.sqrt(smallest))
+    return as_array(square(open_picture(name, enough), size, seed, smallest))
+
+
+@cache
+def pool() -> ThreadPoolExecutor:
+    """Threads that decode: Pillow lets go of Python's lock while it works, so each keeps one core busy."""
+    return ThreadPoolExecutor(os.cpu_count(), "pictures")
+
+
+class Pictures:
+    """Pictures (N, 3, S, S) uint8 that are decoded anew whenever they are asked for; indexed like an array."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, names: Sequence[str], size: int) -> None:
+        self.names, self.size = names, size
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """As of an array."""
+        return (len(self.names), 3, self.size, self.size)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, rows: int | slice | np.ndarray | list[int]) -> np.ndarray:
+        if isinstance(rows, int | np.integer):
+            return decode(self.names[int(rows)], self.size)
+        numbers = range(*rows.indices(len(self))) if isinstance(rows, slice) else [int(row) for row in rows]
+        found = list(pool().map(lambda row: decode(self.names[row], self.size), numbers))
+        return np.stack(found) if found else np.empty((0, *self.shape[1:]), np.uint8)
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Random crops that can be cut again: the seed of each is a function of ``seed``, picture and view.
+
+    Attributes:
+        smallest: share of the picture's area that a crop keeps at least.
+        views: number of different crops of a picture, taken in turns; 0: a new one in each epoch.
+        seed: of all.
+    """
+
+    smallest: float
+    views: int
+    seed: int
+
+    def view(self, pictures: np.ndarray, epoch: int) -> np.ndarray:
+        """Which view of each picture an epoch shows: not the same of all, so that a batch mixes them."""
+        return (epoch + pictures) % self.views if self.views else np.full(len(pictures), epoch)
+
+    def seeds(self, pictures: np.ndarray, view: np.ndarray) -> np.ndarray:
+        """The seed (uint64) of each view: a mix of the three numbers (SplitMix64, Steele et al. 2014)."""
+        with np.errstate(over="ignore"):
+            state = np.uint64(self.seed)
+            for number in (pictures, view):
+                state = state + np.uint64(0x9E3779B97F4A7C15) * (np.asarray(number, np.uint64) + np.uint64(1))
+                state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+                state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+                state = state ^ (state >> np.uint64(31))
+        return state
+
+
+Bad = Callable[[int, PictureError], None]
+"""Told the number of a picture that cannot be read: raises, or takes note."""
+
+
+def _each(names: Sequence[str], work: Callable[[str], Any], bad: Bad, progress: bool, label: str) -> Iterator[Any]:
+    """(number, ``work`` of the picture) for each that can be read, in order, by all threads."""
+
+    def attempt(name: str) -> Any:
+        try:
+            return work(name)
+        except PictureError as error:
+            return error
+
+    waiting: deque[Future] = deque()
+    upcoming = iter(names)
+    for number in tqdm(range(len(names)), label, disable=not progress, leave=False):
+        while len(waiting) < 64 and (name := next(upcoming, None)) is not None:
+            waiting.append(pool().submit(attempt, name))
+        found = waiting.popleft().result()
+        if isinstance(found, PictureError):
+            bad(number, found)
+        else:
+            yield number, found
+
+
+def decoded_once(names: Sequence[str], size: int, key: str, bad: Bad, progress: bool) -> tuple[np.ndarray, list[int]]:
+    """Pictures (N, 3, size, size) uint8, memory-mapped from the cache, and the numbers of those that could be read."""
+    folder = cache_dir() / "pixels" / key
+    with missing_folder(folder) as temporary:
+        if temporary:
+            kept: list[int] = []
+            shape = (len(names), 3, size, size)
+            images = np.lib.format.open_memmap(temporary / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+            for number, picture in _each(names, lambda name: decode(name, size), bad, progress, "decoding pictures"):
+                images[len(kept)] = picture
+                kept.append(number)
+            images.flush()
+            write_json(temporary / "kept.json", kept)
+    kept = json.loads((folder / "kept.json").read_text(encoding="utf-8"))
+    return np.load(folder / "images.npy", mmap_mode="r")[: len(kept)], kept
+
+
+def readable(names: Sequence[str], key: str, bad: Bad, progress: bool) -> list[int]:
+    """The numbers of the pictures that can be read; all are tried once, and what was found is kept in the cache."""
+    folder = cache_dir() / "readable" / key
+    with missing_folder(folder) as temporary:
+        if temporary:
+            found = _each(names, lambda name: decode(name, 32) is not None, bad, progress, "checking pictures")
+            write_json(temporary / "kept.json", [number for number, _ in found])
+    return json.loads((folder / "kept.json").read_text(encoding="utf-8"))
+
+
+def fingerprint(names: Sequence[str], at_most: int = 100_000) -> list[tuple[str, int, int]]:
+    """Path, bytes and time of change of each picture's file, so that an edited one is seen.
+
+    Of more than ``at_most``, that many evenly spaced ones: asking for each of millions takes longer than reading
+    the table that names them.
+    """
+    step = max(1, math.ceil(len(names) / at_most))
+    files = dict.fromkeys(names[row].rsplit(IN_ARCHIVE, 1)[0] for row in range(0, len(names), step))
+    stats = ((file, os.stat(file)) for file in files)
+    return [(os.path.abspath(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
