@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
@@ -14,12 +15,17 @@ class Texts(Sequence[str]):
     """A sequence of strings that takes their bytes and eight more for each, where a list takes some fifty more."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
-        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-        self.block = b"".join(encoded)
-        self.starts = np.concatenate([[0], np.cumsum([len(text) for text in encoded], dtype=np.int64)])
+        self.block, self.ends = bytearray(), array("q")
+        for text in texts:
+            self.append(text)
+
+    def append(self, text: str) -> None:
+        """Add one at the end."""
+        self.block += text.encode("utf-8", "surrogatepass")
+        self.ends.append(len(self.block))
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.ends)
 
     @overload
     def __getitem__(self, place: int) -> str: ...
@@ -31,14 +37,17 @@ class Texts(Sequence[str]):
         if not -len(self) <= place < len(self):
             raise IndexError(f"no text {place} of {len(self)}")
         place %= len(self)
-        return self.block[self.starts[place] : self.starts[place + 1]].decode("utf-8", "surrogatepass")
+        start = self.ends[place - 1] if place else 0
+        return self.block[start : self.ends[place]].decode("utf-8", "surrogatepass")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
 
     def digest(self) -> str:
         """A fingerprint of all texts."""
-        return hashlib.sha256(self.block + self.starts.tobytes()).hexdigest()
+        found = hashlib.sha256(self.block)
+        found.update(self.ends)
+        return found.hexdigest()
 
 
 class Captions(Sequence[list[str]]):

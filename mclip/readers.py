@@ -9,10 +9,11 @@ import csv
 import json
 import os
 import re
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -55,9 +56,9 @@ class TableBuilder:
     label: str
     skipped: int = 0
     _numbers: dict[str, int] = field(default_factory=dict)
-    _places: list[int] = field(default_factory=list)
-    _captions: list[str] = field(default_factory=list)
-    _owners: list[int] = field(default_factory=list)
+    _places: array = field(default_factory=lambda: array("q"))
+    _captions: Texts = field(default_factory=Texts)
+    _owners: array = field(default_factory=lambda: array("q"))
 
     def where(self, row: int) -> str:
         """The file and the row, for messages."""
@@ -86,12 +87,13 @@ class TableBuilder:
             raise DataError(f"{self.path}: no usable rows; it needs at least one picture with a caption.")
         pictures = Texts(self._numbers)
         self._numbers.clear()
-        owners = np.array(self._owners)
-        order = np.argsort(owners, kind="stable")
-        first = np.searchsorted(owners[order], np.arange(len(pictures) + 1))
-        places = np.array(self._places)
-        captions = Captions(Texts(self._captions[i] for i in order), first)
-        return Table(pictures, captions, lambda number: self.where(int(places[number])), self.skipped)
+        owners, captions = np.array(self._owners), self._captions
+        if np.any(np.diff(owners) < 0):
+            order = np.argsort(owners, kind="stable")
+            owners, captions = owners[order], Texts(captions[int(row)] for row in order)
+        first = np.searchsorted(owners, np.arange(len(pictures) + 1))
+        places = self._places
+        return Table(pictures, Captions(captions, first), lambda number: self.where(places[number]), self.skipped)
 
 
 def reject(message: str, on_error: OnError) -> None:
@@ -106,21 +108,19 @@ class Listing:
     def __init__(self) -> None:
         self._folders: dict[str, set[str]] = {}
 
-    def has(self, file: str) -> bool:
-        """Whether ``file`` exists."""
-        folder, name = os.path.split(file)
+    def names(self, folder: str) -> set[str]:
+        """The names in ``folder``; none if there is no such folder."""
         if folder not in self._folders:
             try:
-                self._folders[folder] = set(os.listdir(folder or "."))
+                self._folders[folder] = set(os.listdir(folder))
             except (OSError, ValueError):
                 self._folders[folder] = set()
-        return name in self._folders[folder] or os.path.isfile(file)
+        return self._folders[folder]
 
 
 def read_csv(path: Path, image_key: str, caption_key: str, on_error: OnError) -> Table:
     """A CSV file (.tsv: separated by tabs); an ``image_path`` column holds the folder, relative to the file."""
     csv.field_size_limit(2**24)
-    listing, folders = Listing(), {}
     builder = TableBuilder(path, on_error, "line")
     with path.open(newline="", encoding="utf-8-sig") as handle:
         reader = csv.reader(handle, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
@@ -133,23 +133,32 @@ def read_csv(path: Path, image_key: str, caption_key: str, on_error: OnError) ->
             for key in (image_key, caption_key):
                 if key not in columns:
                     raise DataError(f"{path}: no column {key!r}; the columns are {', '.join(columns)}.")
-            at_image, at_caption = columns.index(image_key), columns.index(caption_key)
-            at_folder = columns.index("image_path") if "image_path" in columns else None
-            for row in reader:
-                if not row:
-                    continue
-                row += [""] * (len(columns) - len(row))
-                folder = row[at_folder] if at_folder is not None else ""
-                if folder not in folders:
-                    folders[folder] = str(path.parent / folder)
-                file = os.path.join(folders[folder], row[at_image])
-                if row[at_image] and listing.has(file):
-                    builder.add(file, row[at_caption], reader.line_num)
-                else:
-                    builder.bad(f"{builder.where(reader.line_num)}: no picture at {file}")
+            places = [columns.index(key) for key in ("image_path", image_key, caption_key) if key in columns]
+            _read_rows(reader, places, builder)
         except (UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"{path}: not readable as UTF-8 CSV ({error}); save it as UTF-8 text.") from error
     return builder.table()
+
+
+def _read_rows(reader: Any, columns: list[int], builder: TableBuilder) -> None:
+    """``columns``: of the folder, if there is one, the picture and the caption."""
+    *at_folder, at_image, at_caption = columns
+    widest, listing, folder, prefix, names = max(columns), Listing(), None, "", set()
+    for row in reader:
+        if len(row) <= widest:
+            if not row:
+                continue
+            row += [""] * (widest + 1 - len(row))
+        here = row[at_folder[0]] if at_folder else ""
+        if here != folder:
+            folder = here
+            prefix = str(builder.path.parent / folder)
+            names = listing.names(prefix)
+        file = f"{prefix}{os.sep}{row[at_image]}"
+        if row[at_image] in names or (row[at_image] and os.path.isfile(file)):
+            builder.add(file, row[at_caption], reader.line_num)
+        else:
+            builder.bad(f"{builder.where(reader.line_num)}: no picture at {file}")
 
 
 def read_json(path: Path, on_error: OnError) -> Table:
@@ -164,14 +173,15 @@ def read_json(path: Path, on_error: OnError) -> Table:
             "'annotations' (image_id, caption)."
         ) from error
     listing, builder = Listing(), TableBuilder(path, on_error, "annotation")
+    folders = (str(path.parent), str(path.parent / "images"))
     for number, (image_id, caption) in enumerate(annotations):
         where = builder.where(number)
         if image_id not in pictures:
             builder.bad(f"{where}: no image with id {image_id}")
             continue
         name = pictures[image_id]
-        places = [os.path.join(path.parent, name), os.path.join(path.parent, "images", name)]
-        file = next((place for place in places if listing.has(place)), None)
+        file = next((file for file in (f"{folder}{os.sep}{name}" for folder in folders)
+                     if name in listing.names(os.path.dirname(file)) or os.path.isfile(file)), None)  # fmt: skip
         if file is None:
             builder.bad(f"{where}: no picture {name} in {path.parent} or its folder images")
         else:
