@@ -65,7 +65,10 @@ def read_csv(path: Path, image_key: str, caption_key: str, on_error: OnError) ->
 
 
 def read_json(path: Path, on_error: OnError) -> tuple[list[Row], int]:
-    """COCO Captions; pictures lie beside the JSON file, in ``images/``, or in a folder named as the file says."""
+    """COCO Captions; pictures lie beside the JSON file, in ``images/``, or as COCO unpacks.
+
+    That is, for ``annotations/captions_val2017.json``, in ``val2017/`` beside ``annotations/``.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         pictures = {entry["id"]: str(entry["file_name"]) for entry in content["images"]}
@@ -76,6 +79,7 @@ def read_json(path: Path, on_error: OnError) -> tuple[list[Row], int]:
             "'annotations' (image_id, caption)."
         ) from error
     rows, skipped, found = [], 0, {}
+    folders = (path.parent, path.parent / "images", path.parent.parent / path.stem.rpartition("_")[2])
     for number, (image_id, caption) in enumerate(annotations):
         where = f"{path}, annotation {number}"
         if image_id not in pictures:
@@ -85,10 +89,10 @@ def read_json(path: Path, on_error: OnError) -> tuple[list[Row], int]:
         else:
             name = pictures[image_id]
             if name not in found:
-                places = (path.parent / name, path.parent / "images" / name)
+                places = (folder / name for folder in folders)
                 found[name] = next((place for place in places if place.is_file()), None)
             if found[name] is None:
-                skipped += _bad(f"{where}: no picture {name} in {path.parent} or its folder images", on_error)
+                skipped += _bad(f"{where}: no picture {name} in {' or '.join(map(str, folders))}", on_error)
             else:
                 rows.append((found[name], caption, where))
     return rows, skipped
