@@ -20,6 +20,7 @@ COMMANDS = {
     "teacher": ("mclip.commands:teacher", "train a small teacher from scratch"),
     "cache": ("mclip.commands:cache", "compute and keep what the teacher says of all pictures and captions"),
     "evaluate": ("mclip.evaluate_command:evaluate", "classify pictures zero-shot"),
+    "download": ("mclip.sources:download", "fetch a set of captions or a test set, and resume what was cut off"),
     "reproduce": ("mclip.reproduce:reproduce", "the long run: several seeds, and the results that are committed"),
     "photographs": ("mclip.reproduce:photographs", "base against kd on captions of real photographs"),
     "figures": ("mclip.reproduce:figures", "draw the figures from the results files"),
@@ -76,7 +77,8 @@ def parse(command: str, arguments: list[str]) -> tuple[Callable[..., None], dict
     own_form = _add_course_options(parser) if command == "course" else set()
     for kind in groups.values():
         parser.add_class_arguments(kind)
-    parser.add_function_arguments(function, skip={*own_form, *groups}, fail_untyped=True)
+    in_place = command == "download"  # the one command whose argument needs no name
+    parser.add_function_arguments(function, as_positional=in_place, skip={*own_form, *groups}, fail_untyped=True)
     if DistillConfig in groups.values():
         helps = "YAML file of phases, weights, temperatures and balancers; single options win over it"
         parser.add_argument("--auto_kd_config", type=str, default="", help=helps)

@@ -6,6 +6,7 @@ import hashlib
 import operator
 from array import array
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, islice
 from typing import Any, overload
 
 import numpy as np
@@ -16,13 +17,15 @@ class Texts(Sequence[str]):
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
         self.block, self.ends = bytearray(), array("q")
-        for text in texts:
-            self.append(text)
+        texts = iter(texts)
+        while some := list(islice(texts, 10_000)):
+            self.extend(some)
 
-    def append(self, text: str) -> None:
-        """Add one at the end."""
-        self.block += text.encode("utf-8", "surrogatepass")
-        self.ends.append(len(self.block))
+    def extend(self, texts: Iterable[str]) -> None:
+        """Add some at the end."""
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+        self.ends.extend(islice(accumulate(map(len, encoded), initial=len(self.block)), 1, None))
+        self.block += b"".join(encoded)
 
     def __len__(self) -> int:
         return len(self.ends)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-import socket
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,11 +21,13 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
+from torchvision.datasets import utils
 
+from mclip.archives import extract
 from mclip.config import ConfigError, closest, require
+from mclip.downloads import DownloadError, fetch
 from mclip.files import cache_dir
 
-DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
 PHOTO_TEMPLATES = ["a photo of a {}"]
 
 
@@ -94,14 +97,37 @@ _SOURCES: dict[str, _Source] = {
 TORCHVISION_SETS = tuple(_SOURCES)
 
 
+def _retrieve(url: str, filename: str | Path) -> None:
+    Path(filename).unlink(missing_ok=True)  # torchvision asks only if there is no such file, or a damaged one
+    try:
+        fetch(url, filename)
+    except DownloadError as error:
+        raise RuntimeError(str(error)) from error  # after an OSError it would try again without encryption
+
+
+def _unpack(archive: str | Path, folder: str | Path, remove_finished: bool = False) -> None:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking.") as temporary:
+        for entry in extract(archive, Path(temporary) / "all").iterdir():
+            if (Path(folder) / entry.name).is_dir():  # an earlier archive of the same set
+                shutil.copytree(entry, Path(folder) / entry.name, dirs_exist_ok=True)
+            else:
+                entry.replace(Path(folder) / entry.name)
+
+
 @contextmanager
-def _time_out(seconds: float) -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
+def _our_downloads() -> Iterator[None]:
+    """Let torchvision download and unpack through mclip, which resumes, and leaves no half of a set behind."""
+    ours: dict[str, Callable[..., Any]] = {
+        "_urlretrieve": _retrieve,
+        "_get_redirect_url": lambda url, max_hops=3: url,  # requests follows them, and tries again
+        "extract_archive": _unpack,
+    }
+    theirs = {name: getattr(utils, name) for name in ours}
+    vars(utils).update(ours)
     try:
         yield
     finally:
-        socket.setdefaulttimeout(before)
+        vars(utils).update(theirs)
 
 
 def torchvision_set(name: str, root_dir: str | Path | None = None, download: bool = False) -> ZeroShotSet:
@@ -114,7 +140,7 @@ def torchvision_set(name: str, root_dir: str | Path | None = None, download: boo
     require(name in _SOURCES, "dataset", name, closest(name, _SOURCES))
     source, root = _SOURCES[name], Path(root_dir or cache_dir()).expanduser()
     try:
-        with _time_out(DOWNLOAD_TIMEOUT):
+        with _our_downloads():
             data: Any = source.build(str(root), download=download, **source.settings)
         if source.needs_scipy:
             import_module("scipy.io")  # torchvision would miss it only at the first picture

@@ -12,6 +12,7 @@ import re
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,15 +72,19 @@ class TableBuilder:
 
     def add(self, picture: str, caption: str, row: int) -> None:
         """One pair; a caption without a word is a bad row."""
-        # Nearly every caption has a letter; cleaning each one of a million would take a minute.
-        if not _WORDS.search(caption) and not clean_caption(caption):
+        if has_words(caption):
+            self.extend([picture], [caption], [row])
+        else:
             self.bad(f"{self.where(row)}: the caption is empty")
-            return
-        number = self._numbers.setdefault(picture, len(self._numbers))
-        if number == len(self._places):
-            self._places.append(row)
-        self._captions.append(caption)
-        self._owners.append(number)
+
+    def extend(self, pictures: Sequence[str], captions: Sequence[str], rows: Sequence[int]) -> None:
+        """Many pairs whose captions are known to have words."""
+        for picture, row in zip(pictures, rows, strict=True):
+            number = self._numbers.setdefault(picture, len(self._numbers))
+            if number == len(self._places):
+                self._places.append(row)
+            self._owners.append(number)
+        self._captions.extend(captions)
 
     def table(self) -> Table:
         """What was collected, captions beside their picture; DataError if it is nothing."""
@@ -94,6 +99,11 @@ class TableBuilder:
         first = np.searchsorted(owners, np.arange(len(pictures) + 1))
         places = self._places
         return Table(pictures, Captions(captions, first), lambda number: self.where(places[number]), self.skipped)
+
+
+def has_words(caption: str) -> bool:
+    """Whether anything is left of a caption once it is cleaned; a letter or digit answers at once."""
+    return _WORDS.search(caption) is not None or clean_caption(caption) != ""
 
 
 def reject(message: str, on_error: OnError) -> None:
@@ -141,28 +151,42 @@ def read_csv(path: Path, image_key: str, caption_key: str, on_error: OnError) ->
 
 
 def _read_rows(reader: Any, columns: list[int], builder: TableBuilder) -> None:
-    """``columns``: of the folder, if there is one, the picture and the caption."""
+    """``columns``: of the folder, if there is one, the picture and the caption. Rows are taken by the hundred.
+
+    More at once would keep Python's garbage collector busy, which walks all that torch has imported.
+    """
     *at_folder, at_image, at_caption = columns
-    widest, listing, folder, prefix, names = max(columns), Listing(), None, "", set()
-    for row in reader:
-        if len(row) <= widest:
-            if not row:
-                continue
-            row += [""] * (widest + 1 - len(row))
-        here = row[at_folder[0]] if at_folder else ""
-        if here != folder:
-            folder = here
-            prefix = str(builder.path.parent / folder)
-            names = listing.names(prefix)
-        file = f"{prefix}{os.sep}{row[at_image]}"
-        if row[at_image] in names or (row[at_image] and os.path.isfile(file)):
-            builder.add(file, row[at_caption], reader.line_num)
-        else:
-            builder.bad(f"{builder.where(reader.line_num)}: no picture at {file}")
+    widest, listing, parent = max(columns), Listing(), str(builder.path.parent)
+
+    def place(row: list[str]) -> tuple[str, bool]:
+        folder = str(Path(parent, row[at_folder[0]])) if at_folder else parent
+        file, name = f"{folder}{os.sep}{row[at_image]}", row[at_image]
+        return file, name in listing.names(folder) or (name != "" and os.path.isfile(file))
+
+    while some := [(reader.line_num, row) for row in islice(reader, 256)]:
+        lines, rows = [line for line, row in some if row], [row for _, row in some if row]
+        for row in rows:
+            if len(row) <= widest:
+                row += [""] * (widest + 1 - len(row))
+        folders = {row[at_folder[0]] for row in rows} if at_folder else {""}
+        names, captions = [row[at_image] for row in rows], [row[at_caption] for row in rows]
+        folder = str(Path(parent, *folders)) if len(folders) == 1 else ""
+        if folder and listing.names(folder).issuperset(names) and all(map(_WORDS.search, captions)):
+            builder.extend([f"{folder}{os.sep}{name}" for name in names], captions, lines)
+            continue
+        for line, row in zip(lines, rows, strict=True):
+            file, there = place(row)
+            if there:
+                builder.add(file, row[at_caption], line)
+            else:
+                builder.bad(f"{builder.where(line)}: no picture at {file}")
 
 
 def read_json(path: Path, on_error: OnError) -> Table:
-    """COCO Captions; pictures lie beside the JSON file, in ``images/``, or in a folder named as the file says."""
+    """COCO Captions; pictures lie beside the JSON file, in ``images/``, or as COCO unpacks.
+
+    That is, for ``annotations/captions_val2017.json``, in ``val2017/`` beside ``annotations/``.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         pictures = {entry["id"]: str(entry["file_name"]) for entry in content["images"]}
@@ -173,17 +197,20 @@ def read_json(path: Path, on_error: OnError) -> Table:
             "'annotations' (image_id, caption)."
         ) from error
     listing, builder = Listing(), TableBuilder(path, on_error, "annotation")
-    folders = (str(path.parent), str(path.parent / "images"))
+    folders = [str(f) for f in (path.parent, path.parent / "images", path.parent.parent / path.stem.rpartition("_")[2])]
     for number, (image_id, caption) in enumerate(annotations):
-        where = builder.where(number)
-        if image_id not in pictures:
+        where, name = builder.where(number), pictures.get(image_id)
+        if name is None:
             builder.bad(f"{where}: no image with id {image_id}")
             continue
-        name = pictures[image_id]
-        file = next((file for file in (f"{folder}{os.sep}{name}" for folder in folders)
-                     if name in listing.names(os.path.dirname(file)) or os.path.isfile(file)), None)  # fmt: skip
+        places = [f"{folder}{os.sep}{name}" for folder in folders]
+        there = (
+            name in listing.names(folder) or os.path.isfile(place)
+            for folder, place in zip(folders, places, strict=True)
+        )
+        file = next((place for place, found in zip(places, there, strict=True) if found), None)
         if file is None:
-            builder.bad(f"{where}: no picture {name} in {path.parent} or its folder images")
+            builder.bad(f"{where}: no picture {name} in {' or '.join(folders)}")
         else:
             builder.add(file, caption, number)
     return builder.table()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import pytest
+import requests
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -258,10 +259,11 @@ def test_missing_files_say_where_they_go(name, tmp_path):
 
 def test_a_failed_download_is_a_clear_error(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
-        raise TimeoutError("timed out")
+        raise requests.ConnectTimeout("timed out")
 
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
-    with pytest.raises(ConfigError, match=r"cifar100.*timed out.*cifar-100-python"):
+    monkeypatch.setattr("requests.get", refuse)
+    monkeypatch.setattr("mclip.downloads.BACK_OFF", 0.0)
+    with pytest.raises(ConfigError, match=r"cifar100.*no answer for 30 s.*cifar-100-python"):
         torchvision_set("cifar100", tmp_path, download=True)
 
 

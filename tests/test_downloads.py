@@ -1,0 +1,131 @@
+"""Downloads against a server that stalls, cuts off, lies and fails."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+from bad_server import CONTENT, CUT, Server, fails, serving
+
+from mclip import downloads
+
+MD5 = "md5:" + hashlib.md5(CONTENT).hexdigest()
+fetch = partial(downloads.fetch, progress=False, timeout=0.3)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(downloads, "BACK_OFF", 0.0)
+    with serving() as state:
+        yield state
+
+
+def test_a_file_is_fetched_once(server, tmp_path):
+    path = fetch(f"{server.url}/file", tmp_path / "new" / "file", checksum=MD5, size=len(CONTENT))
+    assert path.read_bytes() == CONTENT
+    assert not path.with_name("file.part").exists()
+    for checksum in (MD5, "sha256:" + hashlib.sha256(CONTENT).hexdigest(), None):
+        fetch(f"{server.url}/file", path, checksum=checksum)
+    assert len(server.requests) == 1
+    path.write_bytes(CONTENT[:-1] + b"x")
+    fetch(f"{server.url}/file", path, checksum=MD5)
+    assert path.read_bytes() == CONTENT
+    assert server.ranges() == [None, None]
+
+
+@pytest.mark.parametrize("fault", ["cut", "cut no length", "cut reset", "stall", "silent", "500", "503"])
+def test_what_may_pass_is_tried_again_from_where_it_broke(server, tmp_path, fault):
+    server.faults = [fault]
+    assert fetch(f"{server.url}/file", tmp_path / "file", checksum=MD5, size=len(CONTENT)).read_bytes() == CONTENT
+    first, second = server.ranges()
+    assert first is None
+    if fault in ("silent", "500", "503"):
+        assert second is None
+    elif fault != "cut reset":  # what was under way is lost with the connection, how much is chance
+        assert second == f"bytes={CUT}-"
+
+
+def test_a_partial_file_is_resumed_by_a_later_call(server, tmp_path):
+    server.faults = ["cut", *["500"] * 3]
+    url, path = f"{server.url}/file", tmp_path / "file"
+    fails(lambda: fetch(url, path, checksum=MD5), url, "500", str(path), "131.1 kB are kept", "place it as")
+    assert not path.exists()
+    fetch(url, path, checksum=MD5)
+    assert path.read_bytes() == CONTENT
+    assert server.ranges()[-1] == f"bytes={CUT}-"
+
+
+def test_a_connection_that_brings_something_may_break_often(server, tmp_path):
+    server.faults = ["cut", "cut"]
+    assert fetch(f"{server.url}/file", tmp_path / "file", tries=2).read_bytes() == CONTENT
+    assert server.ranges() == [None, f"bytes={CUT}-", f"bytes={2 * CUT}-"]
+    server.faults = ["cut no range"] * 9
+    fails(lambda: fetch(f"{server.url}/file", tmp_path / "other", tries=2), "131072 bytes read")
+    assert len(server.requests) == 3 + 3 - 1
+
+
+def test_a_server_without_range_begins_anew(server, tmp_path):
+    (tmp_path / "file.part").write_bytes(b"something else")
+    server.faults = ["no range"]
+    assert fetch(f"{server.url}/file", tmp_path / "file", checksum=MD5).read_bytes() == CONTENT
+    assert server.ranges() == ["bytes=14-"]
+
+
+def test_416_means_all_or_too_much(server, tmp_path):
+    (tmp_path / "file.part").write_bytes(CONTENT)
+    assert fetch(f"{server.url}/file", tmp_path / "file", checksum=MD5).read_bytes() == CONTENT
+    (tmp_path / "two.part").write_bytes(CONTENT + b"too much")
+    assert fetch(f"{server.url}/file", tmp_path / "two", checksum=MD5).read_bytes() == CONTENT
+    assert server.ranges() == [f"bytes={len(CONTENT)}-", f"bytes={len(CONTENT) + 8}-", None]
+
+
+@pytest.mark.parametrize("fault", ["403", "404", "410"])
+def test_what_will_not_pass_is_reported_at_once(server, tmp_path, fault):
+    server.faults = [fault] * 3
+    fails(lambda: fetch(f"{server.url}/file", tmp_path / "file"), f"answered {fault}", "nothing is kept")
+    assert len(server.requests) == 1
+
+
+def test_a_server_that_never_answers_costs_its_time_outs_and_no_more(server, tmp_path):
+    server.faults = ["silent"] * 9
+    start = time.monotonic()
+    fails(lambda: fetch(f"{server.url}/file", tmp_path / "file", tries=2), "no answer for 0.3 s")
+    assert 0.6 <= time.monotonic() - start < 2
+    assert len(server.requests) == 2
+    fails(lambda: fetch("http://127.0.0.1:9/file", tmp_path / "file"), "the connection failed")
+    fails(lambda: fetch("nonsense", tmp_path / "file"), "nonsense")
+
+
+def test_a_damaged_download_is_deleted_and_reported(server, tmp_path):
+    server.faults = ["corrupt", "", ""]
+    fails(lambda: fetch(f"{server.url}/file", tmp_path / "file", checksum=MD5), "damaged", MD5[4:], "deleted")
+    assert [path.name for path in tmp_path.iterdir()] == [".file.lock"]
+    fails(lambda: fetch(f"{server.url}/file", tmp_path / "file", size=7), "offers 327803 bytes, not 7")
+    server.faults = ["encoding"]
+    assert fetch(f"{server.url}/file", tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_a_full_disk_is_known_before(server, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    url, path = f"{server.url}/file", tmp_path / "file"
+    fails(lambda: fetch(url, path, size=len(CONTENT)), "327.8 kB of 327.8 kB", "only 1.0 kB are free")
+    assert not server.requests
+    fails(lambda: fetch(url, path), "327.8 kB of 327.8 kB", "only 1.0 kB are free")
+    assert not path.with_name("file.part").exists()
+    fails(lambda: fetch(url, tmp_path / ".file.lock" / "file"), "wanted as")  # a file where a folder should be
+
+
+def test_processes_that_want_the_same_file_fetch_it_once(server, tmp_path):
+    call = partial(fetch, f"{server.url}/file", tmp_path / "file", checksum=MD5)
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for step in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            step(thread)
+    assert len(server.requests) == 1
