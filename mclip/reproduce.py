@@ -7,6 +7,8 @@ interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ from .config import PRESETS, DistillConfig, TrainConfig, require
 from .data import Pairs, load_pairs
 from .datasets import ZeroShotSet, zero_shot_set
 from .evaluate import evaluate_retrieval, evaluate_zero_shot
-from .files import DATA, atomic_path
+from .files import DATA, atomic_path, write_json
 from .plots import performance_comparison, training_curves
 from .results import load_results, save_result
 from .runs import BASE, evaluate_all, get_profile, load_data, load_model, train_open_clip, train_student
 from .style import save_figure
 from .tables import markdown_table, replace_block, retrieval_table, zero_shot_table
-from .teacher import PLAIN_CLIP_CONFIG, TEACHER_CONFIG, copy_model
+from .targets import get_crops, get_targets
+from .teacher import PLAIN_CLIP_CONFIG, TEACHER_CONFIG, copy_model, load_teachers
 from .train import read_log
 
 RESULTS, FIGURES, README = DATA / "results", DATA.parent / "figures", DATA.parent / "README.md"
@@ -79,6 +82,40 @@ def reproduce(seeds: int = 3, out_dir: str = "runs/reproduce", profile: str = "c
                 log = (out / f"{name}-{seed}" / "log.jsonl").read_text(encoding="utf-8")
                 (RESULTS / "logs" / f"{name}.jsonl").write_text(log, encoding="utf-8")
     figures()
+
+
+def views(views: int = 4, crop_scale: float = 0.6, seed: int = 0, out_dir: str = "runs/views") -> None:
+    """The whole picture, K cached crops of each, and new crops before an online teacher, at equal samples seen.
+
+    Writes accuracies to ``data/results/views`` and seconds beside it.
+
+    Args:
+        views: number K of cached crops.
+        crop_scale: crops keep at least this share of a picture's area.
+        seed: of the students.
+        out_dir: where runs and their checkpoints go.
+    """
+    defaults, config = get_profile("cpu"), PRESETS["course"]
+    training, validation = load_data("cpu", config.image.image_size)
+    whole = TrainConfig(
+        max_epochs=defaults.max_epochs, batch_size=defaults.batch_size, learning_rate=defaults.learning_rate, seed=seed
+    )
+    runs = {
+        "whole": (whole, DistillConfig()),
+        "cached-views": (replace(whole, crop_scale=crop_scale, views=views), DistillConfig()),
+        "online": (replace(whole, crop_scale=crop_scale), DistillConfig(online_teacher=True)),
+    }
+    seconds: dict[str, dict[str, float]] = {}
+    for name, (settings, distill) in runs.items():
+        begun = time.perf_counter()
+        if not distill.online_teacher:
+            get_targets(load_teachers(defaults.teacher), training, False, get_crops(settings))
+        targets = time.perf_counter() - begun
+        folder = Path(out_dir) / name
+        result = train_student(config, training, validation, settings, folder, distill=distill)
+        evaluate_all({name: load_model(folder / "model")}, seed=seed, save_results=RESULTS / "views")
+        seconds[name] = {"targets": targets, "training": result.seconds, "samples": result.steps * settings.batch_size}
+        write_json(RESULTS / "views_seconds.json", seconds)
 
 
 def figures() -> None:

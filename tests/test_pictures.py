@@ -1,0 +1,238 @@
+"""Pictures in files and archives, random crops, and readers of folders and WebDataset shards."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mclip.columns import Captions, Texts
+from mclip.data import DataError, load_pairs
+from mclip.pictures import RATIOS, Crops, PictureError, Pictures, crop_box, decode, open_picture, square
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("MCLIP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def gradient(width: int = 90, height: int = 60, number: int = 0) -> Image.Image:
+    """Red grows to the right, green downwards; blue is the number."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, np.full_like(x, 20 * number)], -1).astype(np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A CSV of six pictures with two captions each, in turns."""
+    lines = ["file_name,image_path,caption"]
+    for number in range(6):
+        gradient(number=number).save(tmp_path / f"{number}.png")
+    for turn in ("first", "second"):
+        lines += [f"{number}.png,,picture {number} {turn}" for number in range(6)]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+@given(st.lists(st.text(max_size=20), max_size=30), st.integers(-3, 33))
+def test_texts_are_a_list_in_less_memory(texts, place):
+    column = Texts(texts)
+    assert list(column) == texts
+    assert column == texts
+    assert list(column[place:]) == texts[place:]
+    if -len(texts) <= place < len(texts):
+        assert column[place] == texts[place]
+    else:
+        with pytest.raises(IndexError):
+            column[place]
+
+
+def test_captions_are_a_list_of_lists():
+    captions = Captions(Texts(["a", "b", "c"]), np.array([0, 2, 3]))
+    assert captions == [["a", "b"], ["c"]]
+    assert captions != [["a"], ["b", "c"]]
+    assert captions.subset(np.array([1, 0])) == [["c"], ["a", "b"]]
+
+
+def test_captions_of_one_picture_may_lie_apart(folder):
+    pairs = load_pairs(folder / "pairs.csv", 32, progress=False)
+    assert pairs.captions[4] == ["picture 4 first", "picture 4 second"]
+    assert len(pairs) == 6
+
+
+def test_decoding_always_gives_what_decoding_once_gives(folder):
+    once = load_pairs(folder / "pairs.csv", 32, progress=False)
+    always = load_pairs(folder / "pairs.csv", 32, decoding="always", progress=False)
+    assert isinstance(always.images, Pictures)
+    assert always.images.shape == once.images.shape
+    rows = np.array([3, 0, 5])
+    np.testing.assert_array_equal(always.images[rows], once.images[rows])
+    np.testing.assert_array_equal(always.images[1:3], once.images[1:3])
+    np.testing.assert_array_equal(always.images[2], once.images[2])
+    half = always.fraction(0.5)
+    np.testing.assert_array_equal(half.images[:], once.fraction(0.5).images)
+    assert half.key == once.fraction(0.5).key
+
+
+def test_a_damaged_picture_is_found_when_it_is_needed_or_skipped_at_once(folder, capsys):
+    (folder / "2.png").write_bytes(b"damaged")
+    pairs = load_pairs(folder / "pairs.csv", 32, decoding="always", progress=False)
+    assert len(pairs.images[np.array([0, 1])]) == 2
+    with pytest.raises(PictureError, match=r"2\.png: not readable"):
+        pairs.images[np.array([1, 2])]
+    skipped = load_pairs(folder / "pairs.csv", 32, decoding="always", on_error="skip", progress=False)
+    assert (len(skipped), skipped.skipped) == (5, 2)
+    assert [own[0] for own in skipped.captions] == [f"picture {number} first" for number in (0, 1, 3, 4, 5)]
+
+
+@given(st.integers(0, 2**63), st.integers(8, 4000), st.integers(8, 4000), st.floats(0.05, 1.0))
+@settings(max_examples=200, deadline=None)
+def test_a_crop_keeps_its_share_and_its_ratio(seed, width, height, smallest):
+    left, top, right, bottom = crop_box(seed, width, height, smallest)
+    assert 0 <= left < right <= width + 1e-6
+    assert 0 <= top < bottom <= height + 1e-6
+    assert crop_box(seed, width, height, smallest) == (left, top, right, bottom)
+    ratio = (right - left) / (bottom - top)
+    assert RATIOS[0] - 1e-6 <= ratio <= RATIOS[1] + 1e-6
+    if abs(ratio - 1) > 1e-6:  # not the square that is the last resort
+        assert smallest - 1e-6 <= (right - left) * (bottom - top) / (width * height) <= 1 + 1e-6
+
+
+def test_a_crop_shows_the_part_that_its_box_names(tmp_path):
+    gradient(400, 300).save(tmp_path / "picture.png")
+    for seed in range(20):
+        left, top, right, bottom = crop_box(seed, 400, 300, 0.3)
+        crop = decode(str(tmp_path / "picture.png"), 32, seed, 0.3).astype(float)
+        assert crop[0].mean() == pytest.approx((left + right) / 2 / 400 * 255, abs=2)
+        assert crop[1].mean() == pytest.approx((top + bottom) / 2 / 300 * 255, abs=2)
+
+
+def test_shrinking_while_decoding_changes_neither_crop_nor_picture_visibly(tmp_path):
+    gradient(900, 601).save(tmp_path / "large.jpg", quality=95)
+    whole = open_picture(str(tmp_path / "large.jpg"))
+    shrunk = open_picture(str(tmp_path / "large.jpg"), 64)
+    assert shrunk.width < whole.width
+    for seed in (None, 1, 2):
+        difference = np.asarray(square(whole, 32, seed, 0.3)).astype(int) - np.asarray(square(shrunk, 32, seed, 0.3))
+        assert np.abs(difference).max() <= 6
+
+
+def test_views_come_in_turns_and_their_seeds_differ():
+    crops, pictures = Crops(0.5, 4, 7), np.arange(100)
+    views = np.stack([crops.view(pictures, epoch) for epoch in range(8)])
+    assert all(sorted(column[:4]) == [0, 1, 2, 3] for column in views.T)
+    np.testing.assert_array_equal(views[:4], views[4:])
+    assert len(set(views[0])) == 4
+    seeds = np.stack([crops.seeds(pictures, np.full(100, view)) for view in range(4)])
+    assert len(np.unique(seeds)) == 400
+    assert not np.intersect1d(seeds, Crops(0.5, 4, 8).seeds(pictures, np.zeros(100))).size
+    fresh = Crops(0.5, 0, 7)
+    assert len({int(fresh.seeds(pictures[:1], fresh.view(pictures[:1], epoch))[0]) for epoch in range(50)}) == 50
+
+
+def write_shard(path: Path, numbers: range, extra: dict[str, bytes] | None = None) -> None:
+    """A shard as img2dataset writes it, by hand: NAME.jpg, NAME.txt, NAME.json."""
+    with tarfile.open(path, "w") as archive:
+        for number in numbers:
+            picture = io.BytesIO()
+            gradient(number=number).save(picture, "PNG")
+            caption = f"picture {number} first"
+            members = {
+                "png": picture.getvalue(),
+                "txt": caption.encode(),
+                "json": json.dumps({"caption": caption}).encode(),
+            }
+            for extension, content in members.items():
+                member = tarfile.TarInfo(f"{number:09d}.{extension}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        for name, content in (extra or {}).items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("form", ["folder", "range"])
+def test_webdataset_shards_equal_the_csv(folder, tmp_path_factory, form):
+    shards = tmp_path_factory.mktemp("shards")
+    write_shard(shards / "00000.tar", range(4))
+    write_shard(shards / "00001.tar", range(4, 6))
+    source = shards if form == "folder" else f"{shards}/{{00000..00001}}.tar"
+    pairs = load_pairs(source, 32, progress=False)
+    csv = load_pairs(folder / "pairs.csv", 32, progress=False)
+    assert pairs.captions == [own[:1] for own in csv.captions]
+    np.testing.assert_array_equal(pairs.images, csv.images)
+    always = load_pairs(source, 32, decoding="always", progress=False)
+    np.testing.assert_array_equal(always.images[np.array([5, 0])], csv.images[np.array([5, 0])])
+
+
+def test_shards_equal_what_webdataset_reads(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "00000.tar")) as writer:
+        for number in range(5):
+            writer.write({"__key__": f"{number:05d}", "png": gradient(number=number), "txt": f"picture {number}"})
+    theirs = list(
+        webdataset.WebDataset(str(tmp_path / "00000.tar"), shardshuffle=False).decode("pil").to_tuple("png", "txt")
+    )
+    ours = load_pairs(tmp_path / "00000.tar", 32, progress=False)
+    assert ours.captions == [[text] for _, text in theirs]
+    for row, (picture, _) in enumerate(theirs):
+        np.testing.assert_array_equal(np.asarray(ours.picture(row)), np.asarray(picture.convert("RGB")))
+
+
+def test_bad_shards_are_named(tmp_path, capsys):
+    with pytest.raises(DataError, match=r"7\.tar: no such file"):
+        load_pairs(tmp_path / "7.tar", 32)
+    (tmp_path / "bad.tar").write_bytes(b"no archive at all" * 100)
+    with pytest.raises(DataError, match=r"bad\.tar: not a WebDataset shard"):
+        load_pairs(tmp_path / "bad.tar", 32, progress=False)
+    write_shard(tmp_path / "part.tar", range(2), {"000000009.txt": b"a caption without a picture"})
+    with pytest.raises(DataError, match=r"part\.tar: the sample .*000000009 has no picture"):
+        load_pairs(tmp_path / "part.tar", 32, progress=False)
+    assert load_pairs(tmp_path / "part.tar", 32, on_error="skip", progress=False).skipped == 1
+
+
+def test_a_members_name_is_never_a_path(tmp_path):
+    """Nothing is unpacked: a member that would climb out of the folder is only a name."""
+    shard = tmp_path / "shards" / "evil.tar"
+    shard.parent.mkdir()
+    write_shard(shard, range(2), {"../../outside.txt": b"climbed out", "../../outside.png": (b"no picture")})
+    with pytest.raises(DataError, match="not readable as a picture"):
+        load_pairs(shard, 32, progress=False)
+    assert {path.name for path in tmp_path.rglob("*")} == {"shards", "evil.tar"}
+
+
+def test_a_folder_by_class_or_with_text_files(tmp_path):
+    for name in ("brown_bear", "cat"):
+        (tmp_path / name).mkdir()
+        gradient().save(tmp_path / name / "1.png")
+    (tmp_path / "cat" / "1.txt").write_text("a cat on a mat\n\nthe cat sits\n", encoding="utf-8")
+    pairs = load_pairs(tmp_path, 32, progress=False)
+    assert pairs.captions == [["a photo of a brown bear"], ["a cat on a mat", "the cat sits"]]
+    gradient().save(tmp_path / "lost.png")
+    with pytest.raises(DataError, match=r"lost\.png: no caption; it needs lost\.txt"):
+        load_pairs(tmp_path, 32, progress=False)
+
+
+def test_a_table_with_tabs_and_named_columns(folder):
+    (folder / "pairs.tsv").write_text("title\tfilepath\na red, red star\t0.png\n", encoding="utf-8")
+    pairs = load_pairs(folder / "pairs.tsv", 32, image_key="filepath", caption_key="title", progress=False)
+    assert pairs.captions == [["a red, red star"]]
+
+
+def test_real_photographs_crop_alike_for_student_and_teacher():
+    root = os.environ.get("MCLIP_REAL_DATA")
+    if not root:
+        pytest.skip("MCLIP_REAL_DATA is not set: no real photographs")
+    pairs = load_pairs(Path(root) / "flickr8k-mini" / "val.csv", 64, decoding="always", progress=False)
+    crops = Crops(0.4, 2, 0)
+    for row in range(5):
+        small = pairs.cropped(row, 64, row, crops).astype(int)
+        large = square(pairs.picture(row), 64, row, crops.smallest)
+        assert np.abs(small - np.asarray(large).transpose(2, 0, 1)).mean() < 3
