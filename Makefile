@@ -12,7 +12,7 @@ CHECK := runs/test-notebooks
 SYNC  := UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON=.venv/bin/python UV_PYTHON_DOWNLOADS=never .venv/bin/uv sync --locked --inexact
 NEWS  := {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}
 
-.PHONY: help course test lab reproduce figures
+.PHONY: help course test lab reproduce bench figures
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -36,6 +36,9 @@ lab: $(READY) ## open the notebooks in JupyterLab
 
 reproduce: $(READY) ## the long run: several seeds, the results that are committed in data/results
 	$(MCLIP) reproduce $(ARGS)
+
+bench: $(READY) ## measure speed and memory: one table of ratios, kept in data/results/bench.json
+	$(MCLIP) bench $(ARGS)
 
 figures: $(READY) ## redraw figures/ from the committed results
 	$(MCLIP) figures $(ARGS)

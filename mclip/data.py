@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from PIL import Image
 
 from .batches import Batch as Batch
@@ -23,18 +24,7 @@ from .columns import Captions, Texts
 from .config import require
 from .files import content_key
 from .folders import read_folder, read_shards, shards_of
-from .pictures import (
-    Crops,
-    PictureError,
-    Pictures,
-    as_array,
-    decode,
-    decoded_once,
-    fingerprint,
-    open_picture,
-    readable,
-    square,
-)
+from .pictures import Crops, PictureError, Pictures, decode, decoded_once, fingerprint, open_picture, readable, square
 from .readers import DataError as DataError
 from .readers import OnError, Table, read_csv, read_json, reject
 from .scenes import DRAWING_VERSION, SceneConfig, make_scenes
@@ -83,7 +73,7 @@ class Pairs:
         """The crop of a picture that ``seed`` decides, (3, size, size) uint8."""
         if self.files:
             return decode(self.files[row], size, seed, crops.smallest)
-        return as_array(square(self.picture(row), size, seed, crops.smallest))
+        return square(torch.from_numpy(np.array(self.images[row])), size, seed, crops.smallest).numpy()
 
     def fraction(self, data_size: float, seed: int = 0) -> Pairs:
         """A random ``data_size`` of the pictures, chosen by ``seed``, in their old order; at least one."""

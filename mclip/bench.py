@@ -1,0 +1,286 @@
+"""Speed and memory, each pair of figures measured in one run: ``make bench`` writes ``data/results/bench.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import psutil
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.io import decode_jpeg, read_file
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import functional as VF
+
+from .config import PRESETS, DistillConfig, ModelConfig, TrainConfig, closest, require
+from .data import BatchSource, Pairs, Targets, load_pairs
+from .files import DATA, write_json
+from .model import MobileCLIP
+from .objectives import Distillation
+from .pictures import Crops
+from .results import describe_device, versions
+from .runs import student_prepare
+from .targets import OnlineTargets
+from .teacher import Teacher, load_teacher
+from .train import train
+
+WORDS = tuple(
+    [
+        "a",
+        "small",
+        "red",
+        "dog",
+        "runs",
+        "along",
+        "the",
+        "beach",
+        "beside",
+        "two",
+        "men",
+        "who",
+        "throw",
+        "one",
+        "yellow",
+        "ball",
+        "over",
+        "blue",
+        "water",
+    ]
+)
+WARM_UP = 3  # steps
+Row = dict[str, Any]
+
+
+class Noise:
+    """Pictures (N, 3, side, side) uint8 that are drawn when they are read, and take no memory before."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, count: int, side: int) -> None:
+        self.shape = (count, 3, side, side)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: np.ndarray | int) -> np.ndarray:
+        several = np.atleast_1d(rows)
+        found = np.random.default_rng(several.tolist()).integers(0, 256, (len(several), *self.shape[1:]), np.uint8)
+        return found if np.ndim(rows) else found[0]
+
+
+def random_pairs(count: int, side: int) -> Pairs:
+    """Noise with captions of eleven words."""
+    rng = np.random.default_rng(0)
+    return Pairs(Noise(count, side), [[" ".join(rng.choice(WORDS, 11))] for _ in range(count)], "noise", "noise")
+
+
+def random_targets(count: int, width: int = 512) -> Targets:
+    """Unit vectors in place of a teacher's embeddings, which cost the same to read."""
+    rng = np.random.default_rng(1)
+    images, texts = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.standard_normal((2, count, width)))
+    return Targets(images.astype(np.float16), texts.astype(np.float16), 100.0, "noise")
+
+
+def pairs_per_second(model: nn.Module, source: BatchSource, width: int, settings: TrainConfig) -> float:
+    """Median pace of distillation steps with all three terms, through the one training loop."""
+    objective = Distillation(DistillConfig(phases=(0.0, 0.0, 0.0), ramp=0.0), (width, width), 512, 100.0)
+    clock: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        train(model, source, settings, objective=objective, out_dir=folder,
+              on_record=lambda record: clock.append(time.perf_counter()))  # fmt: skip
+    step = np.median(np.diff(clock)[WARM_UP:]) if len(clock) > WARM_UP + 1 else np.inf
+    return settings.batch_size * settings.accumulate_grad_batches / float(step)
+
+
+def student(name: str) -> tuple[MobileCLIP, ModelConfig]:
+    """A preset with random weights."""
+    config = replace(PRESETS[name], image=replace(PRESETS[name].image, pretrained=False))
+    torch.manual_seed(0)
+    return MobileCLIP(config), config
+
+
+def vit_b_32(folder: Path) -> Teacher:
+    """The architecture of OpenAI's ViT-B/32 with random weights, loaded by path as the real ones are."""
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("ViT-B-32").state_dict(), folder / "random.pt")
+    return load_teacher("ViT-B-32", str(folder / "random.pt"))
+
+
+def steps(batch_size: int = 16, count: int = 16) -> list[Row]:
+    """Steps of the real-size students on cached ViT-B/32 targets, 224 pixels."""
+    rows = []
+    settings = TrainConfig(max_epochs=1, batch_size=batch_size, progress=False, accelerator="cpu")
+    pairs, targets = random_pairs(batch_size * count, 224), random_targets(batch_size * count)
+    for name, bar in (("klmobile", 20), ("mobile-512", 30)):
+        model, config = student(name)
+        source = BatchSource(pairs, model.tokenizer, student_prepare(config), batch_size, 0, targets)
+        pace = pairs_per_second(model, source, config.embed_dim, settings)
+        rows.append({"what": f"distillation step, {name}, 224 px, batch {batch_size}, cached targets", "value": pace,
+                     "unit": "pairs/s", "bar": f"at least {bar}"})  # fmt: skip
+    return rows
+
+
+def teacher_in_the_loop(batch_size: int = 16, count: int = 10) -> list[Row]:
+    """Cached targets against a teacher that embeds each batch: our student, and an open_clip one of equal size."""
+    rows = []
+    settings = TrainConfig(max_epochs=1, batch_size=batch_size, progress=False, accelerator="cpu")
+    pairs = random_pairs(batch_size * count, 224)
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = vit_b_32(Path(folder))
+    for name in ("mobile-512", "ViT-B-32"):
+        paces = []
+        for targets in (random_targets(len(pairs)), OnlineTargets([teacher], pairs)):
+            if name == "ViT-B-32":
+                model, tokenizer = open_clip.create_model(name, output_dict=True), open_clip.get_tokenizer(name)
+                source = BatchSource(pairs, tokenizer, teacher.prepare, batch_size, 0, targets)
+            else:
+                model, config = student(name)
+                source = BatchSource(pairs, model.tokenizer, student_prepare(config), batch_size, 0, targets)
+            paces.append(pairs_per_second(model, source, 512, settings))
+        rows.append({"what": f"cached targets against an online ViT-B/32, student {name}", "value": paces[0] / paces[1],
+                     "unit": "times", "bar": "at least 2", "pairs/s": paces})  # fmt: skip
+    return rows
+
+
+@contextmanager
+def photographs(count: int = 256) -> Iterator[Path]:
+    """A folder of JPEGs of 500 x 375 pixels, as smooth as photographs, and its CSV."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as name:
+        lines = ["file_name,caption"]
+        for number in range(count):
+            coarse = Image.fromarray(rng.integers(0, 256, (19, 25, 3), dtype=np.uint8)).resize((500, 375))
+            noise = rng.integers(-12, 13, (375, 500, 3))
+            picture = np.clip(np.asarray(coarse, np.int16) + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(picture).save(Path(name, f"{number}.jpg"), quality=85)
+            lines.append(f"{number}.jpg,picture {number}")
+        Path(name, "pairs.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        yield Path(name)
+
+
+def loading(rounds: int = 3) -> list[Row]:
+    """Decode, crop at random and resize to 224 pixels: our batches against bare loops on as many threads."""
+    scale, ratio = (0.5, 1.0), (3 / 4, 4 / 3)
+
+    def with_pillow(file: str) -> np.ndarray:
+        picture = Image.open(file).convert("RGB")
+        top, left, height, width = RandomResizedCrop.get_params(picture, scale, ratio)
+        box = (left, top, left + width, top + height)
+        return np.asarray(picture.resize((224, 224), Image.Resampling.BICUBIC, box=box)).transpose(2, 0, 1)
+
+    def with_torchvision(file: str) -> np.ndarray:
+        picture = decode_jpeg(read_file(file))
+        box = RandomResizedCrop.get_params(picture, scale, ratio)
+        return VF.resized_crop(picture, *box, [224, 224], VF.InterpolationMode.BICUBIC, antialias=True).numpy()
+
+    with photographs() as folder:
+        pairs = load_pairs(folder / "pairs.csv", 224, decoding="always", progress=False)
+        source = BatchSource(pairs, student("course")[0].tokenizer, lambda x: x, 64, 0, crops=Crops(scale[0], 0, 0))
+
+        def ours() -> None:
+            for _ in source.epoch(0):
+                pass
+
+        def bare(read: Callable[[str], np.ndarray]) -> Callable[[], None]:
+            def loop() -> None:
+                with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                    found = list(pool.map(read, pairs.files))
+                [np.stack(found[start : start + 64]) for start in range(0, len(found), 64)]
+
+            return loop
+
+        loops = {"ours": ours, "Pillow": bare(with_pillow), "torchvision.io": bare(with_torchvision)}
+        paces = {name: [] for name in loops}
+        for _ in range(rounds):  # in turns, so that a slow moment meets all
+            for name, loop in loops.items():
+                begun = time.perf_counter()
+                loop()
+                paces[name].append(len(pairs) / (time.perf_counter() - begun))
+    best = {name: max(found) for name, found in paces.items()}
+    return [{"what": f"224 px JPEGs decoded, cropped and resized, against a bare loop of {name}", "unit": "times",
+             "value": best["ours"] / best[name], "bar": "at least 0.9", "pictures/s": [best["ours"], best[name]]}
+            for name in ("Pillow", "torchvision.io")]  # fmt: skip
+
+
+def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``work`` returns in a process of its own, whose peak of memory is its own too."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def _peak_of_step(pieces: int, batch_size: int, preset: str) -> float:
+    """Peak memory in MB of a process that takes a step of ``pieces`` batches."""
+    settings = TrainConfig(max_epochs=1, batch_size=batch_size, accumulate_grad_batches=pieces, progress=False)
+    pairs = random_pairs(pieces * batch_size, PRESETS[preset].image.image_size)
+    model, config = student(preset)
+    source = BatchSource(pairs, model.tokenizer, student_prepare(config), batch_size, 0, random_targets(len(pairs)))
+    pairs_per_second(model, source, config.embed_dim, settings)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def memory(batch_size: int = 128, pieces: int = 32, preset: str = "mobile-512") -> list[Row]:
+    """Peak memory of one large step in pieces against that of one piece; all terms, all in-batch negatives."""
+    one, many = (in_new_process(_peak_of_step, count, batch_size, preset) for count in (1, pieces))
+    return [{"what": f"peak memory of a step of {pieces * batch_size:,} pairs in pieces of {batch_size} against one of "
+                     f"{batch_size}, {preset}", "value": many / one, "unit": "times", "bar": "at most 1.3",
+             "MB": [many, one]}]  # fmt: skip
+
+
+def _open_table(file: str) -> tuple[float, float]:
+    before, begun = psutil.Process().memory_info().rss / 2**20, time.perf_counter()
+    load_pairs(file, 64, progress=False)
+    return time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+
+
+def million(rows: int = 1_000_000) -> list[Row]:
+    """Open a CSV of a million rows, each with its own picture, which is not decoded."""
+    with tempfile.TemporaryDirectory() as folder:
+        with Path(folder, "pairs.csv").open("w", encoding="utf-8") as handle:
+            handle.write("file_name,caption\n")
+            for number in range(rows):
+                Path(folder, f"{number:09d}.jpg").touch()
+                handle.write(
+                    f"{number:09d}.jpg,a person rides a brown horse along the beach at sunset number {number}\n"
+                )
+        seconds, megabytes = in_new_process(_open_table, str(Path(folder, "pairs.csv")))
+    what = f"a CSV of {rows:,} rows and pictures opened"
+    beyond = f"{what}: memory beyond that of the imports"
+    return [
+        {"what": what, "value": seconds, "unit": "s", "bar": "at most 5"},
+        {"what": beyond, "value": megabytes, "unit": "MB", "bar": "at most 600"},
+    ]
+
+
+PARTS: dict[str, Callable[[], list[Row]]] = {
+    "steps": steps, "teacher": teacher_in_the_loop, "loading": loading, "memory": memory, "million": million,
+}  # fmt: skip
+
+
+def bench(only: list[str] | None = None) -> None:
+    """Measure, print, and keep in ``data/results/bench.json``; a part that is not measured keeps its old rows.
+
+    Args:
+        only: parts to measure: steps, teacher, loading, memory, million; all by default.
+    """
+    file = DATA / "results" / "bench.json"
+    kept = json.loads(file.read_text(encoding="utf-8"))["parts"] if file.exists() else {}
+    for name in only or PARTS:
+        require(name in PARTS, "only", name, closest(name, PARTS))
+        kept[name] = PARTS[name]()
+        for row in kept[name]:
+            print(f"{row['what']}: {row['value']:.2f} {row['unit']} ({row['bar']})", flush=True)
+        device = {"device": describe_device("cpu"), "cores": os.cpu_count(), "versions": versions()}
+        write_json(file, {"machine": device, "parts": kept})
