@@ -26,6 +26,8 @@ from .files import atomic_path, write_json
 from .results import weights_sha256
 
 KEEP = 2
+LEFTOVERS = (".checkpoint-*.part", ".log.jsonl.*.part", ".settings.json.*.part", "model/.*.part")
+"""What a run that was killed while it wrote a file leaves in its folder; the file itself is whole or absent."""
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -144,6 +146,8 @@ class Checkpoints:
 
     def _write_beginning(self) -> None:
         """Settings, and the log up to the checkpoint; of a run that begins anew, no checkpoints."""
+        for file in [file for pattern in LEFTOVERS for file in self.folder.glob(pattern)]:
+            file.unlink()
         for file in self._files() if not self.state["step"] else ():
             file.unlink()
         write_json(self.settings_path, self.settings)

@@ -127,6 +127,17 @@ class _Prepared(Dataset):
             raise EvaluationError(f"{where}: not readable as a picture ({error}).") from error
 
 
+@contextmanager
+def _naming_dead_workers() -> Iterator[None]:
+    """EvaluationError for a DataLoader's process that died: PyTorch raises wherever the caller then is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise EvaluationError(f"{error}; it read pictures: use fewer workers, or workers=0.") from error
+
+
 def _batches(model: nn.Module, images: Any, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
     size, mean, std, transform = _input_of(model)
     if not isinstance(images, Tensor | np.ndarray):
@@ -146,7 +157,7 @@ def embed_images(model: nn.Module, images: Any, batch_size: int = 256, workers: 
     without a label has -1.
     """
     embeddings, labels = [], []
-    with evaluating(model) as device:
+    with evaluating(model) as device, _naming_dead_workers():
         for batch, label in _batches(model, images, batch_size, workers):
             embeddings.append(model.encode_image(batch.to(device), normalize=True).float().cpu())
             labels.append(label)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -123,12 +124,19 @@ def _work(
     """What the process of one notebook does."""
     os.setsid()  # Ctrl-C reaches the caller alone, which then ends every notebook
     os.environ.update(environment)
+    threading.Thread(target=_end_with_caller, daemon=True).start()
     try:
         execute(notebook, copy, parameters, lambda news: outbox.send(("news", news)))
     except (NotebookError, OSError) as error:
         outbox.send(("failed", str(error)))
     except KeyboardInterrupt:
         pass
+
+
+def _end_with_caller() -> None:
+    """Interrupt this process once the caller's has died: started again, it would train beside this one."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _listen(run: _Run) -> bool:

@@ -75,6 +75,8 @@ def missing_folder(path: str | Path) -> Iterator[Path | None]:
         if path.is_dir():
             yield None
         else:
+            for leftover in path.parent.glob(f".{path.name}.*/"):  # of a process that was killed
+                shutil.rmtree(leftover)
             with atomic_folder(path) as temporary:
                 yield temporary
 
