@@ -7,9 +7,8 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,9 +25,10 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as VF
 
 from .config import PRESETS, DistillConfig, ModelConfig, TrainConfig, closest, require
-from .data import BatchSource, Pairs, Targets, load_pairs
+from .data import BatchSource, load_pairs
 from .files import DATA, write_json
 from .model import MobileCLIP
+from .noise import photographs, random_pairs, random_targets
 from .objectives import Distillation
 from .pictures import Crops
 from .results import describe_device, versions
@@ -37,61 +37,8 @@ from .targets import OnlineTargets
 from .teacher import Teacher, load_teacher
 from .train import train
 
-WORDS = tuple(
-    [
-        "a",
-        "small",
-        "red",
-        "dog",
-        "runs",
-        "along",
-        "the",
-        "beach",
-        "beside",
-        "two",
-        "men",
-        "who",
-        "throw",
-        "one",
-        "yellow",
-        "ball",
-        "over",
-        "blue",
-        "water",
-    ]
-)
 WARM_UP = 3  # steps
 Row = dict[str, Any]
-
-
-class Noise:
-    """Pictures (N, 3, side, side) uint8 that are drawn when they are read, and take no memory before."""
-
-    dtype = np.dtype(np.uint8)
-
-    def __init__(self, count: int, side: int) -> None:
-        self.shape = (count, 3, side, side)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: np.ndarray | int) -> np.ndarray:
-        several = np.atleast_1d(rows)
-        found = np.random.default_rng(several.tolist()).integers(0, 256, (len(several), *self.shape[1:]), np.uint8)
-        return found if np.ndim(rows) else found[0]
-
-
-def random_pairs(count: int, side: int) -> Pairs:
-    """Noise with captions of eleven words."""
-    rng = np.random.default_rng(0)
-    return Pairs(Noise(count, side), [[" ".join(rng.choice(WORDS, 11))] for _ in range(count)], "noise", "noise")
-
-
-def random_targets(count: int, width: int = 512) -> Targets:
-    """Unit vectors in place of a teacher's embeddings, which cost the same to read."""
-    rng = np.random.default_rng(1)
-    images, texts = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.standard_normal((2, count, width)))
-    return Targets(images.astype(np.float16), texts.astype(np.float16), 100.0, "noise")
 
 
 def pairs_per_second(model: nn.Module, source: BatchSource, width: int, settings: TrainConfig) -> float:
@@ -153,22 +100,6 @@ def teacher_in_the_loop(batch_size: int = 16, count: int = 10) -> list[Row]:
         rows.append({"what": f"cached targets against an online ViT-B/32, student {name}", "value": paces[0] / paces[1],
                      "unit": "times", "bar": "at least 2", "pairs/s": paces})  # fmt: skip
     return rows
-
-
-@contextmanager
-def photographs(count: int = 256) -> Iterator[Path]:
-    """A folder of JPEGs of 500 x 375 pixels, as smooth as photographs, and its CSV."""
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as name:
-        lines = ["file_name,caption"]
-        for number in range(count):
-            coarse = Image.fromarray(rng.integers(0, 256, (19, 25, 3), dtype=np.uint8)).resize((500, 375))
-            noise = rng.integers(-12, 13, (375, 500, 3))
-            picture = np.clip(np.asarray(coarse, np.int16) + noise, 0, 255).astype(np.uint8)
-            Image.fromarray(picture).save(Path(name, f"{number}.jpg"), quality=85)
-            lines.append(f"{number}.jpg,picture {number}")
-        Path(name, "pairs.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        yield Path(name)
 
 
 def loading(rounds: int = 3) -> list[Row]:
