@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import tempfile
 import time
@@ -33,7 +32,8 @@ from .objectives import Distillation
 from .pictures import Crops
 from .results import describe_device, versions
 from .runs import student_prepare
-from .targets import OnlineTargets
+from .scenes import SceneConfig
+from .targets import OnlineTargets, embed_captions, embed_pictures, get_targets
 from .teacher import Teacher, load_teacher
 from .train import train
 
@@ -41,9 +41,11 @@ WARM_UP = 3  # steps
 Row = dict[str, Any]
 
 
-def pairs_per_second(model: nn.Module, source: BatchSource, width: int, settings: TrainConfig) -> float:
+def pairs_per_second(
+    model: nn.Module, source: BatchSource, width: int, settings: TrainConfig, teacher_width: int = 512
+) -> float:
     """Median pace of distillation steps with all three terms, through the one training loop."""
-    objective = Distillation(DistillConfig(phases=(0.0, 0.0, 0.0), ramp=0.0), (width, width), 512, 100.0)
+    objective = Distillation(DistillConfig(phases=(0.0, 0.0, 0.0), ramp=0.0), (width, width), teacher_width, 100.0)
     clock: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         train(model, source, settings, objective=objective, out_dir=folder,
@@ -76,7 +78,7 @@ def steps(batch_size: int = 16, count: int = 16) -> list[Row]:
         source = BatchSource(pairs, model.tokenizer, student_prepare(config), batch_size, 0, targets)
         pace = pairs_per_second(model, source, config.embed_dim, settings)
         rows.append({"what": f"distillation step, {name}, 224 px, batch {batch_size}, cached targets", "value": pace,
-                     "unit": "pairs/s", "bar": f"at least {bar}"})  # fmt: skip
+                     "unit": "pairs/s", "bar": f"at least {bar}", "key": name})  # fmt: skip
     return rows
 
 
@@ -100,6 +102,36 @@ def teacher_in_the_loop(batch_size: int = 16, count: int = 10) -> list[Row]:
         rows.append({"what": f"cached targets against an online ViT-B/32, student {name}", "value": paces[0] / paces[1],
                      "unit": "times", "bar": "at least 2", "pairs/s": paces})  # fmt: skip
     return rows
+
+
+def targets(count: int = 256) -> list[Row]:
+    """Pace of a ViT-B/32 that embeds JPEGs and captions for the cache, and the bytes that each takes."""
+    with tempfile.TemporaryDirectory() as folder, photographs(count) as pictures:
+        teacher, pairs = vit_b_32(Path(folder)), load_pairs(pictures / "pairs.csv", 64, progress=False)
+        begun = time.perf_counter()
+        found = embed_pictures(teacher, pairs, np.arange(count))
+        between = time.perf_counter()
+        embed_captions(teacher, pairs, pairs.first_caption, range(count))
+        paces = {"pictures": count / (between - begun), "captions": count / (time.perf_counter() - between)}
+    rows = [{"what": f"{kind} embedded by ViT-B/32 for the cache", "value": pace, "unit": f"{kind}/s", "bar": "",
+             "key": f"teacher {kind}"} for kind, pace in paces.items()]  # fmt: skip
+    size = {"what": "size of a ViT-B/32 target", "value": found[0].nbytes, "unit": "bytes", "bar": "",
+            "key": "bytes of a target"}  # fmt: skip
+    return [*rows, size]
+
+
+def views(count: int = 24) -> list[Row]:
+    """Steps on four cached crops of each scene against an online teacher and new crops, the course's student."""
+    settings = TrainConfig(max_epochs=1, batch_size=64, progress=False, accelerator="cpu", crop_scale=0.6, views=4)
+    teacher, pairs = load_teacher(), load_pairs(scenes=SceneConfig(64 * count, 64, "train"), progress=False)
+    paces = []
+    for crops, online in ((Crops(0.6, 4, 0), False), (Crops(0.6, 0, 0), True)):
+        found = get_targets([teacher], pairs, online, crops, False)
+        model, config = student("course")
+        source = BatchSource(pairs, model.tokenizer, student_prepare(config), 64, 0, found, crops)
+        paces.append(pairs_per_second(model, source, config.embed_dim, settings, teacher.embed_dim))
+    what = "steps on four cached crops against an online teacher, course, scenes"
+    return [{"what": what, "unit": "times", "value": paces[0] / paces[1], "bar": "", "pairs/s": paces}]
 
 
 def loading(rounds: int = 3) -> list[Row]:
@@ -196,7 +228,8 @@ def million(rows: int = 1_000_000) -> list[Row]:
 
 
 PARTS: dict[str, Callable[[], list[Row]]] = {
-    "steps": steps, "teacher": teacher_in_the_loop, "loading": loading, "memory": memory, "million": million,
+    "steps": steps, "teacher": teacher_in_the_loop, "targets": targets, "views": views,
+    "loading": loading, "memory": memory, "million": million,
 }  # fmt: skip
 
 
@@ -204,7 +237,7 @@ def bench(only: list[str] | None = None) -> None:
     """Measure, print, and keep in ``data/results/bench.json``; a part that is not measured keeps its old rows.
 
     Args:
-        only: parts to measure: steps, teacher, loading, memory, million; all by default.
+        only: parts to measure: steps, teacher, targets, views, loading, memory, million; all by default.
     """
     file = DATA / "results" / "bench.json"
     kept = json.loads(file.read_text(encoding="utf-8"))["parts"] if file.exists() else {}
@@ -213,5 +246,4 @@ def bench(only: list[str] | None = None) -> None:
         kept[name] = PARTS[name]()
         for row in kept[name]:
             print(f"{row['what']}: {row['value']:.2f} {row['unit']} ({row['bar']})", flush=True)
-        device = {"device": describe_device("cpu"), "cores": os.cpu_count(), "versions": versions()}
-        write_json(file, {"machine": device, "parts": kept})
+        write_json(file, {"device": describe_device("cpu"), "versions": versions(), "parts": kept})

@@ -7,7 +7,6 @@ interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,13 @@ from .config import PRESETS, DistillConfig, TrainConfig, require
 from .data import Pairs, load_pairs
 from .datasets import ZeroShotSet, zero_shot_set
 from .evaluate import evaluate_retrieval, evaluate_zero_shot
-from .files import DATA, atomic_path, write_json
+from .files import DATA, atomic_path
 from .plots import performance_comparison, training_curves
 from .results import load_results, save_result
 from .runs import BASE, evaluate_all, get_profile, load_data, load_model, train_open_clip, train_student
 from .style import save_figure
-from .tables import markdown_table, replace_block, retrieval_table, zero_shot_table
-from .targets import get_crops, get_targets
-from .teacher import PLAIN_CLIP_CONFIG, TEACHER_CONFIG, copy_model, load_teachers
+from .tables import bench_table, cost_table, markdown_table, replace_block, retrieval_table, zero_shot_table
+from .teacher import PLAIN_CLIP_CONFIG, TEACHER_CONFIG, copy_model
 from .train import read_log
 
 RESULTS, FIGURES, README = DATA / "results", DATA.parent / "figures", DATA.parent / "README.md"
@@ -87,7 +85,7 @@ def reproduce(seeds: int = 3, out_dir: str = "runs/reproduce", profile: str = "c
 def views(views: int = 4, crop_scale: float = 0.6, seed: int = 0, out_dir: str = "runs/views") -> None:
     """The whole picture, K cached crops of each, and new crops before an online teacher, at equal samples seen.
 
-    Writes accuracies to ``data/results/views`` and seconds beside it.
+    Writes ``data/results/views``; what a step of each costs is measured by ``make bench``.
 
     Args:
         views: number K of cached crops.
@@ -105,17 +103,11 @@ def views(views: int = 4, crop_scale: float = 0.6, seed: int = 0, out_dir: str =
         "cached-views": (replace(whole, crop_scale=crop_scale, views=views), DistillConfig()),
         "online": (replace(whole, crop_scale=crop_scale), DistillConfig(online_teacher=True)),
     }
-    seconds: dict[str, dict[str, float]] = {}
     for name, (settings, distill) in runs.items():
-        begun = time.perf_counter()
-        if not distill.online_teacher:
-            get_targets(load_teachers(defaults.teacher), training, False, get_crops(settings))
-        targets = time.perf_counter() - begun
         folder = Path(out_dir) / name
-        result = train_student(config, training, validation, settings, folder, distill=distill)
+        train_student(config, training, validation, settings, folder, distill=distill)
         evaluate_all({name: load_model(folder / "model")}, seed=seed, save_results=RESULTS / "views")
-        seconds[name] = {"targets": targets, "training": result.seconds, "samples": result.steps * settings.batch_size}
-        write_json(RESULTS / "views_seconds.json", seconds)
+    figures()
 
 
 def figures() -> None:
@@ -131,8 +123,12 @@ def figures() -> None:
 
 def readme_tables() -> dict[str, str]:
     """The tables of the README by the name of their block."""
-    real = load_results(RESULTS / "photographs")
+    real, views = load_results(RESULTS / "photographs"), load_results(RESULTS / "views")
+    measured = json.loads((RESULTS / "bench.json").read_text(encoding="utf-8"))["parts"]
     return {
+        "views": markdown_table(zero_shot_table(views), ("whole", "cached-views", "online")),
+        "bench": bench_table(measured),
+        "cost": cost_table(measured),
         "scenes": markdown_table(zero_shot_table(scene_results()), ("base", "clip", "kd", "teacher")),
         "photographs": markdown_table(retrieval_table(real) | zero_shot_table(real), ("base", "kd", "teacher")),
     }

@@ -66,6 +66,30 @@ def markdown_table(table: Mapping[str, Mapping[str, Mapping[str, float]]], model
     return "\n".join(lines)
 
 
+def bench_table(parts: Mapping[str, list[Mapping[str, Any]]]) -> str:
+    """A Markdown table of the rows of ``bench.json``."""
+    rows = [row for part in parts.values() for row in part]
+    lines = [f"| {row['what']} | {row['value']:.4g} {row['unit']} | {row['bar']} |" for row in rows]
+    return "\n".join(["| what | measured | aim |", "|---|---|---|", *lines])
+
+
+COST_SETS = {"COCO 2017": (118_287, 5, 30), "CC12M": (12_400_000, 1, 30)}
+"""Pictures, captions of each, and passes."""
+
+
+def cost_table(parts: Mapping[str, list[Mapping[str, Any]]]) -> str:
+    """Hours on the machine of ``bench.json``, by the formula in the README: pictures x passes / pace."""
+    pace = {row["key"]: row["value"] for part in parts.values() for row in part if "key" in row}
+    lines = ["| | targets, hours | targets, GB | training, hours |", "|---|---|---|---|"]
+    for name, (pictures, captions, passes) in COST_SETS.items():
+        targets = pictures / pace["teacher pictures"] + pictures * captions / pace["teacher captions"]
+        size = pictures * (1 + captions) * pace["bytes of a target"] / 1e9
+        training = pictures * passes / pace["mobile-512"]
+        lines.append(f"| {name}: {pictures:,} pictures, {passes} passes of `mobile-512` | {targets / 3600:,.1f} | "
+                     f"{size:,.2f} | {training / 3600:,.0f} |")  # fmt: skip
+    return "\n".join(lines)
+
+
 def replace_block(text: str, name: str, block: str) -> str:
     """``text`` with what lies between ``<!-- name -->`` and the next ``<!-- end -->`` replaced by ``block``."""
     start, mark = text.find(f"<!-- {name} -->"), "<!-- end -->"

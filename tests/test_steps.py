@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -131,3 +132,37 @@ def test_ctrl_c_ends_the_step_saves_and_resumes_bit_for_bit(tmp_path, monkeypatc
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, weights(tmp_path / "cut")[name]), name
     assert (tmp_path / "cut" / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
+
+
+def test_two_machines_equal_one(tmp_path):
+    """Two agents of torchrun, each as on a machine of its own, that meet by the usual flags."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = Path(__file__).with_name("toy_run.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
+    meet = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *meet, "--node-rank", str(rank), str(script),
+             str(tmp_path / "two"), "all_terms"],
+            env=environment, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for agent in agents:
+        assert agent.wait(timeout=300) == 0, agent.stderr.read()[-2000:]
+    run(tmp_path / "one", CASES["all_terms"])
+    assert_same_run(tmp_path / "one", tmp_path / "two" / "all_terms")
+
+
+def test_bf16_follows_the_run_in_full_precision(tmp_path):
+    logs = []
+    for precision in ("32-true", "bf16-mixed"):
+        settings = dataclasses.replace(SETTINGS, precision=precision, max_epochs=4)
+        logs.append([record["loss"] for record in run(tmp_path / precision, CASES["all_terms"], settings).log])
+    assert np.abs(np.array(logs[0]) - logs[1]).max() < 0.03 * max(logs[0])
+    assert logs[0] != logs[1]
+    assert all(
+        v.dtype == torch.float32 for v in weights(tmp_path / "bf16-mixed").values() if isinstance(v, torch.Tensor)
+    )

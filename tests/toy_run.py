@@ -1,4 +1,4 @@
-"""A run of a toy model without BatchNorm, for one process or several: ``torchrun tests/toy_run.py FOLDER``."""
+"""A run of a toy model without BatchNorm, for several processes: ``torchrun tests/toy_run.py FOLDER [CASE ...]``."""
 
 import dataclasses
 import sys
@@ -68,5 +68,5 @@ def run(folder: str | Path, distill: DistillConfig, settings: TrainConfig = SETT
 
 
 if __name__ == "__main__":
-    for name, distill in CASES.items():
-        run(Path(sys.argv[1]) / name, distill)
+    for name in sys.argv[2:] or CASES:
+        run(Path(sys.argv[1]) / name, CASES[name])
