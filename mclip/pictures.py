@@ -12,6 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -66,9 +67,10 @@ def read_picture(name: str) -> Tensor:
     try:
         content, opened = _opened(name)
         if opened.format == "JPEG" and opened.mode in ("RGB", "L"):
-            return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+            with suppress(RuntimeError):  # Pillow, below, reads it all the same or says what is wrong with it
+                return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
         return VF.pil_to_tensor(opened.convert("RGB"))
-    except (*UNREADABLE, RuntimeError) as error:
+    except UNREADABLE as error:
         raise PictureError(f"{name}: not readable as a picture ({error})") from error
 
 
