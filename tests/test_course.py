@@ -237,7 +237,7 @@ def test_unwritable_folder_stops_before_anything_runs(notebooks, tmp_path, capsy
 
 def test_unknown_command_and_help(capsys):
     assert cli.main(["corse"]) == 2
-    assert "did you mean 'course'?" in capsys.readouterr().err
+    assert "did you mean 'course'" in capsys.readouterr().err
     assert cli.main(["--help"]) == 0
     help_text = capsys.readouterr().out
     assert all(command in help_text for command in cli.COMMANDS)

@@ -135,14 +135,14 @@ def test_ctrl_c_ends_the_step_saves_and_resumes_bit_for_bit(tmp_path, monkeypatc
 
 
 def test_two_machines_equal_one(tmp_path):
-    """Two agents of torchrun, each as on a machine of its own, that meet by the usual flags."""
+    """Torchrun twice, each time as on a machine of its own, that meet by the usual flags."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     script = Path(__file__).with_name("toy_run.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
     meet = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
-    agents = [
+    machines = [
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *meet, "--node-rank", str(rank), str(script),
              str(tmp_path / "two"), "all_terms"],
@@ -150,8 +150,8 @@ def test_two_machines_equal_one(tmp_path):
         )
         for rank in range(2)
     ]  # fmt: skip
-    for agent in agents:
-        assert agent.wait(timeout=300) == 0, agent.stderr.read()[-2000:]
+    for machine in machines:
+        assert machine.wait(timeout=300) == 0, machine.stderr.read()[-2000:]
     run(tmp_path / "one", CASES["all_terms"])
     assert_same_run(tmp_path / "one", tmp_path / "two" / "all_terms")
 
