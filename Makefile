@@ -51,7 +51,7 @@ figures: $(READY) ## redraw figures/ from the committed results
 
 $(READY): pyproject.toml uv.lock | .venv/bin/python
 	@.venv/bin/python -m ensurepip >/dev/null
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.9"
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.10"
 	$(SYNC)
 	@mkdir -p .venv/share/jupyter/lab/settings
 	@echo '$(NEWS)' > .venv/share/jupyter/lab/settings/overrides.json

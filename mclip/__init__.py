@@ -3,4 +3,52 @@
 The package is a set of plain modules, one idea each; the notebooks in ``notebooks/`` introduce them in order.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what load() needs is imported when it is called: ``import mclip`` stays light
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import torch
+    from PIL.Image import Image
+
 __version__ = "0.1.0"
+
+
+def load(
+    name: str | Path = "kd", device: str | torch.device = "cpu"
+) -> tuple[torch.nn.Module, Callable[[Image], torch.Tensor], Callable[[str | list[str]], torch.Tensor]]:
+    """A trained model, its preparation of pictures and its tokenizer, as open_clip returns them.
+
+    Code written for open_clip runs on what comes back: ``model.encode_image(images, normalize=True)``,
+    ``model.encode_text(tokens, normalize=True)`` and ``model.logit_scale``, in evaluation mode; calling the model
+    gives a dict, as with open_clip's ``output_dict=True``.
+
+    Args:
+        name: base, kd, clip or teacher, which ship with the course, or the folder of a model.
+        device: where the model computes, for example "cuda".
+
+    Returns:
+        model; preprocess, a PIL picture -> (3, S, S) float32; tokenizer, captions -> token ids (B, context length).
+
+    Raises:
+        ConfigError: no such model or device. ModelError or TeacherError: the folder cannot be read.
+    """
+    import torch
+
+    from .config import ConfigError
+    from .embed import preprocess_of
+    from .model import MobileCLIP
+    from .runs import load_model
+    from .text_encoder import Tokenizer
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f'device={str(device)!r} cannot be used here ({error}); "cpu" always can.') from error
+    model, tokenizer = load_model(name, device)
+    if isinstance(model, MobileCLIP):
+        tokenizer = Tokenizer(tokenizer.context_length, padded=True)
+    return model, preprocess_of(model), tokenizer

@@ -1,65 +1,26 @@
-"""Zero-shot classification and retrieval of a model, from pictures and prompts to a results record.
-
-A model is anything with open_clip's ``encode_image(images, normalize=True)`` and
-``encode_text(tokens, normalize=True)``.
-"""
+"""Zero-shot classification and retrieval of a model, from pictures and prompts to a results record."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from open_clip.model import get_model_preprocess_cfg
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from mclip.config import require
-from mclip.data import Pairs, normalise
-from mclip.datasets import ZeroShotSet
-from mclip.metrics import EvaluationError, bootstrap_interval, require_finite, retrieval, zero_shot_metrics
+from mclip.data import Pairs
+from mclip.data import normalise as normalise
+from mclip.datasets import ZeroShotSet as ZeroShotSet
+from mclip.embed import BATCH_SIZE, evaluating
+from mclip.embed import device_of as device_of
+from mclip.embed import embed_images as embed_images
+from mclip.embed import embed_texts as embed_texts
+from mclip.metrics import class_ranks, rank_metrics, retrieval, zero_shot_metrics
+from mclip.paired import answers
 from mclip.results import describe_model, make_result
-
-__all__ = [
-    "EvaluationError",
-    "ZeroShotSet",
-    "as_templates",
-    "bootstrap_interval",
-    "build_classifier",
-    "device_of",
-    "embed_images",
-    "embed_texts",
-    "evaluate_retrieval",
-    "evaluate_zero_shot",
-    "evaluating",
-    "normalise",
-    "retrieval",
-    "zero_shot",
-    "zero_shot_metrics",
-]
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters are."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode, no gradients; every submodule gets its own mode back. Yields the model's device."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield device_of(model)
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def as_templates(prompt: str | Sequence[str]) -> list[str]:
@@ -70,19 +31,6 @@ def as_templates(prompt: str | Sequence[str]) -> list[str]:
     for template in templates:
         require(template.count("{}") == 1, "prompt", template, 'the class name has one place, "{}"')
     return templates
-
-
-def embed_texts(model: nn.Module, tokenizer: Any, texts: Sequence[str], batch_size: int = 512) -> Tensor:
-    """Normalised float32 embeddings (N, d) on the CPU.
-
-    ``tokenizer`` is the model's own: prompts must be cleaned as the captions that it was trained on.
-    """
-    embeddings = []
-    with evaluating(model) as device:
-        for start in range(0, len(texts), batch_size):
-            tokens = tokenizer(list(texts[start : start + batch_size])).to(device)
-            embeddings.append(model.encode_text(tokens, normalize=True).float().cpu())
-    return require_finite(torch.cat(embeddings), "text")
 
 
 def build_classifier(
@@ -98,72 +46,6 @@ def build_classifier(
     return F.normalize(embeddings.mean(1), dim=-1).T
 
 
-def _input_of(model: nn.Module) -> tuple[int, Sequence[float], Sequence[float], Any]:
-    """Image size, mean and standard deviation that ``model`` expects, and its transform of PIL pictures."""
-    if hasattr(model, "preprocess"):
-        return model.config.image.image_size, model.MEAN, model.STD, model.preprocess
-    settings = PreprocessCfg(**get_model_preprocess_cfg(model))
-    size = settings.size if isinstance(settings.size, int) else settings.size[0]
-    return size, settings.mean, settings.std, image_transform_v2(settings, is_train=False)
-
-
-class _Prepared(Dataset):
-    """PIL pictures, alone or with labels, as tensors; one that cannot be read is named."""
-
-    def __init__(self, images: Any, transform: Any) -> None:
-        self.images, self.transform = images, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        try:
-            item = self.images[index]
-            picture, label = item if isinstance(item, tuple) else (item, -1)
-            return self.transform(picture.convert("RGB")), int(label)
-        except OSError as error:
-            samples = getattr(self.images, "samples", None)
-            where = samples[index][0] if samples else f"picture {index}"
-            raise EvaluationError(f"{where}: not readable as a picture ({error}).") from error
-
-
-@contextmanager
-def _naming_dead_workers() -> Iterator[None]:
-    """EvaluationError for a DataLoader's process that died: PyTorch raises wherever the caller then is."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise EvaluationError(f"{error}; it read pictures: use fewer workers, or workers=0.") from error
-
-
-def _batches(model: nn.Module, images: Any, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    size, mean, std, transform = _input_of(model)
-    if not isinstance(images, Tensor | np.ndarray):
-        yield from DataLoader(_Prepared(images, transform), batch_size, num_workers=workers)
-        return
-    valid = images.dtype in (torch.uint8, np.uint8) and images.ndim == 4 and images.shape[1] == 3
-    require(valid, "images", f"{images.dtype} {tuple(images.shape)}", "give uint8 pictures (N, 3, H, W)")
-    for start in range(0, len(images), batch_size):
-        batch = torch.tensor(np.asarray(images[start : start + batch_size]))  # a copy: the file may be mapped
-        yield normalise(batch, size, mean, std), torch.full((len(batch),), -1)
-
-
-def embed_images(model: nn.Module, images: Any, batch_size: int = 256, workers: int = 0) -> tuple[Tensor, Tensor]:
-    """Normalised float32 embeddings (N, d) on the CPU, and the labels (N,) that came with the pictures.
-
-    ``images`` as in :class:`~mclip.datasets.ZeroShotSet`; the model's own preparation is applied. A picture
-    without a label has -1.
-    """
-    embeddings, labels = [], []
-    with evaluating(model) as device, _naming_dead_workers():
-        for batch, label in _batches(model, images, batch_size, workers):
-            embeddings.append(model.encode_image(batch.to(device), normalize=True).float().cpu())
-            labels.append(label)
-    return require_finite(torch.cat(embeddings), "image"), torch.cat(labels)
-
-
 def zero_shot(
     model: nn.Module,
     tokenizer: Any,
@@ -172,7 +54,7 @@ def zero_shot(
     class_names: Sequence[str],
     templates: str | Sequence[str],
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int = BATCH_SIZE,
 ) -> dict[str, Any]:
     """:func:`zero_shot_metrics` of float pictures prepared for the model: one (N, 3, S, S), or batches."""
     classifier = build_classifier(model, tokenizer, class_names, templates)
@@ -190,7 +72,7 @@ def evaluate_zero_shot(
     *,
     prompt: str | Sequence[str] | None = None,
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int = BATCH_SIZE,
     workers: int = 0,
     embeddings: Tensor | None = None,
 ) -> dict[str, Any]:
@@ -205,7 +87,8 @@ def evaluate_zero_shot(
     if embeddings is None:
         embeddings, found = embed_images(model, dataset.images, batch_size, workers)
     labels = found if dataset.labels is None else torch.as_tensor(dataset.labels).cpu()
-    metrics = zero_shot_metrics(embeddings, classifier, labels, dataset.class_names, seed)
+    ranks = class_ranks(embeddings, classifier, labels)
+    metrics = rank_metrics(ranks, labels, dataset.class_names, seed)
     seconds = time.perf_counter() - start
     return make_result(
         "zero_shot",
@@ -218,6 +101,7 @@ def evaluate_zero_shot(
         seed=seed,
         seconds=seconds,
         device=device_of(model),
+        details={"metric": dataset.metric, **answers(ranks < 1, labels.tolist())},
     )
 
 
@@ -229,7 +113,7 @@ def evaluate_retrieval(
     *,
     split: str = "val",
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int = BATCH_SIZE,
 ) -> dict[str, Any]:
     """The results record of retrieval both ways between the pictures of ``pairs`` and all their captions."""
     start = time.perf_counter()

@@ -106,30 +106,40 @@ def over_seeds(intervals: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {"value": mean, "low": max(0.0, mean - half), "high": min(100.0, mean + half)}
 
 
-def zero_shot_metrics(
-    images: Tensor, classifier: Tensor, labels: Tensor, class_names: Sequence[str], seed: int = 0
-) -> dict[str, Any]:
-    """Metrics in percent of image embeddings (N, d) with labels (N,) against a classifier (d, n_classes).
-
-    ``top1``, ``top5`` (left out for five classes or fewer, where it says nothing), ``mean_per_class_recall``,
-    each with its interval; ``chance``; ``n``; and ``per_class`` recall of the classes present.
-    """
-    n, classes = len(images), len(class_names)
+def class_ranks(images: Tensor, classifier: Tensor, labels: Tensor) -> np.ndarray:
+    """How many classes come before the right one, (N,): embeddings (N, d), classifier (d, n_classes), labels (N,)."""
+    n, classes = len(images), classifier.shape[1]
     require(len(labels) == n > 0, "labels", tuple(labels.shape), f"give one for each of {n} pictures")
     bounds = int(labels.min()), int(labels.max())
     inside = bounds[0] >= 0 and bounds[1] < classes
     require(inside, "labels", bounds, f"class numbers are 0 to {classes - 1}")
-    ranks = first_hit_ranks(images, classifier.T.contiguous(), labels, torch.arange(classes)).numpy()
-    truth, hits = labels.numpy(), ranks < 1
+    return first_hit_ranks(images, classifier.T.contiguous(), labels, torch.arange(classes)).numpy()
+
+
+def rank_metrics(ranks: np.ndarray, labels: Tensor, class_names: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """Metrics in percent of the ranks (N,) of :func:`class_ranks` and the labels (N,).
+
+    ``top1``, ``top5`` (left out for five classes or fewer, where it says nothing), ``mean_per_class_recall``,
+    each with its interval; ``chance``; ``n``; and ``per_class`` recall of the classes present.
+    """
+    classes, truth, hits = len(class_names), labels.numpy(), ranks < 1
     metrics: dict[str, Any] = {"top1": _percent(bootstrap_interval(hits, seed))}
     if classes > 5:
         metrics["top5"] = _percent(bootstrap_interval(ranks < 5, seed))
     metrics["mean_per_class_recall"] = _mean_recall(hits, truth, seed)
-    metrics |= {"chance": 100 / classes, "n": n}
-    metrics["per_class"] = {
-        class_names[c]: _percent(bootstrap_interval(hits[truth == c], seed)) for c in np.unique(truth)
-    }
+    metrics |= {"chance": 100 / classes, "n": len(ranks), "per_class": {}}
+    for number in np.unique(truth):
+        name = class_names[number]
+        key = f"{name} ({number})" if name in metrics["per_class"] else name  # ImageNet has names that occur twice
+        metrics["per_class"][key] = _percent(bootstrap_interval(hits[truth == number], seed))
     return metrics
+
+
+def zero_shot_metrics(
+    images: Tensor, classifier: Tensor, labels: Tensor, class_names: Sequence[str], seed: int = 0
+) -> dict[str, Any]:
+    """:func:`rank_metrics` of image embeddings (N, d) with labels (N,) against a classifier (d, n_classes)."""
+    return rank_metrics(class_ranks(images, classifier, labels), labels, class_names, seed)
 
 
 def retrieval(image_emb: Tensor, text_emb: Tensor, text_to_image: Tensor, seed: int = 0) -> dict[str, Any]:

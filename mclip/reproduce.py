@@ -16,11 +16,20 @@ from .data import Pairs, load_pairs
 from .datasets import ZeroShotSet, zero_shot_set
 from .evaluate import evaluate_retrieval, evaluate_zero_shot
 from .files import DATA, atomic_path
+from .paired import compare_all
 from .plots import performance_comparison, training_curves
 from .results import load_results, save_result
 from .runs import BASE, evaluate_all, get_profile, load_data, load_model, train_open_clip, train_student
 from .style import save_figure
-from .tables import bench_table, cost_table, markdown_table, replace_block, retrieval_table, zero_shot_table
+from .tables import (
+    bench_table,
+    cost_table,
+    markdown_table,
+    paired_table,
+    replace_block,
+    retrieval_table,
+    zero_shot_table,
+)
 from .teacher import PLAIN_CLIP_CONFIG, TEACHER_CONFIG, copy_model
 from .train import read_log
 
@@ -72,7 +81,8 @@ def reproduce(seeds: int = 3, out_dir: str = "runs/reproduce", profile: str = "c
         )
         models = _students(out, seed, training, validation, settings, defaults.teacher)
         loaded = {name: load_model(folder) for name, folder in models.items()}
-        evaluate_all(loaded, profile=profile, seed=seed, save_results=RESULTS / f"seed-{seed}")
+        records = evaluate_all(loaded, profile=profile, seed=seed, save_results=RESULTS / f"seed-{seed}")
+        compare_all(records, "kd", "base", save_results=RESULTS / f"seed-{seed}")
         if seed == 0:
             _ship(models)
             (RESULTS / "logs").mkdir(parents=True, exist_ok=True)
@@ -130,12 +140,13 @@ def readme_tables() -> dict[str, str]:
         "bench": bench_table(measured),
         "cost": cost_table(measured),
         "scenes": markdown_table(zero_shot_table(scene_results()), ("base", "clip", "kd", "teacher")),
+        "paired": paired_table(scene_results()),
         "photographs": markdown_table(retrieval_table(real) | zero_shot_table(real), ("base", "kd", "teacher")),
     }
 
 
 def scene_results() -> list[dict[str, Any]]:
-    """The committed zero-shot records on scenes, of all seeds."""
+    """The committed zero-shot and paired records on scenes, of all seeds."""
     folders = [RESULTS / "teacher", *sorted(RESULTS.glob("seed-*"))]
     return [record for folder in folders if folder.is_dir() for record in load_results(folder)]
 

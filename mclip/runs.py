@@ -6,6 +6,7 @@ Notebooks and the command line call the same functions, so that equal settings g
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,7 @@ def device_for(accelerator: str) -> str:
     return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
 
 
-def load_model(name: str | Path, device: str = "cpu") -> tuple[nn.Module, Any]:
+def load_model(name: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Any]:
     """A trained model and its tokenizer, in evaluation mode; ``name`` as in :func:`model_folder`."""
     folder = model_folder(name)
     if (folder / "open_clip_config.json").is_file():
@@ -214,13 +215,15 @@ def evaluate_all(
     count = get_profile(profile).test_pictures
     records = []
     for name, (model, tokenizer) in models.items():
-        sets = scene_sets(image_size, count).values()
-        embedded = {
-            key: embed_images(model, images)[0] for key, images in {id(s.images): s.images for s in sets}.items()
-        }
+        sets, embedded = scene_sets(image_size, count).values(), {}
         for dataset in sets:
-            embeddings = embedded[id(dataset.images)]
-            records.append(evaluate_zero_shot(model, tokenizer, dataset, name, seed=seed, embeddings=embeddings))
+            key, start = id(dataset.images), time.perf_counter()
+            if key not in embedded:  # several sets ask about the same pictures
+                embedded[key] = embed_images(model, dataset.images)[0], time.perf_counter() - start
+            embeddings, seconds = embedded[key]
+            record = evaluate_zero_shot(model, tokenizer, dataset, name, seed=seed, embeddings=embeddings)
+            record["seconds"] = round(record["seconds"] + seconds, 3)
+            records.append(record)
         if relation:
             records.append(
                 evaluate_relation(model, tokenizer, name, image_size=image_size, count=count // 2, seed=seed)

@@ -12,6 +12,7 @@ from .datasets import ZeroShotSet
 from .drawing import BACKGROUNDS, COLOURS, SHAPES, TEXTURES
 from .evaluate import device_of, embed_images, embed_texts
 from .metrics import bootstrap_interval
+from .paired import answers
 from .results import describe_model, make_result
 from .scenes import BACKGROUND_PHRASES, HELD_OUT, RELATIONS, SceneConfig, Scenes, make_scenes
 
@@ -93,7 +94,8 @@ def evaluate_relation(
     start = time.perf_counter()
     scenes = _test_scenes(image_size, count, seed, two_objects=1.0)
     images, _ = embed_images(model, torch.from_numpy(scenes.images.copy()))
-    true, false = (embed_texts(model, tokenizer, texts) for texts in relation_captions(scenes))
+    captions = relation_captions(scenes)
+    true, false = (embed_texts(model, tokenizer, texts) for texts in captions)
     hits = ((images * true).sum(1) > (images * false).sum(1)).numpy()
     value, low, high = (100 * v for v in bootstrap_interval(hits, seed))
     metrics = {"top1": {"value": value, "low": low, "high": high}, "chance": 50.0, "n": count}
@@ -107,4 +109,5 @@ def evaluate_relation(
         seed=seed,
         seconds=time.perf_counter() - start,
         device=device_of(model),
+        details={"metric": "top1", **answers(hits, captions[0])},
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mclip.metrics import over_seeds
+from mclip.paired import describe
 from mclip.results import ResultError
 
 
@@ -63,6 +64,18 @@ def markdown_table(table: Mapping[str, Mapping[str, Mapping[str, float]]], model
         shown = [values.get(model) for model in models]
         cells = [f"{v.get('value', v.get('top1')):.1f} ({v['low']:.1f}-{v['high']:.1f})" if v else "" for v in shown]
         lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def paired_table(records: Iterable[Mapping[str, Any]]) -> str:
+    """A Markdown table of the records of task "paired": a row for each set, a column for each seed."""
+    rows: dict[str, dict[int, str]] = {}
+    for record in records:
+        if record["task"] == "paired":
+            rows.setdefault(record["dataset"], {})[record["seed"]] = describe(record)
+    seeds = sorted({seed for row in rows.values() for seed in row})
+    lines = ["|".join(["| kd - base ", *(f" seed {seed} " for seed in seeds), ""]), "|" + "---|" * (len(seeds) + 1)]
+    lines += [f"| {name} | {' | '.join(row.get(seed, '') for seed in seeds)} |" for name, row in rows.items()]
     return "\n".join(lines)
 
 

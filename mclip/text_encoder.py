@@ -38,13 +38,17 @@ def _byte_pairs() -> SimpleTokenizer:
 
 
 class Tokenizer:
-    """CLIP's byte-pair tokenizer (Radford et al. 2021, through open_clip) behind :func:`clean_caption`."""
+    """CLIP's byte-pair tokenizer (Radford et al. 2021, through open_clip) behind :func:`clean_caption`.
 
-    def __init__(self, context_length: int) -> None:
-        self.context_length = context_length
+    ``padded`` makes every row ``context_length`` long, as open_clip's tokenizers do: rows of several calls can be
+    joined. The text encoder drops columns that are padding in all rows, so it costs next to nothing.
+    """
+
+    def __init__(self, context_length: int, padded: bool = False) -> None:
+        self.context_length, self.padded = context_length, padded
 
     def __call__(self, texts: str | list[str]) -> Tensor:
-        """Captions -> token ids (B, T), int64, T the longest caption of the call, at most ``context_length``.
+        """Captions -> token ids (B, T), int64, T the longest caption of the call unless ``padded``.
 
         Rows start with 49406, end with 49407 and are padded on the right with 0; a caption that is too long
         is cut and keeps its end token. An empty list raises ValueError.
@@ -53,7 +57,7 @@ class Tokenizer:
         if not texts:
             raise ValueError("no captions to tokenise: give at least one.")
         tokens = _byte_pairs()([clean_caption(text) for text in texts], context_length=self.context_length)
-        return tokens[:, : int((~padding_mask(tokens)).sum(1).max())]
+        return tokens if self.padded else tokens[:, : int((~padding_mask(tokens)).sum(1).max())]
 
 
 def padding_mask(tokens: Tensor) -> Tensor:
