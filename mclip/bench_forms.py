@@ -151,7 +151,7 @@ def forms(rounds: int = 10) -> list[Row]:
         ratio(
             "LightConv as conv1d against a banded matrix, T = 32", "conv1d", "matrix", light, 4 * rounds, "at least 4"
         ),
-        ratio("captions of eleven words padded to 77 tokens against cut, klmobile", "padded", "cut", text, rounds),
+        ratio("captions of fifteen words padded to 77 tokens against cut, klmobile", "padded", "cut", text, rounds),
         ratio(
             "image encoder, channels first against last, mobile-512", "channels first", "channels last", layout, rounds
         ),

@@ -77,6 +77,9 @@ def parse(command: str, arguments: list[str]) -> tuple[Callable[..., None], dict
     parser = ArgumentParser(prog=f"python -m mclip {command}", description=summary, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of options; those written after it win")
     own_form = _add_course_options(parser) if command == "course" else set()
+    if command == "bench":
+        parser.add_argument("--only", nargs="+", type=str, metavar="PART", help="parts to measure, as in steps loading")
+        own_form = {"only"}
     for kind in groups.values():
         parser.add_class_arguments(kind)
     in_place = command == "download"  # the one command whose argument needs no name

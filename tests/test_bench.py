@@ -1,8 +1,10 @@
 """The benchmark compares forms that do the same work; how fast they are is for ``make bench`` to say."""
 
+import json
+
 import torch
 
-from mclip import bench, bench_forms
+from mclip import bench, bench_forms, cli
 from mclip.noise import SENTENCE, random_model
 from mclip.teacher import load_teacher
 
@@ -42,3 +44,14 @@ def test_the_steps_that_are_compared_run_and_leave_no_gradient():
 def test_every_part_is_named_in_the_help():
     for name in bench.PARTS:
         assert name in bench.bench.__doc__
+
+
+def test_the_parts_to_measure_are_named_one_after_the_other(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "DATA", tmp_path)
+    (tmp_path / "results").mkdir()
+    row = {"what": "a thing", "value": 2.0, "unit": "times", "bar": ""}
+    monkeypatch.setattr(bench, "PARTS", {name: lambda: [row] for name in ("steps", "forms", "memory")})
+    assert cli.main(["bench", "--only", "forms", "steps"]) == 0
+    assert list(json.loads((tmp_path / "results" / "bench.json").read_text())["parts"]) == ["forms", "steps"]
+    assert cli.main(["bench", "--only", "form"]) == 2
+    assert "forms" in capsys.readouterr().err
