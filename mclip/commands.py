@@ -155,7 +155,7 @@ def cache(
         profile: how many scenes, and the teacher where none is named.
         teacher_model: scenes, a teacher's folder, or an open_clip architecture; the profile's if empty.
         teacher_pretrained: the architecture's weights: an open_clip tag or a file.
-        crop_scale: crops keep at least this share of a picture's area; 1 shows the whole picture. The profile's if null.
+        crop_scale: crops keep at least this share of a picture's area; 1: whole pictures. The profile's if null.
         views: number of crops of each picture; the profile's if null.
         seed: of the crops, and of the choice that data_size makes: the seed of the run.
     """
