@@ -112,11 +112,11 @@ def _require_known(command: str, arguments: list[str], known: set[str]) -> None:
 
 def _set_profile(parser: ArgumentParser, arguments: list[str]) -> None:
     """Make the chosen profile's numbers, and those of ``--auto_kd_config``, the defaults that options override."""
-    from .runs import get_profile
+    from .profiles import TRAINING, get_profile
 
     def use(profile: str) -> None:
         chosen = get_profile(profile)
-        parser.set_defaults({key: getattr(chosen, key) for key in ("max_epochs", "batch_size", "learning_rate")})
+        parser.set_defaults({key: getattr(chosen, key) for key in TRAINING})
 
     use("cpu")
     first = parser.parse_args(arguments)
