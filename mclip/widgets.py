@@ -1,8 +1,8 @@
-"""Try prompts on pictures: a text box and a picture chooser beside a bar chart of the model's answer.
+"""Charts that follow controls, and the first of them: prompts beside a bar chart of the model's answer.
 
-What the widget does lives in plain functions, which are tested without a browser. A mistake in the prompts is
-shown as a sentence; any other error appears with its traceback under the chart, because Jupyter drops what a
-callback raises.
+What a widget does lives in plain functions, which are tested without a browser. A mistake in what was typed or
+chosen is shown as a sentence; any other error appears with its traceback under the chart, because Jupyter drops
+what a callback raises.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def prompt_chart(
 
 
 def make_update(
-    read: Callable[[], tuple[str, int]], draw: Callable[[str, int], bytes], chart: ipywidgets.Image,
+    read: Callable[[], tuple[Any, ...]], draw: Callable[..., bytes], chart: ipywidgets.Image,
     message: ipywidgets.HTML, errors: ipywidgets.Output,
 ) -> Callable[[Any], None]:  # fmt: skip
     """The callback: draw what ``read`` says into ``chart``, or clear it and put into ``message`` what is wrong."""
@@ -86,6 +86,21 @@ def make_update(
     return update
 
 
+def follow(controls: Sequence[ipywidgets.ValueWidget], draw: Callable[..., NotebookFigure]) -> ipywidgets.VBox:
+    """The chart that ``draw`` makes of the values of ``controls``, under these; drawn anew when one changes."""
+    chart = ipywidgets.Image(format="png", width=800, layout={"max_width": "100%"})
+    message, errors = ipywidgets.HTML(), ipywidgets.Output()
+    update = make_update(
+        lambda: tuple(control.value for control in controls), lambda *values: draw(*values)._repr_png_(),
+        chart, message, errors)  # fmt: skip
+    for control in controls:
+        control.style.description_width = "initial"
+        control.observe(update, names="value")
+    update()
+    above = ipywidgets.HBox(controls, layout={"flex_flow": "row wrap", "align_items": "flex-start"})
+    return ipywidgets.VBox([above, message, chart, errors])
+
+
 def prompt_explorer(
     model: nn.Module, tokenizer: Any, images: Any, prompts: Sequence[str] = EXAMPLE_PROMPTS
 ) -> ipywidgets.VBox:
@@ -95,14 +110,9 @@ def prompt_explorer(
                               continuous_update=False)  # fmt: skip
     chooser = ipywidgets.BoundedIntText(1, min=1, max=len(embeddings), description="picture")
 
-    def draw(text: str, number: int) -> bytes:
+    def draw(text: str, number: int) -> NotebookFigure:
         lines = read_prompts(text)
         cosines, shares = compare_prompts(model, tokenizer, embeddings[number - 1], lines)
-        return prompt_chart(np.asarray(images[number - 1]), lines, cosines, shares)._repr_png_()
+        return prompt_chart(np.asarray(images[number - 1]), lines, cosines, shares)
 
-    chart, message, errors = ipywidgets.Image(format="png", width=800), ipywidgets.HTML(), ipywidgets.Output()
-    update = make_update(lambda: (box.value, chooser.value), draw, chart, message, errors)
-    for control in (box, chooser):
-        control.observe(update, names="value")
-    update()
-    return ipywidgets.VBox([ipywidgets.HBox([box, chooser]), message, chart, errors])
+    return follow([box, chooser], draw)
