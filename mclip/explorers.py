@@ -7,13 +7,15 @@ function of the controls' values.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from mclip import losses
@@ -30,7 +32,7 @@ TEMPERATURES = np.geomspace(0.5, 32, 25)
 WIDE = {"width": "380px"}
 
 
-def response_and_pull(
+def response_and_gradient(
     student: Embeddings, teacher: Embeddings, scale: float, teacher_scale: float, temperature: float
 ) -> tuple[float, float]:
     """``losses.response`` in nats, T^2 included, and the norm of its gradient at the student's embeddings."""
@@ -48,48 +50,50 @@ def loss_chart(
 
     Rows of the matrices are pictures, columns captions; ``picture`` counts from 0.
     """
-    both = {"teacher": (teacher, teacher_scale), "kd": (student, scale)}
-    shares = {
-        name: (s * losses.cosines(*pair) / temperature).softmax(1).numpy() for name, (pair, s) in both.items()
-    }
-    fig = figure(8.3, 6.4)
+    scaled = {"teacher": teacher_scale * losses.cosines(*teacher), "student": scale * losses.cosines(*student)}
+    shares = {name: (table / temperature).softmax(1).numpy() for name, table in scaled.items()}
+    fig = figure(8.3, 6.6)
     above, (rows, curves) = fig.subplots(2, 2, height_ratios=(1.15, 1))
+    numbers, top = range(len(captions)), max(table.max() for table in shares.values())
     names = [textwrap.shorten(caption, 34, placeholder=" …").replace("$", r"\$") for caption in captions]
-    numbers = range(len(names))
-    top = max(table.max() for table in shares.values())
-    for ax, (name, table) in zip(above, shares.items(), strict=True):
+    for ax, (name, table), own in zip(above, shares.items(), (teacher_scale, scale), strict=True):
         shown = ax.imshow(table, cmap="viridis", vmin=0, vmax=top, aspect="auto")
-        ax.axhline(picture - 0.5, color="white", linewidth=2)
-        ax.axhline(picture + 0.5, color="white", linewidth=2)
-        who = f"{'Teacher' if name == 'teacher' else 'Student'}, logit scale {both[name][1]:.1f}"
-        ax.set(title=f"{who}, T = {temperature:g}", xlabel="caption number")
+        ax.add_patch(Rectangle((-0.5, picture - 0.5), len(names), 1, fill=False, edgecolor=PALETTE[1], linewidth=2))
+        ax.set(title=f"{name.title()}, logit scale {own:.1f}, T = {temperature:.3g}", xlabel="caption number")
         ax.set_xticks(numbers, [n + 1 for n in numbers])
+        ax.set_yticks(numbers, [f"{text}  {n + 1}" if name == "teacher" else n + 1 for n, text in enumerate(names)])
         ax.grid(False)
-    above[0].set_yticks(numbers, [f"{name}  {n + 1}" for n, name in enumerate(names)])
     above[0].set_ylabel("picture, named by its caption")
-    above[1].set_yticks(numbers, [n + 1 for n in numbers])
     fig.colorbar(shown, ax=above[1], label="probability of the caption")
-    for offset, (name, table) in zip((-0.2, 0.2), shares.items(), strict=True):
-        rows.barh([n + offset for n in numbers], table[picture], 0.4, color=COLOURS[name], hatch=HATCHES[name],
-                  edgecolor="white", linewidth=0, label="student" if name == "kd" else name)  # fmt: skip
-    rows.set(title=f"The rows of picture {picture + 1}", xlabel="probability", xlim=(0, 1))
-    rows.set_yticks(numbers, [f"{name}  {n + 1}" for n, name in enumerate(names)])
+    looks = zip((-0.2, 0.2), ("teacher", "kd"), shares.items(), strict=True)
+    for offset, look, (name, table) in looks:
+        rows.barh([n + offset for n in numbers], table[picture], 0.4, label=name, color=COLOURS[look],
+                  hatch=HATCHES[look], edgecolor="white", linewidth=0)  # fmt: skip
+    rows.set(title=f"Row {picture + 1} of both, as bars", xlabel="probability", xlim=(0, 1))
+    rows.set_yticks(numbers, [f"{text}  {n + 1}" for n, text in enumerate(names)])
     rows.invert_yaxis()
     rows.grid(False, axis="y")
-    rows.legend()
-    grid = [response_and_pull(student, teacher, scale, teacher_scale, t) for t in TEMPERATURES]
-    loss, pull = response_and_pull(student, teacher, scale, teacher_scale, temperature)
-    curves.plot(TEMPERATURES, [value / t**2 for (value, _), t in zip(grid, TEMPERATURES, strict=True)], ":",
-                color="black", label="KL (nats)")  # fmt: skip
-    curves.plot(TEMPERATURES, [value for value, _ in grid], color=PALETTE[0], label="KL times T² (nats)")
-    curves.plot(TEMPERATURES, [norm for _, norm in grid], "--", color=PALETTE[1], label="norm of its gradient")
-    curves.axvline(temperature, color=PALETTE[7], linewidth=1)
-    curves.plot([temperature] * 3, [loss / temperature**2, loss, pull], "o", color="black", markersize=4)
-    curves.set(title=f"KL {loss / temperature**2:.3g}, times T² {loss:.3g}, gradient {pull:.3g}",
-               xscale="log", yscale="log", xlabel="temperature T (log scale)")  # fmt: skip
-    curves.xaxis.set_major_formatter("{x:g}")
-    curves.legend()
+    _draw_temperatures(curves, temperature, lambda t: response_and_gradient(student, teacher, scale, teacher_scale, t))
+    fig.legend(*map(sum, zip(*(ax.get_legend_handles_labels() for ax in (rows, curves)), strict=True), ([], [])),
+               loc="outside lower center", ncols=5, columnspacing=1.2)  # fmt: skip
     return fig
+
+
+def _draw_temperatures(ax: Axes, chosen: float, measure: Callable[[float], tuple[float, float]]) -> None:
+    """Loss and gradient that ``measure`` gives over the temperatures, with a dot on each curve at ``chosen``."""
+    styles = {"KL": (":", "black"), "KL times T²": ("-", PALETTE[4]), "norm of its gradient": ("--", PALETTE[1])}
+    curves = np.array([(loss / t**2, loss, norm) for t in TEMPERATURES for loss, norm in [measure(t)]]).T
+    loss, norm = measure(chosen)
+    values = loss / chosen**2, loss, norm
+    for (name, (dash, colour)), curve, value in zip(styles.items(), curves, values, strict=True):
+        ax.plot(TEMPERATURES, curve, dash, color=colour, label=name)
+        ax.plot(chosen, value, "o", color=colour, markersize=5)
+    ax.axvline(chosen, color=PALETTE[7], linewidth=1)
+    kl, times, pull = (f"{value:.3g}" for value in values)
+    ax.set(title=f"KL {kl}, times T² {times}, gradient {pull}", xscale="log", yscale="log",
+           xlabel="temperature T (log scale)", ylabel="nats, or norm (log scale)")  # fmt: skip
+    ax.set_xticks((0.5, 1, 2, 4, 8, 16, 32), ("0.5", "1", "2", "4", "8", "16", "32"))
+    ax.minorticks_off()
 
 
 def loss_explorer(
