@@ -107,8 +107,9 @@ def prompt_explorer(
     """A text box of prompts and a picture chooser over ``images``, uint8 (N, 3, H, W); the chart follows both."""
     embeddings, _ = embed_images(model, images)
     box = ipywidgets.Textarea("\n".join(prompts), description="prompts", rows=max(4, len(prompts)),
-                              continuous_update=False)  # fmt: skip
-    chooser = ipywidgets.BoundedIntText(1, min=1, max=len(embeddings), description="picture")
+                              continuous_update=False, layout={"width": "400px"})  # fmt: skip
+    count = len(embeddings)
+    chooser = ipywidgets.BoundedIntText(1, min=1, max=count, description=f"picture, 1 to {count}")
 
     def draw(text: str, number: int) -> NotebookFigure:
         lines = read_prompts(text)
