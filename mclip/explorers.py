@@ -29,7 +29,7 @@ from mclip.widgets import follow
 Embeddings = tuple[Tensor, Tensor]  # normalised, of the pictures (B, d) and of their captions (B, d)
 Log = Sequence[Mapping[str, Any]]
 TEMPERATURES = np.geomspace(0.5, 32, 25)
-WIDE = {"width": "380px"}
+WIDE = {"width": "380px", "margin": "2px 16px 2px 2px"}
 
 
 def response_and_gradient(

@@ -72,16 +72,18 @@ def make_update(
     read: Callable[[], tuple[Any, ...]], draw: Callable[..., bytes], chart: ipywidgets.Image,
     message: ipywidgets.HTML, errors: ipywidgets.Output,
 ) -> Callable[[Any], None]:  # fmt: skip
-    """The callback: draw what ``read`` says into ``chart``, or clear it and put into ``message`` what is wrong."""
+    """The callback: draw what ``read`` says into ``chart``, or hide it and put into ``message`` what is wrong."""
 
     def update(_change: Any = None) -> None:
-        chart.value, message.value = b"", ""
+        drawn, message.value = b"", ""
         errors.clear_output()
         with errors:
             try:
-                chart.value = draw(*read())
+                drawn = draw(*read())
             except ValueError as error:  # ConfigError and EvaluationError are of this kind
                 message.value = f"<b>{html.escape(str(error))}</b>"
+            finally:
+                chart.value, chart.layout.display = drawn, None if drawn else "none"
 
     return update
 
