@@ -26,6 +26,7 @@ COMMANDS = {
     "views": ("mclip.reproduce:views", "whole pictures, cached crops and an online teacher side by side"),
     "bench": ("mclip.bench:bench", "measure speed and memory, in ratios of one run"),
     "figures": ("mclip.reproduce:figures", "draw the figures from the results files"),
+    "app": ("mclip.app:app", "serve the course's explorers as a page without code"),
     "course": ("mclip.course:course", "execute the notebooks in order, and summarise what came out"),
 }
 """Name: (module:function, one line for the help). A module is imported only when its command is called."""
