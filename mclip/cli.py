@@ -24,6 +24,7 @@ COMMANDS = {
     "reproduce": ("mclip.reproduce:reproduce", "the long run: several seeds, and the results that are committed"),
     "photographs": ("mclip.reproduce:photographs", "base against kd on captions of real photographs"),
     "views": ("mclip.reproduce:views", "whole pictures, cached crops and an online teacher side by side"),
+    "ablations": ("mclip.ablations:ablations", "what each part of the recipe is worth, over several seeds"),
     "bench": ("mclip.bench:bench", "measure speed and memory, in ratios of one run"),
     "figures": ("mclip.reproduce:figures", "draw the figures from the results files"),
     "app": ("mclip.app:app", "serve the course's explorers as a page without code"),
