@@ -25,6 +25,7 @@ COMMANDS = {
     "photographs": ("mclip.reproduce:photographs", "base against kd on captions of real photographs"),
     "views": ("mclip.reproduce:views", "whole pictures, cached crops and an online teacher side by side"),
     "ablations": ("mclip.ablations:ablations", "what each part of the recipe is worth, over several seeds"),
+    "defects": ("mclip.defect_runs:defects", "what known defects cost, each switched on in turn"),
     "bench": ("mclip.bench:bench", "measure speed and memory, in ratios of one run"),
     "figures": ("mclip.reproduce:figures", "draw the figures from the results files"),
     "app": ("mclip.app:app", "serve the course's explorers as a page without code"),
