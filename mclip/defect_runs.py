@@ -1,6 +1,7 @@
-"""What each defect costs: trainings with and without it, and measurements of those that show without training.
+"""What each defect costs: trainings with it, and measurements of those that show without training.
 
-``python -m mclip defects`` writes data/results/defects in the manner of :mod:`mclip.jobs`.
+``python -m mclip defects`` writes data/results/defects in the manner of :mod:`mclip.jobs`. The same trainings without
+defects are ablations: :mod:`mclip.ablations`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,15 +35,6 @@ from .text_encoder import Tokenizer
 
 RESULTS = DATA / "results" / "defects"
 Numbers = dict[str, dict[str, float]]
-
-
-def _with_jsd(**budget: Any) -> Run:
-    base = plan("base", **budget)
-    return replace(base, distill=replace(base.distill, task="jsd"))
-
-
-RECIPES: dict[str, Callable[..., Run]] = {"kd": partial(plan, "kd"), "fixed": partial(plan, "fixed"), "jsd": _with_jsd}
-"""What is trained without a defect: the default, the default with fixed weights, and the student alone with JSD."""
 
 
 def both(defect: Defect, measure: Callable[[], float]) -> dict[str, float]:
@@ -159,11 +151,11 @@ def measure_words(defect: Defect, profile: str) -> Numbers:
 MEASURES = {9: measure_preparation, 10: measure_ranks, 12: measure_checkpoints, 13: measure_table, 14: measure_words}
 
 
-def train_with(defect: Defect | None, run: Run, folder: Path) -> dict[str, Any]:
-    """The record of a training with ``defect`` on from the first step to the last test picture, or of a healthy one."""
-    with defect.switched_on(train_all_the_same=True) if defect else nullcontext():
-        record = run_ablation(f"defect {defect.number}" if defect else "healthy", run, folder)
-    configuration = run.as_json() | {"defect": defect.number if defect else 0}
+def train_with(defect: Defect, run: Run, folder: Path) -> dict[str, Any]:
+    """The record of a training with ``defect`` on from the first step to the last test picture."""
+    with defect.switched_on(train_all_the_same=True):
+        record = run_ablation(f"defect {defect.number}", run, folder)
+    configuration = run.as_json() | {"defect": defect.number}
     return record | {"task": "defect", "details": record["details"] | {"configuration": configuration}}
 
 
@@ -193,11 +185,10 @@ def defects(seeds: int = 3, out_dir: str = "runs/defects", epochs: int = 3, prof
         settings = {"defect": number, "profile": profile, "model": describe_model("kd", load_model("kd")[0])["sha256"]}
         work = partial(measure, DEFECTS[number], settings)
         jobs.append(Job(RESULTS / f"defect-{number:02}.json", settings, work))
-    trained = {f"healthy-{recipe}": (recipe, None) for recipe in RECIPES}
-    trained |= {f"defect-{d.number:02}": (d.recipe, d) for d in DEFECTS.values() if d.recipe}
     for seed in range(seeds):
-        for name, (recipe, defect) in trained.items():
-            run = RECIPES[recipe](seed=seed, epochs=epochs, profile=profile)
-            settings = run.as_json() | {"defect": defect.number if defect else 0}
-            jobs.append(Job(RESULTS / f"{name}-{seed}.json", settings, partial(train_with, defect, run)))
+        for defect in DEFECTS.values():
+            if defect.recipe:
+                run = plan(defect.recipe, seed, epochs, profile)
+                path = RESULTS / f"defect-{defect.number:02}-{seed}.json"
+                jobs.append(Job(path, run.as_json() | {"defect": defect.number}, partial(train_with, defect, run)))
     work_off(jobs, out_dir, "defects")

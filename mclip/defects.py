@@ -164,8 +164,8 @@ class Defect:
     Attributes:
         patches: (module or class, name, what takes its place).
         checks: names of tests.
-        recipe: what is trained with and without it, a key of :data:`mclip.defect_runs.RECIPES`; empty: it shows
-            without training.
+        recipe: what is trained with it, a key of :data:`mclip.ablations.ABLATIONS`, whose records tell how it ends
+            without; empty: it shows without training.
         refusals: patches that take away what would refuse to train with the defect.
     """
 
@@ -174,7 +174,7 @@ class Defect:
     what: str
     patches: tuple[Patch, ...]
     checks: tuple[str, ...]
-    recipe: Literal["kd", "fixed", "jsd", ""] = ""
+    recipe: Literal["kd", "fixed", "base-jsd", ""] = ""
     refusals: tuple[Patch, ...] = ()
 
     @contextmanager
@@ -208,7 +208,8 @@ DEFECTS = {defect.number: defect for defect in (
     _defect(4, "a mask that is added", "pads keep much of the attention",
             [(text_encoder.LSRABlock, "attend", add_the_mask)], "pads_get_no_attention", recipe="kd"),
     _defect(5, "its own negative", "a pair is both positive and negative in the JSD loss",
-            [(losses, "jsd", pair_among_its_negatives)], "a_pair_is_never_both_positive_and_negative", recipe="jsd"),
+            [(losses, "jsd", pair_among_its_negatives)], "a_pair_is_never_both_positive_and_negative",
+            recipe="base-jsd"),
     _defect(6, "a dead balancer", "weight 0 stays 0, and terms that are not active drive the others to 0",
             [(balancing.Balancer, "weights", weights_from_zero)], "the_balancer_is_alive", recipe="kd"),
     _defect(7, "averaged into silence", "the feature error is averaged over dimensions",
