@@ -12,7 +12,7 @@ CHECK := runs/test-notebooks
 SYNC  := UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON=.venv/bin/python UV_PYTHON_DOWNLOADS=never .venv/bin/uv sync --locked --inexact
 NEWS  := {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}
 
-.PHONY: help course test lab reproduce bench figures
+.PHONY: help course test lab app reproduce bench figures
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -33,6 +33,9 @@ test: $(READY) ## run the tests, and every notebook in profile smoke against its
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	JUPYTER_PREFER_ENV_PATH=1 .venv/bin/python -m jupyterlab notebooks $(ARGS)
+
+app: $(READY) ## serve the explorers as a page without code; ARGS="--port 8866"
+	$(MCLIP) app $(ARGS)
 
 reproduce: $(READY) ## the long run: several seeds, the results that are committed in data/results
 	$(MCLIP) reproduce $(ARGS)

@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,18 @@ from torchvision.io import decode_jpeg, read_file
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as VF
 
-from .config import PRESETS, DistillConfig, ModelConfig, TrainConfig, closest, require
+from .bench_forms import distillation, existing_step, forms
+from .config import PRESETS, DistillConfig, TrainConfig, closest, require
 from .data import BatchSource, load_pairs
 from .files import DATA, write_json
-from .model import MobileCLIP
-from .noise import photographs, random_pairs, random_targets
+from .noise import photographs, random_model, random_pairs, random_targets, random_teacher
 from .objectives import Distillation
 from .pictures import Crops
 from .results import describe_device, versions
 from .runs import student_prepare
 from .scenes import SceneConfig
 from .targets import OnlineTargets, embed_captions, embed_pictures, get_targets
-from .teacher import Teacher, load_teacher
+from .teacher import load_teacher
 from .train import train
 
 WARM_UP = 3  # steps
@@ -54,27 +53,13 @@ def pairs_per_second(
     return settings.batch_size * settings.accumulate_grad_batches / float(step)
 
 
-def student(name: str) -> tuple[MobileCLIP, ModelConfig]:
-    """A preset with random weights."""
-    config = replace(PRESETS[name], image=replace(PRESETS[name].image, pretrained=False))
-    torch.manual_seed(0)
-    return MobileCLIP(config), config
-
-
-def vit_b_32(folder: Path) -> Teacher:
-    """The architecture of OpenAI's ViT-B/32 with random weights, loaded by path as the real ones are."""
-    torch.manual_seed(0)
-    torch.save(open_clip.create_model("ViT-B-32").state_dict(), folder / "random.pt")
-    return load_teacher("ViT-B-32", str(folder / "random.pt"))
-
-
 def steps(batch_size: int = 16, count: int = 16) -> list[Row]:
     """Steps of the real-size students on cached ViT-B/32 targets, 224 pixels."""
     rows = []
     settings = TrainConfig(max_epochs=1, batch_size=batch_size, progress=False, accelerator="cpu")
     pairs, targets = random_pairs(batch_size * count, 224), random_targets(batch_size * count)
     for name, bar in (("klmobile", 20), ("mobile-512", 30)):
-        model, config = student(name)
+        model, config = random_model(name)
         source = BatchSource(pairs, model.tokenizer, student_prepare(config), batch_size, 0, targets)
         pace = pairs_per_second(model, source, config.embed_dim, settings)
         rows.append({"what": f"distillation step, {name}, 224 px, batch {batch_size}, cached targets", "value": pace,
@@ -88,7 +73,7 @@ def teacher_in_the_loop(batch_size: int = 16, count: int = 10) -> list[Row]:
     settings = TrainConfig(max_epochs=1, batch_size=batch_size, progress=False, accelerator="cpu")
     pairs = random_pairs(batch_size * count, 224)
     with tempfile.TemporaryDirectory() as folder:
-        teacher = vit_b_32(Path(folder))
+        teacher = random_teacher(Path(folder))
     for name in ("mobile-512", "ViT-B-32"):
         paces = []
         for targets in (random_targets(len(pairs)), OnlineTargets([teacher], pairs)):
@@ -96,7 +81,7 @@ def teacher_in_the_loop(batch_size: int = 16, count: int = 10) -> list[Row]:
                 model, tokenizer = open_clip.create_model(name, output_dict=True), open_clip.get_tokenizer(name)
                 source = BatchSource(pairs, tokenizer, teacher.prepare, batch_size, 0, targets)
             else:
-                model, config = student(name)
+                model, config = random_model(name)
                 source = BatchSource(pairs, model.tokenizer, student_prepare(config), batch_size, 0, targets)
             paces.append(pairs_per_second(model, source, 512, settings))
         rows.append({"what": f"cached targets against an online ViT-B/32, student {name}", "value": paces[0] / paces[1],
@@ -107,7 +92,7 @@ def teacher_in_the_loop(batch_size: int = 16, count: int = 10) -> list[Row]:
 def targets(count: int = 256) -> list[Row]:
     """Pace of a ViT-B/32 that embeds JPEGs and captions for the cache, and the bytes that each takes."""
     with tempfile.TemporaryDirectory() as folder, photographs(count) as pictures:
-        teacher, pairs = vit_b_32(Path(folder)), load_pairs(pictures / "pairs.csv", 64, progress=False)
+        teacher, pairs = random_teacher(Path(folder)), load_pairs(pictures / "pairs.csv", 64, progress=False)
         begun = time.perf_counter()
         found = embed_pictures(teacher, pairs, np.arange(count))
         between = time.perf_counter()
@@ -127,7 +112,7 @@ def views(count: int = 24) -> list[Row]:
     paces = []
     for crops, online in ((Crops(0.6, 4, 0), False), (Crops(0.6, 0, 0), True)):
         found = get_targets([teacher], pairs, online, crops, False)
-        model, config = student("course")
+        model, config = random_model("course")
         source = BatchSource(pairs, model.tokenizer, student_prepare(config), 64, 0, found, crops)
         paces.append(pairs_per_second(model, source, config.embed_dim, settings, teacher.embed_dim))
     what = "steps on four cached crops against an online teacher, course, scenes"
@@ -151,7 +136,9 @@ def loading(rounds: int = 3) -> list[Row]:
 
     with photographs() as folder:
         pairs = load_pairs(folder / "pairs.csv", 224, decoding="always", progress=False)
-        source = BatchSource(pairs, student("course")[0].tokenizer, lambda x: x, 64, 0, crops=Crops(scale[0], 0, 0))
+        source = BatchSource(
+            pairs, random_model("course")[0].tokenizer, lambda x: x, 64, 0, crops=Crops(scale[0], 0, 0)
+        )
 
         def ours() -> None:
             for _ in source.epoch(0):
@@ -188,7 +175,7 @@ def _peak_of_step(pieces: int, batch_size: int, preset: str) -> float:
     """Peak memory in MB of a process that takes a step of ``pieces`` batches."""
     settings = TrainConfig(max_epochs=1, batch_size=batch_size, accumulate_grad_batches=pieces, progress=False)
     pairs = random_pairs(pieces * batch_size, PRESETS[preset].image.image_size)
-    model, config = student(preset)
+    model, config = random_model(preset)
     source = BatchSource(pairs, model.tokenizer, student_prepare(config), batch_size, 0, random_targets(len(pairs)))
     pairs_per_second(model, source, config.embed_dim, settings)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -227,9 +214,16 @@ def million(rows: int = 1_000_000) -> list[Row]:
     ]
 
 
+def existing(batch_size: int = 16) -> list[Row]:
+    """See :func:`~mclip.bench_forms.existing_step`."""
+    with tempfile.TemporaryDirectory() as folder:
+        return existing_step(random_teacher(Path(folder)), batch_size)
+
+
 PARTS: dict[str, Callable[[], list[Row]]] = {
     "steps": steps, "teacher": teacher_in_the_loop, "targets": targets, "views": views,
-    "loading": loading, "memory": memory, "million": million,
+    "loading": loading, "memory": memory, "million": million, "distillation": distillation, "existing": existing,
+    "forms": forms,
 }  # fmt: skip
 
 
@@ -237,7 +231,8 @@ def bench(only: list[str] | None = None) -> None:
     """Measure, print, and keep in ``data/results/bench.json``; a part that is not measured keeps its old rows.
 
     Args:
-        only: parts to measure: steps, teacher, targets, views, loading, memory, million; all by default.
+        only: parts to measure, all by default: steps, teacher, targets, views, loading, memory, million, distillation,
+            existing, forms.
     """
     file = DATA / "results" / "bench.json"
     kept = json.loads(file.read_text(encoding="utf-8"))["parts"] if file.exists() else {}

@@ -24,8 +24,11 @@ COMMANDS = {
     "reproduce": ("mclip.reproduce:reproduce", "the long run: several seeds, and the results that are committed"),
     "photographs": ("mclip.reproduce:photographs", "base against kd on captions of real photographs"),
     "views": ("mclip.reproduce:views", "whole pictures, cached crops and an online teacher side by side"),
+    "ablations": ("mclip.ablations:ablations", "what each part of the recipe is worth, over several seeds"),
+    "defects": ("mclip.defect_runs:defects", "what known defects cost, each switched on in turn"),
     "bench": ("mclip.bench:bench", "measure speed and memory, in ratios of one run"),
     "figures": ("mclip.reproduce:figures", "draw the figures from the results files"),
+    "app": ("mclip.app:app", "serve the course's explorers as a page without code"),
     "course": ("mclip.course:course", "execute the notebooks in order, and summarise what came out"),
 }
 """Name: (module:function, one line for the help). A module is imported only when its command is called."""
@@ -77,6 +80,9 @@ def parse(command: str, arguments: list[str]) -> tuple[Callable[..., None], dict
     parser = ArgumentParser(prog=f"python -m mclip {command}", description=summary, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of options; those written after it win")
     own_form = _add_course_options(parser) if command == "course" else set()
+    if command == "bench":
+        parser.add_argument("--only", nargs="+", type=str, metavar="PART", help="parts to measure, as in steps loading")
+        own_form = {"only"}
     for kind in groups.values():
         parser.add_class_arguments(kind)
     in_place = command == "download"  # the one command whose argument needs no name
@@ -109,11 +115,11 @@ def _require_known(command: str, arguments: list[str], known: set[str]) -> None:
 
 def _set_profile(parser: ArgumentParser, arguments: list[str]) -> None:
     """Make the chosen profile's numbers, and those of ``--auto_kd_config``, the defaults that options override."""
-    from .runs import get_profile
+    from .profiles import TRAINING, get_profile
 
     def use(profile: str) -> None:
         chosen = get_profile(profile)
-        parser.set_defaults({key: getattr(chosen, key) for key in ("max_epochs", "batch_size", "learning_rate")})
+        parser.set_defaults({key: getattr(chosen, key) for key in TRAINING})
 
     use("cpu")
     first = parser.parse_args(arguments)

@@ -23,9 +23,12 @@ class Texts(Sequence[str]):
 
     def extend(self, texts: Iterable[str]) -> None:
         """Add some at the end."""
-        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-        self.ends.extend(islice(accumulate(map(len, encoded), initial=len(self.block)), 1, None))
-        self.block += b"".join(encoded)
+        texts = list(texts)
+        joined = "".join(texts)
+        # As many bytes as characters: the usual case needs no bytes of each text.
+        parts = texts if joined.isascii() else [text.encode("utf-8", "surrogatepass") for text in texts]
+        self.ends.extend(islice(accumulate(map(len, parts), initial=len(self.block)), 1, None))
+        self.block += joined.encode("utf-8", "surrogatepass")
 
     def __len__(self) -> int:
         return len(self.ends)

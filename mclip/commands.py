@@ -145,8 +145,8 @@ def cache(
     profile: ProfileName = "cpu",
     teacher_model: str = "",
     teacher_pretrained: str | None = None,
-    crop_scale: float = 1.0,
-    views: int = 0,
+    crop_scale: float | None = None,
+    views: int | None = None,
     seed: int = 0,
 ) -> None:
     """Compute what the teacher says of every picture and caption; distill with the same options finds it there.
@@ -155,12 +155,13 @@ def cache(
         profile: how many scenes, and the teacher where none is named.
         teacher_model: scenes, a teacher's folder, or an open_clip architecture; the profile's if empty.
         teacher_pretrained: the architecture's weights: an open_clip tag or a file.
-        crop_scale: crops keep at least this share of a picture's area; 1 shows the whole picture.
-        views: number of crops of each picture.
+        crop_scale: crops keep at least this share of a picture's area; 1: whole pictures. The profile's if null.
+        views: number of crops of each picture; the profile's if null.
         seed: of the crops, and of the choice that data_size makes: the seed of the run.
     """
     defaults = get_profile(profile)
-    crops = get_crops(TrainConfig(crop_scale=crop_scale, views=views, seed=seed))
+    chosen = {"crop_scale": crop_scale, "views": views}
+    crops = get_crops(defaults.training(seed=seed, **{key: v for key, v in chosen.items() if v is not None}))
     training, _ = load_data(
         profile, get_model_config(defaults.preset).image.image_size, train_data_path=data.train_data_path,
         val_data_path=data.val_data_path or data.train_data_path, data_size=data.data_size, seed=seed, **data.keys(),

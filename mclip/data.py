@@ -24,7 +24,8 @@ from .columns import Captions, Texts
 from .config import require
 from .files import content_key
 from .folders import read_folder, read_shards, shards_of
-from .pictures import Crops, PictureError, Pictures, decode, decoded_once, fingerprint, open_picture, readable, square
+from .pictures import Crops, PictureError, Pictures, decode, decoded_once, fingerprint, met_late, open_picture, readable
+from .pictures import square as square
 from .readers import DataError as DataError
 from .readers import OnError, Table, read_csv, read_json, reject
 from .scenes import DRAWING_VERSION, SceneConfig, make_scenes
@@ -67,12 +68,16 @@ class Pairs:
 
     def picture(self, row: int) -> Image.Image:
         """The picture as it came, at its full size."""
-        return open_picture(self.files[row]) if self.files else Image.fromarray(self.images[row].transpose(1, 2, 0))
+        if not self.files:
+            return Image.fromarray(self.images[row].transpose(1, 2, 0))
+        with met_late():
+            return open_picture(self.files[row])
 
     def cropped(self, row: int, size: int, seed: int, crops: Crops) -> np.ndarray:
         """The crop of a picture that ``seed`` decides, (3, size, size) uint8."""
         if self.files:
-            return decode(self.files[row], size, seed, crops.smallest)
+            with met_late():
+                return decode(self.files[row], size, seed, crops.smallest)
         return square(torch.from_numpy(np.array(self.images[row])), size, seed, crops.smallest).numpy()
 
     def fraction(self, data_size: float, seed: int = 0) -> Pairs:

@@ -123,6 +123,7 @@ def _work(
 ) -> None:
     """What the process of one notebook does."""
     os.setsid()  # Ctrl-C reaches the caller alone, which then ends every notebook
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     os.environ.update(environment)
     threading.Thread(target=_end_with_caller, daemon=True).start()
     try:

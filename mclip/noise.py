@@ -5,30 +5,20 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import open_clip
+import torch
 from PIL import Image
 
+from .config import PRESETS, ModelConfig
 from .data import Pairs, Targets
+from .model import MobileCLIP
+from .teacher import Teacher, load_teacher
 
-WORDS = (
-    "a",
-    "small",
-    "red",
-    "dog",
-    "runs",
-    "along",
-    "the",
-    "beach",
-    "beside",
-    "two",
-    "men",
-    "who",
-    "throw",
-    "a",
-    "ball",
-)
+SENTENCE = "a small red dog runs along the beach beside two men who throw a ball"
 
 
 class Noise:
@@ -51,7 +41,9 @@ class Noise:
 def random_pairs(count: int, side: int) -> Pairs:
     """Noise with captions of eleven words."""
     rng = np.random.default_rng(0)
-    return Pairs(Noise(count, side), [[" ".join(rng.choice(WORDS, 11))] for _ in range(count)], "noise", "noise")
+    return Pairs(
+        Noise(count, side), [[" ".join(rng.choice(SENTENCE.split(), 11))] for _ in range(count)], "noise", "noise"
+    )
 
 
 def random_targets(count: int, width: int = 512) -> Targets:
@@ -75,3 +67,17 @@ def photographs(count: int = 256) -> Iterator[Path]:
             lines.append(f"{number}.jpg,picture {number}")
         Path(name, "pairs.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
         yield Path(name)
+
+
+def random_model(name: str) -> tuple[MobileCLIP, ModelConfig]:
+    """A preset with random weights."""
+    config = replace(PRESETS[name], image=replace(PRESETS[name].image, pretrained=False))
+    torch.manual_seed(0)
+    return MobileCLIP(config), config
+
+
+def random_teacher(folder: Path) -> Teacher:
+    """The architecture of OpenAI's ViT-B/32 with random weights, loaded by path as the real ones are."""
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("ViT-B-32").state_dict(), folder / "random.pt")
+    return load_teacher("ViT-B-32", str(folder / "random.pt"))

@@ -12,7 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -36,6 +36,15 @@ UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError, Syn
 
 class PictureError(ValueError):
     """A picture that cannot be read; the message names it."""
+
+
+@contextmanager
+def met_late() -> Iterator[None]:
+    """PictureError with the remedy, where a picture is met for the first time in the middle of a run."""
+    try:
+        yield
+    except PictureError as error:
+        raise PictureError(f"{error}; mend it, or pass on_error='skip', which leaves it out at the start.") from error
 
 
 @lru_cache(64)
@@ -134,10 +143,11 @@ class Pictures:
         return len(self.names)
 
     def __getitem__(self, rows: int | slice | np.ndarray | list[int]) -> np.ndarray:
-        if isinstance(rows, int | np.integer):
-            return decode(self.names[int(rows)], self.size)
-        numbers = range(*rows.indices(len(self))) if isinstance(rows, slice) else [int(row) for row in rows]
-        found = list(pool().map(lambda row: decode(self.names[row], self.size), numbers))
+        with met_late():
+            if isinstance(rows, int | np.integer):
+                return decode(self.names[int(rows)], self.size)
+            numbers = range(*rows.indices(len(self))) if isinstance(rows, slice) else [int(row) for row in rows]
+            found = list(pool().map(lambda row: decode(self.names[row], self.size), numbers))
         return np.stack(found) if found else np.empty((0, *self.shape[1:]), np.uint8)
 
 
@@ -232,4 +242,5 @@ def fingerprint(names: Sequence[str], at_most: int = 100_000) -> list[tuple[str,
     step = max(1, math.ceil(len(names) / at_most))
     files = dict.fromkeys(names[row].rsplit(IN_ARCHIVE, 1)[0] for row in range(0, len(names), step))
     stats = ((file, os.stat(file)) for file in files)
-    return [(os.path.abspath(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    here = os.getcwd()
+    return [(os.path.join(here, file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]

@@ -79,11 +79,14 @@ class TableBuilder:
 
     def extend(self, pictures: Sequence[str], captions: Sequence[str], rows: Sequence[int]) -> None:
         """Many pairs whose captions are known to have words."""
-        for picture, row in zip(pictures, rows, strict=True):
-            number = self._numbers.setdefault(picture, len(self._numbers))
-            if number == len(self._places):
-                self._places.append(row)
-            self._owners.append(number)
+        known, before = self._numbers, len(self._numbers)
+        numbers = [known.setdefault(picture, len(known)) for picture in pictures]
+        if len(known) == before + len(pictures):  # all are new, as they mostly are
+            self._places.extend(rows)
+        else:
+            first_rows = dict(zip(reversed(numbers), reversed(rows), strict=True))
+            self._places.extend(first_rows[number] for number in range(before, len(known)))
+        self._owners.extend(numbers)
         self._captions.extend(captions)
 
     def table(self) -> Table:
@@ -171,7 +174,7 @@ def _read_rows(reader: Any, columns: list[int], builder: TableBuilder) -> None:
         folders = {row[at_folder[0]] for row in rows} if at_folder else {""}
         names, captions = [row[at_image] for row in rows], [row[at_caption] for row in rows]
         folder = str(Path(parent, *folders)) if len(folders) == 1 else ""
-        if folder and listing.names(folder).issuperset(names) and all(map(_WORDS.search, captions)):
+        if folder and all(map(listing.names(folder).__contains__, names)) and all(map(_WORDS.search, captions)):
             builder.extend([f"{folder}{os.sep}{name}" for name in names], captions, lines)
             continue
         for line, row in zip(lines, rows, strict=True):

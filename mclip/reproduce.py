@@ -73,12 +73,7 @@ def reproduce(seeds: int = 3, out_dir: str = "runs/reproduce", profile: str = "c
     training, validation = load_data(profile, PRESETS["course"].image.image_size)
     evaluate_all({"teacher": load_model("teacher")}, profile=profile, save_results=RESULTS / "teacher")
     for seed in range(first_seed, first_seed + seeds):
-        settings = TrainConfig(
-            max_epochs=defaults.max_epochs,
-            batch_size=defaults.batch_size,
-            learning_rate=defaults.learning_rate,
-            seed=seed,
-        )
+        settings = defaults.training(seed=seed)
         models = _students(out, seed, training, validation, settings, defaults.teacher)
         loaded = {name: load_model(folder) for name, folder in models.items()}
         records = evaluate_all(loaded, profile=profile, seed=seed, save_results=RESULTS / f"seed-{seed}")
@@ -105,9 +100,7 @@ def views(views: int = 4, crop_scale: float = 0.6, seed: int = 0, out_dir: str =
     """
     defaults, config = get_profile("cpu"), PRESETS["course"]
     training, validation = load_data("cpu", config.image.image_size)
-    whole = TrainConfig(
-        max_epochs=defaults.max_epochs, batch_size=defaults.batch_size, learning_rate=defaults.learning_rate, seed=seed
-    )
+    whole = defaults.training(seed=seed, crop_scale=1.0, views=0)
     runs = {
         "whole": (whole, DistillConfig()),
         "cached-views": (replace(whole, crop_scale=crop_scale, views=views), DistillConfig()),

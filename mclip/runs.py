@@ -113,7 +113,7 @@ def train_student(
     """
     torch.manual_seed(settings.seed)
     model = MobileCLIP.from_pretrained(model_folder(base_checkpoint), config) if base_checkpoint else MobileCLIP(config)
-    objective, targets, crops = Contrastive(distill), None, get_crops(settings)
+    objective, targets, crops = Contrastive(distill), None, get_crops(settings, distill.online_teacher)
     if any((distill.feature_weight, distill.response_weight, distill.similarity_weight, distill.icl_weight)):
         teachers = load_teachers(teacher_model, teacher_pretrained, device_for(settings.accelerator))
         targets = get_targets(teachers, training, distill.online_teacher, crops, settings.progress)

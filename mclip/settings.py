@@ -110,7 +110,8 @@ class TrainConfig:
         accelerator: Lightning Fabric's name: auto, cpu, gpu.
         precision: Lightning Fabric's name: 32-true, bf16-mixed, 16-mixed.
         crop_scale: random crops of the pictures keep at least this share of the area; 1 shows the whole picture.
-        views: different crops of a picture in the whole run, taken in turns; 0: a new one in each epoch.
+        views: different crops of a picture in the whole run, taken in turns; 0: a new one in each epoch. Whole
+            pictures have none.
         progress: show a progress bar.
     """
 
@@ -144,6 +145,5 @@ class TrainConfig:
         check("weight_decay", self.weight_decay >= 0, "use 0 or more")
         check("crop_scale", 0 < self.crop_scale <= 1, "choose a share of the area in (0, 1]")
         check("views", self.views >= 0, "use 0 or more")
-        check("views", self.views == 0 or self.crop_scale < 1, "views are crops: choose a crop_scale below 1")
         check("warmup", 0 <= self.warmup < 1, "choose a fraction of the run in [0, 1)")
         check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "choose a decay in (0, 1), or null")

@@ -226,9 +226,10 @@ def check_targets(targets: Targets) -> None:
                            "it must be given the captions of the data, not one constant text.")  # fmt: skip
 
 
-def get_crops(settings: TrainConfig) -> Crops | None:
-    """The random crops that a run shows, if any."""
-    return Crops(settings.crop_scale, settings.views, settings.seed) if settings.crop_scale < 1 else None
+def get_crops(settings: TrainConfig, online: bool = False) -> Crops | None:
+    """The random crops that a run shows, if any; an online teacher has a new one in each epoch."""
+    views = 0 if online else settings.views
+    return Crops(settings.crop_scale, views, settings.seed) if settings.crop_scale < 1 else None
 
 
 def get_targets(

@@ -1,8 +1,8 @@
-"""Try prompts on pictures: a text box and a picture chooser beside a bar chart of the model's answer.
+"""Charts that follow controls, and the first of them: prompts beside a bar chart of the model's answer.
 
-What the widget does lives in plain functions, which are tested without a browser. A mistake in the prompts is
-shown as a sentence; any other error appears with its traceback under the chart, because Jupyter drops what a
-callback raises.
+What a widget does lives in plain functions, which are tested without a browser. A mistake in what was typed or
+chosen is shown as a sentence; any other error appears with its traceback under the chart, because Jupyter drops
+what a callback raises.
 """
 
 from __future__ import annotations
@@ -69,21 +69,38 @@ def prompt_chart(
 
 
 def make_update(
-    read: Callable[[], tuple[str, int]], draw: Callable[[str, int], bytes], chart: ipywidgets.Image,
+    read: Callable[[], tuple[Any, ...]], draw: Callable[..., bytes], chart: ipywidgets.Image,
     message: ipywidgets.HTML, errors: ipywidgets.Output,
 ) -> Callable[[Any], None]:  # fmt: skip
-    """The callback: draw what ``read`` says into ``chart``, or clear it and put into ``message`` what is wrong."""
+    """The callback: draw what ``read`` says into ``chart``, or hide it and put into ``message`` what is wrong."""
 
     def update(_change: Any = None) -> None:
-        chart.value, message.value = b"", ""
+        drawn, message.value = b"", ""
         errors.clear_output()
         with errors:
             try:
-                chart.value = draw(*read())
+                drawn = draw(*read())
             except ValueError as error:  # ConfigError and EvaluationError are of this kind
                 message.value = f"<b>{html.escape(str(error))}</b>"
+            finally:
+                chart.value, chart.layout.display = drawn, None if drawn else "none"
 
     return update
+
+
+def follow(controls: Sequence[ipywidgets.ValueWidget], draw: Callable[..., NotebookFigure]) -> ipywidgets.VBox:
+    """The chart that ``draw`` makes of the values of ``controls``, under these; drawn anew when one changes."""
+    chart = ipywidgets.Image(format="png", width=800, layout={"max_width": "100%"})
+    message, errors = ipywidgets.HTML(), ipywidgets.Output()
+    update = make_update(
+        lambda: tuple(control.value for control in controls), lambda *values: draw(*values)._repr_png_(),
+        chart, message, errors)  # fmt: skip
+    for control in controls:
+        control.style.description_width = "initial"
+        control.observe(update, names="value")
+    update()
+    above = ipywidgets.HBox(controls, layout={"flex_flow": "row wrap", "align_items": "flex-start"})
+    return ipywidgets.VBox([above, message, chart, errors])
 
 
 def prompt_explorer(
@@ -92,17 +109,13 @@ def prompt_explorer(
     """A text box of prompts and a picture chooser over ``images``, uint8 (N, 3, H, W); the chart follows both."""
     embeddings, _ = embed_images(model, images)
     box = ipywidgets.Textarea("\n".join(prompts), description="prompts", rows=max(4, len(prompts)),
-                              continuous_update=False)  # fmt: skip
-    chooser = ipywidgets.BoundedIntText(1, min=1, max=len(embeddings), description="picture")
+                              continuous_update=False, layout={"width": "400px"})  # fmt: skip
+    count = len(embeddings)
+    chooser = ipywidgets.BoundedIntText(1, min=1, max=count, description=f"picture, 1 to {count}")
 
-    def draw(text: str, number: int) -> bytes:
+    def draw(text: str, number: int) -> NotebookFigure:
         lines = read_prompts(text)
         cosines, shares = compare_prompts(model, tokenizer, embeddings[number - 1], lines)
-        return prompt_chart(np.asarray(images[number - 1]), lines, cosines, shares)._repr_png_()
+        return prompt_chart(np.asarray(images[number - 1]), lines, cosines, shares)
 
-    chart, message, errors = ipywidgets.Image(format="png", width=800), ipywidgets.HTML(), ipywidgets.Output()
-    update = make_update(lambda: (box.value, chooser.value), draw, chart, message, errors)
-    for control in (box, chooser):
-        control.observe(update, names="value")
-    update()
-    return ipywidgets.VBox([ipywidgets.HBox([box, chooser]), message, chart, errors])
+    return follow([box, chooser], draw)

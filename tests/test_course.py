@@ -182,7 +182,8 @@ def test_interrupt_exits_130(notebooks, tmp_path):
     wait = f"import pathlib, time\npathlib.Path({str(flag)!r}).touch()\ntime.sleep(60)"
     write_notebook(notebooks / "01_first.ipynb", wait)
     code = (
-        "import sys, pathlib; from mclip import cli, course\n"
+        "import sys, pathlib, signal; from mclip import cli, course\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore Ctrl-C
         f"course.NOTEBOOKS = pathlib.Path({str(notebooks)!r})\n"
         f"sys.exit(cli.main(['course', '--out', {str(tmp_path / 'out')!r}]))"
     )

@@ -1,0 +1,57 @@
+"""The benchmark compares forms that do the same work; how fast they are is for ``make bench`` to say."""
+
+import json
+
+import torch
+
+from mclip import bench, bench_forms, cli
+from mclip.noise import SENTENCE, random_model
+from mclip.teacher import load_teacher
+
+
+def test_padded_captions_have_the_same_features():
+    model, _ = random_model("course")
+    tokens = model.tokenizer([SENTENCE, "a dog"])
+    encoder = model.text_encoder.eval()
+    assert tokens.shape[1] < model.config.text.context_length
+    torch.testing.assert_close(bench_forms.padded_features(encoder, tokens), encoder(tokens), rtol=0, atol=1e-5)
+
+
+def test_a_ratio_is_of_medians_and_leaves_the_first_turn_out(monkeypatch):
+    now, seconds = [0.0], {"slow": [50.0, 3.0, 9.0, 3.5], "fast": [70.0, 0.5, 1.0, 2.0]}
+    monkeypatch.setattr(bench_forms.time, "perf_counter", lambda: now[0])
+
+    def form(name):
+        def work():
+            now[0] += seconds[name].pop(0)
+
+        return work
+
+    row = bench_forms.ratio("what", "slow", "fast", {name: form(name) for name in seconds}, 3)
+    assert row["seconds"] == {"slow": 3.5, "fast": 1.0}
+    assert row["value"] == 3.5
+
+
+def test_the_steps_that_are_compared_run_and_leave_no_gradient():
+    rows = bench_forms.existing_step(load_teacher(), batch_size=4, rounds=1, preset="course")
+    rows += bench_forms.distillation(batch_size=8, rounds=1)
+    assert all(row["value"] > 0 and row["unit"] == "times" for row in rows)
+    model, _ = random_model("course")
+    bench_forms._backward(model.text_encoder, lambda: model.text_encoder(model.tokenizer(["a dog"])))()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_every_part_is_named_in_the_help():
+    for name in bench.PARTS:
+        assert name in bench.bench.__doc__
+
+
+def test_the_parts_to_measure_are_named_one_after_the_other(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "DATA", tmp_path)
+    (tmp_path / "results").mkdir()
+    row = {"what": "a thing", "value": 2.0, "unit": "times", "bar": ""}
+    monkeypatch.setattr(bench, "PARTS", {name: lambda: [row] for name in ("steps", "forms", "memory")})
+    assert cli.main(["bench", "--only", "forms", "steps"]) == 0
+    assert list(json.loads((tmp_path / "results" / "bench.json").read_text())["parts"]) == ["forms", "steps"]
+    assert cli.main(["bench", "--only", "form"]) == 2
+    assert "forms" in capsys.readouterr().err

@@ -1,0 +1,184 @@
+"""The explorers in a real browser: Chromium, steered by Playwright, clicks and types, and a figure changes.
+
+Deselect with -m "not browser". Each test has a server and a kernel of its own, on a free port, with settings and
+notebooks in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+
+from mclip.config import DistillConfig
+from mclip.course import NOTEBOOKS
+from mclip.explorers import replay
+from mclip.files import DATA
+from mclip.plots import training_curves
+from mclip.train import read_log
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = pytest.mark.browser
+
+SECONDS = 300  # for whatever a page waits for: the import of PyTorch takes minutes where many share two slow cores
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHART = "img.widget-image"
+CHANGED = "([chart, old]) => (i => i && i.src !== old && i.complete && i.naturalWidth)(document.querySelector(chart))"
+BYTES = """async chart => {
+  const blob = await (await fetch(document.querySelector(chart).src)).blob();
+  return await new Promise(done => {
+    const reader = new FileReader();
+    reader.onload = () => done(reader.result.split(",")[1]);
+    reader.readAsDataURL(blob);
+  });
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's Chromium, without a screen."""
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is installed; on Debian: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, tmp_path):
+    """A page, of which a picture stays in the test's folder."""
+    page = browser.new_page(viewport={"width": 1280, "height": 1100})
+    page.set_default_timeout(1000 * SECONDS)
+    yield page
+    page.screenshot(path=tmp_path / "page.png")
+    page.close()
+
+
+@contextmanager
+def serve(folder: Path, *command: str) -> Iterator[str]:
+    """Run ``command``, with "PORT" replaced by a free port; yields the address, ends all its processes."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    own = {name: str(folder / name.lower()) for name in
+           ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "JUPYTERLAB_SETTINGS_DIR",
+            "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")}  # fmt: skip
+    words, log = [word.replace("PORT", str(port)) for word in command], folder / "server.log"
+    with log.open("w") as output:
+        environment = os.environ | own | {"JUPYTER_PREFER_ENV_PATH": "1"}
+        server = subprocess.Popen([sys.executable, "-m", *words], cwd=folder, env=environment, stdout=output,
+                                  stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)  # fmt: skip
+    try:
+        wait_for_port(server, port, log)
+        yield f"http://localhost:{port}"
+    finally:
+        processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        server.terminate()
+        for process in psutil.wait_procs(processes, timeout=10)[1]:
+            process.kill()
+        server.wait()
+
+
+def wait_for_port(server: subprocess.Popen, port: int, log: Path) -> None:
+    deadline = time.monotonic() + SECONDS
+    while True:
+        try:
+            socket.create_connection(("localhost", port), timeout=1).close()
+            return
+        except OSError:
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, f"no answer after {SECONDS} s: {log.read_text()}"
+            time.sleep(0.2)
+
+
+def picture(page) -> bytes:
+    """The chart that the browser shows."""
+    return base64.b64decode(page.evaluate(BYTES, CHART))
+
+
+def wait_for_change(page, source: str | None) -> bytes:
+    """Wait for a whole picture in place of that with the address ``source``."""
+    page.wait_for_function(CHANGED, arg=[CHART, source])
+    return picture(page)
+
+
+def scratch_copy(folder: Path, name: str, *words: str) -> Path:
+    """A copy of the lesson ``name`` with those code cells alone that hold one of ``words``, without outputs."""
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    notebook.cells = [
+        nbformat.v4.new_code_cell(cell.source)
+        for cell in notebook.cells
+        if cell.cell_type == "code" and any(word in cell.source for word in words)
+    ]
+    assert len(notebook.cells) == len(words)
+    nbformat.write(notebook, folder / "scratch.ipynb")
+    return folder / "scratch.ipynb"
+
+
+def test_a_click_in_jupyterlab_changes_the_schedule_explorer(page, tmp_path):
+    """What the browser shows is, byte for byte, what the plain functions draw."""
+    scratch_copy(tmp_path, "08_three_phase_training", "from mclip.config import", "schedule_explorer(")
+    news = tmp_path / "jupyterlab_settings_dir/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+    news.parent.mkdir(parents=True)
+    news.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
+    options = ("--no-browser", "--allow-root", "--ServerApp.port=PORT", "--ServerApp.port_retries=0",
+               "--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path}")  # fmt: skip
+    with serve(tmp_path, "jupyterlab", *options) as address:
+        page.goto(f"{address}/lab/tree/scratch.ipynb", wait_until="commit")
+        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        log, config = read_log(DATA / "results" / "logs" / "kd.jsonl"), DistillConfig()
+        assert wait_for_change(page, None) == training_curves(replay(log, config))._repr_png_()
+
+        before = page.locator(CHART).get_attribute("src")
+        page.locator(".widget-dropdown select").select_option("fixed")
+        fixed = DistillConfig(balancers=("fixed",))
+        assert wait_for_change(page, before) == training_curves(replay(log, fixed))._repr_png_()
+
+        before = page.locator(CHART).get_attribute("src")
+        track = page.locator(".widget-slider", has_text="end of the cooling").locator(".noUi-target")
+        track.click(position={"x": 0.75 * track.bounding_box()["width"], "y": 2})
+        assert wait_for_change(page, before) != training_curves(replay(log, fixed))._repr_png_()
+
+
+def test_typing_in_the_app_changes_the_prompt_explorer(page, tmp_path):
+    with serve(
+        tmp_path, "mclip", "app", "--port", "PORT", "--open_browser", "false", "--out", str(tmp_path)
+    ) as address:
+        page.goto(address, wait_until="commit")
+        first = wait_for_change(page, None)
+        title = page.get_by_role("heading", level=1)
+        assert "A small CLIP to play with" in title.inner_text()
+        assert "import " not in page.inner_text("body"), "the page shows code"
+
+        box = page.locator(".widget-textarea textarea")
+        box.fill("a star\na star")
+        title.click()
+        page.get_by_text("no two alike").wait_for()
+        page.locator(CHART).wait_for(state="hidden")
+
+        before = page.locator(CHART).get_attribute("src")
+        box.fill("a dark night\na white page\na $5 note")
+        title.click()
+        second = wait_for_change(page, before)
+
+        before = page.locator(CHART).get_attribute("src")
+        chooser = page.locator(".widget-text input")
+        chooser.fill("2")
+        chooser.press("Enter")
+        assert len({first, second, wait_for_change(page, before)}) == 3

@@ -1,0 +1,104 @@
+"""The defects: each can be switched on and off again, and the tests that it names fail while it is on."""
+
+import ast
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+import torch
+
+from mclip import balancing, losses, text_encoder, train
+from mclip.defects import DEFECTS, left_and_right_swapped
+
+TESTS = Path(__file__).parent
+each_defect = pytest.mark.parametrize("defect", DEFECTS.values(), ids=lambda defect: f"{defect.number:02}")
+
+
+def tests_by_name() -> dict[str, Path]:
+    return {
+        node.name: path
+        for path in TESTS.glob("test_*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
+
+
+def test_there_are_fourteen():
+    assert list(DEFECTS) == list(range(1, 15))
+
+
+@each_defect
+def test_the_checks_exist(defect):
+    assert defect.checks
+    assert set(defect.checks) <= set(tests_by_name())
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> dict[str, list[str]]:
+    """Of each check: what every case of it says with the defect on; an empty text where it passes."""
+    where, report = tests_by_name(), tmp_path_factory.mktemp("defects") / "report.xml"
+    nodes = [f"{where[check]}::{check}" for defect in DEFECTS.values() for check in defect.checks]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "defects_on", "-p", "no:cacheprovider", "-o", "addopts=",
+               f"--junitxml={report}", *nodes]  # fmt: skip
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    subprocess.run(command, cwd=TESTS.parent, env=os.environ | {"PYTHONPATH": path}, capture_output=True, check=False)
+    found: dict[str, list[str]] = {}
+    for case in ET.parse(report).iter("testcase"):
+        assert case.find("error") is None, case.get("name")  # an error before or after the test is no answer
+        failure = case.find("failure")
+        found.setdefault(case.get("name").split("[")[0], []).append("" if failure is None else failure.get("message"))
+    return found
+
+
+@each_defect
+def test_the_checks_fail_with_the_defect_on(defect, outcomes):
+    for check in defect.checks:
+        assert outcomes[check], f"{check} did not run"
+        for said in outcomes[check]:
+            assert said, f"{check} passes although the defect is on"
+            assert said.split(":")[0] not in ("TypeError", "NameError", "KeyError", "RecursionError"), said
+
+
+@each_defect
+def test_a_defect_is_gone_when_it_is_switched_off(defect):
+    before = [getattr(owner, name) for owner, name, _ in defect.patches + defect.refusals]
+    with pytest.raises(KeyboardInterrupt), defect.switched_on(train_all_the_same=True):
+        for owner, name, defective in defect.patches + defect.refusals:
+            assert getattr(owner, name) is defective
+        raise KeyboardInterrupt
+    assert [getattr(owner, name) for owner, name, _ in defect.patches + defect.refusals] == before
+
+
+def test_a_function_is_replaced_wherever_it_was_imported():
+    from mclip.train import learning_rate  # noqa: F401 (this name, in this module)
+
+    globals()["learning_rate"] = train.learning_rate
+    with DEFECTS[8].switched_on():
+        assert globals()["learning_rate"] is train.learning_rate
+    del globals()["learning_rate"]
+
+
+def test_letters_are_swapped_inside_words():
+    assert left_and_right_swapped("bright, left or right") == "bleft, right or left"
+
+
+def test_the_dead_balancer_looks_like_success():
+    """Its loss falls to 0, because its weight does."""
+    config = balancing.DistillConfig()
+    weigher, terms = balancing.make_balancer(config), {"original": torch.tensor(4.0)}
+    with DEFECTS[6].switched_on():
+        printed = [weigher.combine(terms, {"original": 1.0}, step, [])[0].item() for step in range(100)]
+    assert printed[-1] < 1e-3 * printed[0]
+
+
+def test_defective_forms_keep_their_shapes():
+    x, padding = torch.randn(2, 6, 64), torch.zeros(2, 6, dtype=torch.bool)
+    block = text_encoder.LSRABlock(128, 4, 3, 128, 0.0)
+    with DEFECTS[3].switched_on(), DEFECTS[4].switched_on():
+        assert block(torch.cat([x, x], 2), padding).shape == (2, 6, 128)
+    u, U = torch.randn(4, 8), torch.randn(4, 8)
+    with DEFECTS[7].switched_on():
+        assert losses.feature(u, U).ndim == 0

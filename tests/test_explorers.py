@@ -1,0 +1,192 @@
+"""The explorers without a browser: what they draw against the losses and the balancer, and their controls."""
+
+from __future__ import annotations
+
+import ipywidgets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mclip import explorers, losses
+from mclip.balancing import STRATEGIES, Balancer
+from mclip.config import ConfigError, DistillConfig
+from mclip.explorers import (
+    TEMPERATURES,
+    loss_chart,
+    loss_explorer,
+    recorded_pulls,
+    replay,
+    response_and_gradient,
+    schedule_explorer,
+)
+from mclip.files import DATA
+from mclip.plots import training_curves
+from mclip.style import figure
+from mclip.train import read_log
+
+CAPTIONS = ["a red star", "a $ heart", "a blue ring", "a thing"]
+SCALES = {"scale": 12.0, "teacher_scale": 20.0}
+
+
+@pytest.fixture(scope="module")
+def student() -> tuple[torch.Tensor, torch.Tensor]:
+    return embeddings(0, 8)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> tuple[torch.Tensor, torch.Tensor]:
+    return embeddings(1, 16)
+
+
+def embeddings(seed: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(F.normalize(torch.randn(4, width, generator=generator), dim=1) for _ in range(2))
+
+
+@pytest.fixture(scope="module")
+def log() -> list[dict]:
+    return read_log(DATA / "results" / "logs" / "kd.jsonl")
+
+
+def steps_of(log: list[dict]) -> list[dict]:
+    return [record for record in log if "terms" in record]
+
+
+def controls_of(explorer: ipywidgets.VBox) -> tuple[tuple, ipywidgets.HTML, ipywidgets.Image]:
+    above, message, chart, _errors = explorer.children
+    return above.children, message, chart
+
+
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+def test_gradient_of_the_response_is_its_slope(student, teacher, temperature):
+    """The norm against the closed form of the gradient, (q - p) / T times T^2 at the logits, both ways averaged."""
+    loss, norm = response_and_gradient(student, teacher, *SCALES.values(), temperature)
+    assert loss == pytest.approx(losses.response(*student, *teacher, *SCALES.values(), temperature).item())
+    ours, theirs = 12.0 * student[0] @ student[1].T, 20.0 * teacher[0] @ teacher[1].T
+    across = (ours / temperature).softmax(1) - (theirs / temperature).softmax(1)
+    down = (ours / temperature).softmax(0) - (theirs / temperature).softmax(0)
+    at_logits = temperature * (across + down) / (2 * len(ours))
+    at_embeddings = 12.0 * torch.cat([at_logits @ student[1], at_logits.T @ student[0]])
+    assert norm == pytest.approx(at_embeddings.norm().item(), rel=1e-4)
+
+
+def test_loss_chart_shows_what_the_losses_say(student, teacher):
+    fig = loss_chart(student, teacher, CAPTIONS, **SCALES, temperature=2.0, picture=1)
+    left, right, rows, curves, _colours = fig.axes
+    for ax, (image, text), scale in ((left, teacher, 20.0), (right, student, 12.0)):
+        expected = F.softmax(scale * image @ text.T / 2.0, dim=1).numpy()
+        np.testing.assert_allclose(ax.images[0].get_array(), expected, atol=1e-6)
+    widths = np.array([bar.get_width() for bar in rows.patches])
+    drawn = np.concatenate([left.images[0].get_array()[1], right.images[0].get_array()[1]])
+    assert widths == pytest.approx(drawn)
+    lines = {line.get_label(): line for line in curves.lines if not line.get_label().startswith("_")}
+    for i in (0, 12, 24):
+        loss = losses.response(*student, *teacher, *SCALES.values(), TEMPERATURES[i]).item()
+        assert lines["KL times T²"].get_ydata()[i] == pytest.approx(loss, rel=1e-5)
+        assert lines["KL"].get_ydata()[i] == pytest.approx(loss / TEMPERATURES[i] ** 2, rel=1e-5)
+    assert [label.get_text()[:4] for label in rows.get_yticklabels()] == ["a re", r"a \$", "a bl", "a th"]
+
+
+def test_nothing_to_learn_at_the_teachers_own_place(teacher):
+    loss, norm = response_and_gradient(teacher, teacher, 20.0, 20.0, 4.0)
+    assert (loss, norm) == pytest.approx((0, 0), abs=1e-4)
+
+
+def test_loss_explorer_follows_each_control(student, teacher):
+    controls, message, chart = controls_of(loss_explorer(student, teacher, CAPTIONS, **SCALES))
+    assert all(control.description and not control.continuous_update for control in controls)
+    seen = {bytes(chart.value)}
+    for control, value in zip(controls, (1.0, 40.0, 4), strict=True):
+        control.value = value
+        seen.add(bytes(chart.value))
+    assert len(seen) == 4
+    assert message.value == ""
+    expected = loss_chart(student, teacher, CAPTIONS, 40.0, 20.0, 1.0, 3)._repr_png_()
+    assert bytes(chart.value) == expected
+
+
+def test_replay_of_the_recorded_settings_is_the_record(log):
+    """Weights come out as they were logged: nothing was lost on the way from weights to gradient norms and back."""
+    steps, replayed = steps_of(log), replay(log, DistillConfig())
+    assert len(replayed) == len(steps)
+    for step, again in zip(steps, replayed, strict=True):
+        assert again["weights"] == pytest.approx(step["weights"], rel=1e-6)
+        for key in ("step", "phase", "temperature", "terms", "strategy"):
+            assert again[key] == step[key]
+
+
+def test_magnitude_gives_every_term_its_prior_in_the_end(log):
+    """With no memory, weight times loss is proportional to the prior: the definition, by hand."""
+    config = DistillConfig(balancers=("magnitude",), adaptation_rate=1.0, gradient_check_frequency=1)
+    last = replay(log, config)[-1]
+    products = {name: weight * last["terms"][name] for name, weight in last["weights"].items()}
+    assert products["feature"] == pytest.approx(20 * products["original"])
+    assert products["response"] == pytest.approx(products["original"])
+
+
+def test_uncertainty_moves_towards_small_losses(log):
+    last = replay(log, DistillConfig(balancers=("uncertainty",)))[-1]
+    assert last["weights"]["feature"] / 20 > last["weights"]["original"]
+    assert sum(last["weights"].values()) == pytest.approx(3)
+
+
+def test_an_earlier_phase_takes_the_first_recorded_loss(log):
+    first = next(record for record in steps_of(log) if "response" in record["terms"])
+    replayed = replay(log, DistillConfig(phases=(0.02, 0.1, 0.9)))
+    joined = next(record for record in replayed if "response" in record["terms"])
+    assert joined["step"] == round(0.1 * len(replayed)) < first["step"]
+    assert joined["terms"]["response"] == first["terms"]["response"]
+
+
+def test_pulls_are_the_norms_that_a_balancer_was_given():
+    """Made-up norms go through a balancer; the log that it leaves gives them back."""
+    config = DistillConfig(gradient_check_frequency=5, phases=(0.0, 0.5, 1.0), balancers=("gradient_norm",))
+    place = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    balancer, made_up = Balancer(config), []
+    for step in range(40):
+        norms = {"original": 2.0 + step, "feature": 0.1, "response": 30.0 / (1 + step)}
+        terms = {name: 1 + norm * place[i] for i, (name, norm) in enumerate(norms.items())}
+        active = {"original": 1.0, "feature": 1.0} | ({"response": 1.0} if step >= 20 else {})
+        weights = balancer.weights(terms, active, step, [place])
+        made_up.append({"step": step, "terms": {}, "weights": weights, "strategy": "gradient_norm"})
+    found = recorded_pulls(made_up, DistillConfig(**{**vars(config), "ramp": 0.0}))
+    assert found["feature"][25] == pytest.approx(0.1 / 27, rel=1e-3)
+    assert found["feature"][29] == found["feature"][25]
+    assert found["response"][35] == pytest.approx(30 / 36 / 37, rel=1e-3)
+    assert found["response"][0] == found["response"][20]
+
+
+def test_a_log_without_gradient_norms_is_named():
+    steps = [{"step": s, "terms": {"original": 1.0}, "weights": {"original": 1.0}, "strategy": "fixed"} for s in (0, 1)]
+    with pytest.raises(ConfigError, match="none was balanced by gradient_norm"):
+        replay(steps, DistillConfig(feature_weight=0.0, response_weight=0.0))
+
+
+def test_schedule_explorer_draws_the_replay_of_its_controls(log, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(explorers, "training_curves", lambda replayed: drawn.append(replayed) or figure(1, 1))
+    controls, message, _ = controls_of(schedule_explorer(log))
+    assert drawn == [replay(log, DistillConfig())]
+    changes = {
+        "starts": ((0.2, 0.4), {"phases": (0.2, 0.4, 0.9)}),
+        "end": (0.7, {"phases": (0.2, 0.4, 0.7)}),
+        "ramp": (0.1, {"ramp": 0.1}),
+        "heat": ((2.0, 6.0), {"min_temperature": 2.0, "max_temperature": 6.0}),
+        "balancer": (("fixed",), {"balancers": ("fixed",)}),
+    }
+    chosen = {}
+    for control, (value, settings) in zip(controls, changes.values(), strict=True):
+        control.value, chosen = value, chosen | settings
+        assert drawn[-1] == replay(log, DistillConfig(**chosen)) != drawn[-2]
+    assert {name for row in controls[-1].options.values() for name in row} == set(STRATEGIES)
+    assert message.value == ""
+
+
+def test_bounds_out_of_order_are_a_sentence_under_the_controls(log):
+    controls, message, chart = controls_of(schedule_explorer(log))
+    assert bytes(chart.value) == training_curves(replay(log, DistillConfig()))._repr_png_()
+    assert all(control.description for control in controls)
+    controls[1].value = 0.1
+    assert "rising order" in message.value
+    assert bytes(chart.value) == b""
