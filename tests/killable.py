@@ -26,7 +26,7 @@ from mclip.text_encoder import _byte_pairs
 
 PLACES = {
     "drawing": "mclip.scenes:captions_of",  # the cache's folder holds the pictures and lacks the captions
-    "targets": "mclip.teacher:Teacher.prepare",  # it holds the teacher's captions and lacks the pictures
+    "targets": "mclip.targets:embed_pictures",  # it holds the teacher's captions and lacks the pictures
     "beginning": "mclip.checkpoints:atomic_path",  # settings are written, the log is not yet
     "between": "mclip.train:_train_step",  # two steps
     "gradient": "lightning_fabric:Fabric.clip_gradients",  # a step has its gradient and has not moved yet

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from mclip.cli import main
-from mclip.config import PRESETS, ConfigError, DistillConfig, TrainConfig
+from mclip.config import PRESETS, ConfigError, DistillConfig
 from mclip.evaluate import evaluate_zero_shot
 from mclip.files import atomic_folder, atomic_path, missing_folder, write_json
 from mclip.results import load_results
@@ -27,7 +27,7 @@ from mclip.runs import (
 from mclip.scene_sets import scene_sets
 from mclip.teacher import PLAIN_CLIP_CONFIG
 
-SMOKE = TrainConfig(max_epochs=1, batch_size=64, learning_rate=3e-3, progress=False, accelerator="cpu")
+SMOKE = get_profile("smoke").training(progress=False, accelerator="cpu")
 
 
 @pytest.fixture(scope="module")
