@@ -22,7 +22,7 @@ from torchvision.io import decode_jpeg, read_file
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as VF
 
-from .bench_forms import distillation, existing_step, forms
+from .bench_forms import distillation, evaluation, existing_step, forms
 from .config import PRESETS, DistillConfig, TrainConfig, closest, require
 from .data import BatchSource, load_pairs
 from .files import DATA, write_json
@@ -223,7 +223,7 @@ def existing(batch_size: int = 16) -> list[Row]:
 PARTS: dict[str, Callable[[], list[Row]]] = {
     "steps": steps, "teacher": teacher_in_the_loop, "targets": targets, "views": views,
     "loading": loading, "memory": memory, "million": million, "distillation": distillation, "existing": existing,
-    "forms": forms,
+    "forms": forms, "evaluation": evaluation,
 }  # fmt: skip
 
 
@@ -232,7 +232,7 @@ def bench(only: list[str] | None = None) -> None:
 
     Args:
         only: parts to measure, all by default: steps, teacher, targets, views, loading, memory, million, distillation,
-            existing, forms.
+            existing, forms, evaluation.
     """
     file = DATA / "results" / "bench.json"
     kept = json.loads(file.read_text(encoding="utf-8"))["parts"] if file.exists() else {}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .batches import Batch, BatchSource
 from .config import DistillConfig
+from .embed import BATCH_SIZE, embed_images
 from .model import MobileCLIP
 from .noise import SENTENCE, random_model, random_pairs, random_targets
 from .objectives import Contrastive, Distillation
@@ -156,3 +157,20 @@ def forms(rounds: int = 10) -> list[Row]:
             "image encoder, channels first against last, mobile-512", "channels first", "channels last", layout, rounds
         ),
     ]
+
+
+def evaluation(batches: int = 4, singles: int = 32, rounds: int = 7) -> list[Row]:
+    """Pictures embedded in batches, as evaluation does, against one by one: seconds of a picture, course's student."""
+    model, config = random_model("course")
+    pictures = random_pairs(batches * BATCH_SIZE, config.image.image_size).images[np.arange(batches * BATCH_SIZE)]
+    seconds = in_turns(
+        {
+            "one by one": lambda: embed_images(model, pictures[:singles], 1),
+            "batches": lambda: embed_images(model, pictures),
+        },
+        rounds,
+    )
+    each = {"one by one": seconds["one by one"] / singles, "batches": seconds["batches"] / len(pictures)}
+    what = f"pictures embedded one by one against batches of {BATCH_SIZE}, course, 64 px"
+    value = each["one by one"] / each["batches"]
+    return [{"what": what, "value": value, "unit": "times", "bar": "at least 20", "seconds": each}]
