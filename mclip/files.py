@@ -87,6 +87,18 @@ def write_json(path: str | Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds; ConfigError, with the file and the line, for one that is missing or damaged."""
+    from .config import ConfigError
+
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file; it ships with the course: restore it, or measure anew.") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: line {error.lineno} is not JSON ({error.msg}); restore the file.") from error
+
+
 def content_key(*parts: Any) -> str:
     """A 16-digit hexadecimal key of JSON-serialisable ``parts``: equal parts, equal key."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

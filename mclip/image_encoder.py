@@ -56,6 +56,15 @@ def stage_table(width: float = 1.0) -> list[InvertedResidualConfig]:
     ]
 
 
+def stage_names() -> list[str]:
+    """The stage of each layer of the trunk: "stem", "stage1" to "stage5" by resolution, "last"."""
+    names, stage = ["stem"], 1
+    for *_, stride in STAGES:
+        stage += stride > 1
+        names.append(f"stage{stage}")
+    return [*names, "last"]
+
+
 def imagenet_trunk_weights() -> dict[str, Tensor] | None:
     """torchvision's ImageNet weights of the convolutions, from the torch hub cache or the network.
 
@@ -162,11 +171,7 @@ class ImageEncoder(nn.Module):
         "stem" and "stage1" have half the side of the input, "stage2" a quarter, and so on to "stage5" with
         1/32; "last" is the output of the 1x1 convolution, which ``forward`` averages over the picture.
         """
-        names, stage = ["stem"], 1
-        for *_, stride in STAGES:
-            stage += stride > 1
-            names.append(f"stage{stage}")
         maps, x = {}, images
-        for name, layer in zip([*names, "last"], self.trunk, strict=True):
+        for name, layer in zip(stage_names(), self.trunk, strict=True):
             maps[name] = x = layer(x)
         return maps

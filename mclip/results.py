@@ -125,10 +125,14 @@ def validate_result(record: Mapping[str, Any]) -> None:
 def weights_sha256(module: nn.Module) -> str:
     """SHA-256 over names, types, shapes and bytes of ``module.state_dict()``; the same on every device."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    for name, value in sorted(module.state_dict().items()):
+        for part in value if isinstance(value, tuple) else (value,):  # an int8 layer keeps weight and bias as a pair
+            if not isinstance(part, torch.Tensor):
+                digest.update(f"{name}|{part}|".encode())
+                continue
+            tensor = (part.dequantize() if part.is_quantized else part.detach()).cpu().contiguous()
+            digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -110,3 +110,53 @@ def replace_block(text: str, name: str, block: str) -> str:
     if start < 0 or end < 0:
         raise ResultError(f"no block <!-- {name} --> ... {mark} in the text; restore the two lines.")
     return f"{text[:start]}<!-- {name} -->\n{block}\n{text[end:]}"
+
+
+DEPLOYED = dict.fromkeys(("mobile-256", "mobile-512", "klmobile"), True) | dict.fromkeys(
+    ("ViT-B-32", "MobileCLIP2-S0", "MobileCLIP-S1", "MobileCLIP-S2", "MobileCLIP-B", "ViT-M-32-alt", "ViT-S-32-alt"),
+    False,
+)
+"""The models of ``efficiency.json`` in their deployed form, and whether they are presets of this course."""
+
+
+def milliseconds(model: Mapping[str, Any], setting: str = "1 thread, batch 1") -> dict[str, float]:
+    """Median latency of a model of ``efficiency.json``: image and text."""
+    if setting not in model["latency"]:
+        raise ResultError(f"latency={list(model['latency'])} lack {setting!r}; run: python -m mclip efficiency")
+    return {half: numbers["median"] for half, numbers in model["latency"][setting].items()}
+
+
+def efficiency_table(record: Mapping[str, Any]) -> str:
+    """A Markdown table of the models of ``efficiency.json``, and how many times as long ViT-B/32 takes."""
+    columns = ("", "parameters, M", "of them token table", "M-adds, image", "M-adds, text", "MB", "image, ms (p95)",
+               "text, ms (p95)", "ViT-B/32 takes", "peak, MB")  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    reference = sum(milliseconds(record["models"]["ViT-B-32"]).values())
+    for name, model in record["models"].items():
+        own, parts = milliseconds(model), model["parameters"]
+        clock = model["latency"]["1 thread, batch 1"]
+        adds = [f"{model['multiply_adds'][half] / 1e6:,.0f}" if model["multiply_adds"] else "" for half in own]
+        shown = [f"{clock[half]['median']:.1f} ({clock[half]['p95']:.1f})" for half in own]
+        peak = "" if model["peak_megabytes"] is None else f"{model['peak_megabytes']:,.0f}"
+        cells = [name, f"{parts['total'] / 1e6:.1f}", f"{parts['token table'] / 1e6:.1f}", *adds,
+                 f"{model['megabytes']:,.0f}", *shown, f"{reference / sum(own.values()):.1f} times", peak]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def efficiency_goals(record: Mapping[str, Any]) -> str:
+    """A Markdown table of the aims: latency of ``mobile-256`` against the rivals', batch 1, one thread."""
+    models = {name: milliseconds(model) for name, model in record["models"].items()}
+    together = {name: sum(halves.values()) for name, halves in models.items()}
+    rows = {
+        "image and text, ViT-B/32 against mobile-256": (together["ViT-B-32"] / together["mobile-256"], 12),
+        "image and text, MobileCLIP2-S0 against mobile-256": (together["MobileCLIP2-S0"] / together["mobile-256"], 8),
+        "text of ten words, ViT-B/32 against mobile-256": (
+            models["ViT-B-32"]["text"] / models["mobile-256"]["text"],
+            15,
+        ),
+    }
+    lines = ["| latency | measured | aim | reached |", "|---|---|---|---|"]
+    for what, (value, aim) in rows.items():
+        lines.append(f"| {what} | {value:.1f} times | at least {aim} | {'yes' if value >= aim else 'no'} |")
+    return "\n".join(lines)

@@ -179,6 +179,7 @@ class TextEncoder(nn.Module):
         length, limit = tokens.shape[1], len(self.position_embedding)
         if length > limit:
             raise ValueError(f"captions of {length} tokens cannot work: this text encoder reads {limit}.")
+        tokens = tokens.contiguous()  # a table in int8 reads nothing else
         return self.token_embedding(tokens) + self.position_embedding[:length]
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -1,0 +1,75 @@
+"""Figures of what models cost, from ``data/results/efficiency.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mclip.style import PALETTE, NotebookFigure, figure, styled
+from mclip.tables import DEPLOYED, milliseconds
+
+Record = Mapping[str, Any]
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The numbers of those points that no other one beats in both coordinates (lower is better), left to right."""
+    order = sorted(range(len(points)), key=lambda i: points[i])
+    front: list[int] = []
+    for i in order:
+        if not front or points[i][1] < points[front[-1]][1]:
+            front.append(i)
+    return front
+
+
+@styled
+def cost_of_models(record: Record) -> NotebookFigure:
+    """Latency against size of the weights with the Pareto front, and the latency of both halves as bars."""
+    models = {name: m for name, m in record["models"].items() if name in DEPLOYED}
+    latencies = {name: milliseconds(m) for name, m in models.items()}
+    points = [(sum(latencies[name].values()), m["megabytes"]) for name, m in models.items()]
+    fig = figure(8.3, 4.2)
+    left, right = fig.subplots(1, 2, width_ratios=(1.25, 1))
+    front = [points[i] for i in pareto_front(points)]
+    left.plot(*zip(*front, strict=True), color="black", linewidth=1, linestyle=":", label="Pareto front", zorder=1)
+    for name, (x, y) in zip(models, points, strict=True):
+        ours = DEPLOYED[name]
+        left.plot(x, y, "o" if ours else "s", color=PALETTE[0] if ours else PALETTE[1], markersize=6)
+        left.annotate(name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    left.plot([], [], "o", color=PALETTE[0], label="presets of this course")
+    left.plot([], [], "s", color=PALETTE[1], label="open_clip's")
+    left.set(title="Lower left is cheaper", xscale="log", yscale="log",
+             xlabel="picture and caption, batch 1, one thread (ms)", ylabel="weights (MB)")  # fmt: skip
+    left.margins(x=0.25, y=0.12)
+    left.legend(loc="upper left")
+    rows = range(len(models))
+    looks = {"image": (PALETTE[2], "", -0.2), "text": (PALETTE[4], "//", 0.2)}
+    for half, (colour, hatch, offset) in looks.items():
+        values = [latencies[name][half] for name in models]
+        right.barh([row + offset for row in rows], values, 0.4, label=half, color=colour, hatch=hatch,
+                   edgecolor="white", linewidth=0)  # fmt: skip
+        for row, value in zip(rows, values, strict=True):
+            right.text(
+                value, row + offset, f" {value:.0f}" if value >= 10 else f" {value:.1f}", va="center", fontsize=8
+            )
+    right.set_yticks(rows, list(models))
+    right.invert_yaxis()
+    right.margins(x=0.15)
+    right.set(title="Its two halves", xlabel="median latency (ms)")
+    right.grid(False, axis="y")
+    right.legend(loc="lower right")
+    return fig
+
+
+@styled
+def stage_chart(stages: Mapping[str, float]) -> NotebookFigure:
+    """Milliseconds of each stage of an image encoder, and its share."""
+    fig, total = figure(5.5, 2.7), sum(stages.values())
+    ax = fig.subplots()
+    ax.barh(list(stages), list(stages.values()), color=PALETTE[2])
+    for row, value in enumerate(stages.values()):
+        ax.text(value, row, f" {value:.2f} ms, {value / total:.0%}", va="center")
+    ax.invert_yaxis()
+    ax.margins(x=0.3)
+    ax.grid(False, axis="y")
+    ax.set(title="Where the time of one picture goes", xlabel="time of one picture (ms)")
+    return fig

@@ -1,0 +1,166 @@
+"""The command ``efficiency``: what every preset and its rivals cost, all in one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .config import closest, require
+from .data import load_pairs, normalise
+from .efficiency import (
+    CAPTION,
+    RIVALS,
+    Candidate,
+    candidate,
+    checkpoint_megabytes,
+    latency,
+    multiply_adds,
+    peak_memory,
+    threads,
+    time_by_part,
+)
+from .files import DATA, write_json
+from .fused import fused
+from .image_encoder import stage_names
+from .noise import random_model
+from .quantise import int8_image, int8_text
+from .results import versions
+from .runs import evaluate_all, load_model
+from .scenes import SceneConfig
+from .text_encoder import padding_mask
+
+FILE = DATA / "results" / "efficiency.json"
+MODELS = (*((name, "deployed") for name in ("mobile-256", "mobile-512", "klmobile", *RIVALS)),
+          ("mobile-256", "trained"), ("MobileCLIP2-S0", "trained"), ("mobile-256", "int8"))  # fmt: skip
+"""Name and form of all that is measured."""
+
+
+def costs(each: Candidate) -> dict[str, Any]:
+    """What does not depend on the clock: parameters by part, multiply-adds of each half, size of the weights in MB.
+
+    Operations of int8 layers are not known to PyTorch's counter, so that form has no multiply-adds.
+    """
+    counted = {} if each.name.endswith("int8") else {k: multiply_adds(call) for k, call in each.calls().items()}
+    return {"parameters": each.parameters, "multiply_adds": counted, "image_size": each.image_size,
+            "megabytes": checkpoint_megabytes(each.model), "latency": {}}  # fmt: skip
+
+
+def stage_times(preset: str = "mobile-256", rounds: int = 20) -> dict[str, float]:
+    """Milliseconds of one picture in each stage of the deployed image encoder, one thread, by torch.profiler."""
+    each = candidate(preset)
+    layers = {
+        f"{number:02} {name}": layer
+        for number, (name, layer) in enumerate(zip(stage_names(), each.model.image_encoder.trunk, strict=True))
+    }
+    with threads(1):
+        found = time_by_part(layers, each.calls()["image"], rounds)
+    stages = dict.fromkeys(stage_names(), 0.0)
+    for name, milliseconds in found.items():
+        stages[name.split(" ")[1]] += milliseconds
+    return stages
+
+
+def block_times(preset: str = "klmobile", rounds: int = 30) -> dict[str, dict[str, Any]]:
+    """An LSRA block, as deployed, beside PyTorch's transformer block of the same width, heads and feed-forward.
+
+    By number of tokens, one caption, one thread: milliseconds, and multiply-adds, of each.
+    """
+    model, config = random_model(preset)
+    text, number = config.text, len(config.text.kernels) // 2
+    lsra = fused(model.eval()).text_encoder.blocks[number]
+    plain = nn.TransformerEncoderLayer(text.width, text.heads, text.feed_forward, batch_first=True, norm_first=True)
+    plain = plain.eval().requires_grad_(False)
+    found = {}
+    for length in (12, text.context_length):
+        x, padding = torch.randn(1, length, text.width), padding_mask(torch.ones(1, length, dtype=torch.long))
+        calls = {"LSRA": lambda x=x, padding=padding: lsra(x, padding), "plain": lambda x=x: plain(x)}
+        with threads(1):
+            clock = latency(calls, rounds)
+        found[str(length)] = {
+            name: clock[name] | {"multiply_adds": multiply_adds(call)} for name, call in calls.items()
+        }
+    return found
+
+
+def quantised(calibration: int = 512, profile: str = "cpu") -> dict[str, dict[str, Any]]:
+    """The shipped student in float and with int8 halves: MB, and top-1 (%) of each zero-shot set of scenes.
+
+    Ranges of activations come from pictures of the training set.
+    """
+    model, tokenizer = load_model("kd")
+    size = model.config.image.image_size
+    pairs = load_pairs("scenes", size, scenes=SceneConfig(calibration, size, "train"), progress=False)
+    seen = normalise(torch.from_numpy(pairs.images[:calibration].copy()), size, model.MEAN, model.STD)
+    plain = fused(model)
+    text = int8_text(plain)
+    forms = {"float32": plain, "int8 text": text, "int8 image": int8_image(plain, seen), "int8": int8_image(text, seen)}
+    found = {name: {"megabytes": checkpoint_megabytes(form), "top1": {}} for name, form in forms.items()}
+    for record in evaluate_all({name: (form, tokenizer) for name, form in forms.items()}, profile=profile):
+        found[record["model"]["name"]]["top1"][record["dataset"]] = record["metrics"]["top1"]
+    return found
+
+
+def measure_latency(found: list[Candidate], models: Mapping[str, dict[str, Any]], rounds: int, bar: tqdm) -> None:
+    """Enter into ``models`` the milliseconds of all candidates, in turns: 1 and 2 threads, 1 and 32 samples."""
+    for count in (1, 2):
+        for batch, turns, repeats in ((1, rounds, 3), (32, max(2, rounds // 5), 1)):
+            calls = {(each.name, half): call for each in found for half, call in each.calls(batch).items()}
+            with threads(count):
+                for (name, half), numbers in latency(calls, turns, repeats).items():
+                    key = f"{count} thread{'s' * (count > 1)}, batch {batch}"
+                    models[name]["latency"].setdefault(key, {})[half] = numbers
+            bar.update()
+
+
+def machine() -> dict[str, Any]:
+    """Processor and cores; and how many processes wanted to run in the last minute: 1 is this one alone."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.processor()
+    return {"processor": processor, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+
+
+def models(rounds: int = 6) -> dict[str, Any]:
+    """Costs, latency and peak memory of :data:`MODELS`."""
+    with tqdm(total=len(MODELS) * 2 + 4, desc="models", unit="part") as bar:
+        found = []
+        for name, form in MODELS:
+            found.append(candidate(name, form))
+            bar.update()
+        measured = {each.name: costs(each) for each in found}
+        measure_latency(found, measured, rounds, bar)
+        for (name, form), each in zip(MODELS, found, strict=True):
+            measured[each.name]["peak_megabytes"] = peak_memory(name, form)
+            bar.update()
+    return measured
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "models": models, "stages": stage_times, "blocks": block_times, "int8": quantised,
+}  # fmt: skip
+
+
+def efficiency(only: list[str] | None = None) -> None:
+    """Measure, about a quarter of an hour on two cores, and keep in data/results/efficiency.json.
+
+    Each part is written when it is done; a part that is not measured keeps its old numbers.
+
+    Args:
+        only: parts to measure, all by default: models, stages, blocks, int8.
+    """
+    for name in only or PARTS:
+        require(name in PARTS, "only", name, closest(name, PARTS))
+    record = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    for name in only or PARTS:
+        record |= {name: PARTS[name](), "machine": machine(), "versions": versions(), "caption": CAPTION}
+        write_json(FILE, record)
+        print(f"{name}: measured, {FILE}", flush=True)

@@ -1,0 +1,233 @@
+"""Costs against closed forms and other counters; the deployed and the int8 form against the one that was trained."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.utils import reparameterize_model
+from torch import nn
+
+from mclip import efficiency, efficiency_run, tables
+from mclip.cli import main
+from mclip.config import ConfigError
+from mclip.cost_plots import cost_of_models, pareto_front
+from mclip.efficiency import candidate, checkpoint_megabytes, latency, multiply_adds, parameter_parts, time_by_part
+from mclip.files import DATA
+from mclip.fused import fold_batch_norm, fused
+from mclip.image_encoder import stage_names
+from mclip.noise import random_model
+from mclip.quantise import int8_image, int8_text
+from mclip.results import ResultError, weights_sha256
+from mclip.runs import load_model
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 4), st.integers(1, 4), st.sampled_from([1, 3]), st.integers(1, 2), st.integers(6, 12))
+def test_multiply_adds_of_a_convolution(groups, width, kernel, stride, side):
+    conv = nn.Conv2d(groups * width, 2 * groups, kernel, stride, kernel // 2, groups=groups)
+    out = math.ceil(side / stride)
+    x = torch.zeros(1, groups * width, side, side)
+    assert multiply_adds(lambda: conv(x)) == out * out * 2 * groups * width * kernel**2
+
+
+def test_multiply_adds_of_a_transformer_block_count_attention():
+    """Four projections, scores and their sum of values, two feed-forward layers: nothing is lost in a fused path."""
+    block = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    length = 10
+    x = torch.zeros(1, length, 32)
+    assert multiply_adds(lambda: block(x)) == length * (4 * 32 * 32 + 2 * length * 32 + 2 * 32 * 64)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_parts_are_all_parameters():
+    for model in (random_model("course")[0], load_model("clip")[0], load_model("teacher")[0]):
+        parts = parameter_parts(model)
+        total = parts.pop("total")
+        assert total == sum(parts.values()) == sum(p.numel() for p in model.parameters())
+        table = next(m for m in model.modules() if isinstance(m, nn.Embedding))
+        assert parts["token table"] >= table.weight.numel()
+
+
+def test_the_published_count_and_its_56_8_per_cent():
+    """klmobile rebuilds the published student to half a per cent; CLIP is counted to the last parameter."""
+    small, large = (candidate(name, "trained").parameters["total"] for name in ("klmobile", "ViT-B-32"))
+    assert large == 151_277_313
+    assert small == pytest.approx(65_315_793, rel=0.005)
+    assert 100 * (1 - small / large) == pytest.approx(56.8, abs=0.3)
+
+
+def test_folding_is_the_closed_form_and_leaves_other_layers():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(6)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.3, 3)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), norm, nn.ReLU(), nn.BatchNorm2d(6)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    folded = fold_batch_norm(model)
+    assert [type(layer) for layer in folded] == [nn.Conv2d, nn.ReLU, nn.BatchNorm2d]
+    torch.testing.assert_close(folded(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["course", "mobile-256"])
+def test_the_deployed_student_says_the_same(name):
+    model, config = random_model(name)
+    for module in model.modules():  # statistics as after some training
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    model.eval()
+    before, deployed = weights_sha256(model), fused(model)
+    assert weights_sha256(model) == before
+    images = torch.randn(2, 3, config.image.image_size, config.image.image_size)
+    tokens = model.tokenizer(["a dog", "a small brown dog runs across the green grass today"])
+    with torch.inference_mode():
+        for text in (tokens, tokens[:1], tokens[1:]):
+            torch.testing.assert_close(
+                deployed.encode_text(text, normalize=True), model.encode_text(text, normalize=True), atol=1e-5, rtol=0
+            )
+        torch.testing.assert_close(
+            deployed.encode_image(images, normalize=True), model.encode_image(images, normalize=True), atol=1e-5, rtol=0
+        )
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in deployed.modules())
+
+
+def test_a_mobileclip_is_measured_as_it_would_be_deployed():
+    trained = candidate("MobileCLIP2-S0", "trained")
+    images = torch.rand(1, 3, trained.image_size, trained.image_size)
+    with torch.inference_mode():
+        expected = trained.model.encode_image(images, normalize=True)
+        deployed = fold_batch_norm(reparameterize_model(trained.model))
+        torch.testing.assert_close(deployed.encode_image(images, normalize=True), expected, atol=1e-4, rtol=0)
+    assert sum(p.numel() for p in deployed.parameters()) < trained.parameters["total"]
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_model("kd")
+
+
+def test_int8_is_small_and_near(shipped):
+    model, tokenizer = shipped
+    plain = fused(model)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(64, 3, 64, 64, generator=generator)
+    small = int8_image(int8_text(plain), images)
+    tokens = tokenizer(["a red star on grass", "a blue heart"])
+    with torch.inference_mode():
+        text = (small.encode_text(tokens, normalize=True) * plain.encode_text(tokens, normalize=True)).sum(1)
+        image = (small.encode_image(images, normalize=True) * plain.encode_image(images, normalize=True)).sum(1)
+    assert text.min() > 0.99
+    assert image.mean() > 0.9
+    assert checkpoint_megabytes(small) < 0.35 * checkpoint_megabytes(plain)
+    assert weights_sha256(small) != weights_sha256(int8_text(plain))
+
+
+def test_calibration_needs_pictures(shipped):
+    with pytest.raises(ConfigError, match="pictures of the training set"):
+        int8_image(shipped[0], torch.zeros(0, 3, 64, 64))
+
+
+def test_latency_is_of_turns_and_knows_its_percentiles(monkeypatch):
+    now, order = [0.0], []
+    clock = {"a": iter(range(1, 100)), "b": iter([2.0] * 99)}
+    monkeypatch.setattr(efficiency.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(efficiency.time, "process_time", lambda: now[0] / 2)
+
+    def call(name):
+        def work():
+            order.append(name)
+            now[0] += next(clock[name])
+
+        return work
+
+    found = latency({name: call(name) for name in clock}, rounds=3, repeats=2)
+    assert order == ["a"] * 3 + ["b"] * 3 + ["a"] * 3 + ["b"] * 3 + ["a"] * 3 + ["b"] * 3
+    kept = [2, 3, 5, 6, 8, 9]  # the first of each turn warms up
+    assert found["a"]["median"] == pytest.approx(1000 * np.median(kept))
+    assert found["a"]["p95"] == pytest.approx(1000 * np.quantile(kept, 0.95))
+    assert found["b"] == pytest.approx({"median": 2000, "p95": 2000, "cpu": 1000})
+
+
+def test_time_is_given_to_the_part_that_takes_it():
+    small, large = nn.Linear(8, 8), nn.Linear(1500, 1500)
+    x, y = torch.zeros(1, 8), torch.zeros(200, 1500)
+    found = time_by_part({"small": small, "large": large}, lambda: (small(x), large(y)), rounds=3)
+    assert found.keys() == {"small", "large"}
+    assert found["large"] > found["small"] > 0
+    assert not small._forward_hooks
+
+
+def test_stages_are_named_layer_by_layer():
+    trunk = random_model("course")[0].image_encoder.trunk
+    assert len(stage_names()) == len(trunk)
+    sides, x = {}, torch.zeros(1, 3, 64, 64)
+    for name, layer in zip(stage_names(), trunk.eval(), strict=True):
+        x = layer(x)
+        sides.setdefault(name, x.shape[-1])
+    assert sides == {"stem": 32, "stage1": 32, "stage2": 16, "stage3": 8, "stage4": 4, "stage5": 2, "last": 2}
+
+
+def test_a_wrong_model_or_form_is_named():
+    with pytest.raises(ConfigError, match="did you mean 'mobile-256'"):
+        candidate("mobile-265")
+    with pytest.raises(ConfigError, match="only the student has an int8 form"):
+        candidate("ViT-B-32", "int8")
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
+def test_the_front_holds_whoever_is_not_beaten(points):
+    front = {points[i] for i in pareto_front(points)}
+    for point in points:
+        beaten = any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points)
+        assert (point in front) == (not beaten)
+
+
+@pytest.fixture(scope="module")
+def record():
+    return json.loads((DATA / "results" / "efficiency.json").read_text(encoding="utf-8"))
+
+
+def test_the_figure_shows_the_committed_numbers(record):
+    left, right = cost_of_models(record).axes
+    drawn = {text.get_text(): text.xy for text in left.texts}
+    assert drawn.keys() == tables.DEPLOYED.keys()
+    for name, (x, y) in drawn.items():
+        halves = record["models"][name]["latency"]["1 thread, batch 1"]
+        assert x == pytest.approx(halves["image"]["median"] + halves["text"]["median"])
+        assert y == record["models"][name]["megabytes"]
+    widths = sorted(bar.get_width() for bar in right.patches)
+    assert widths == sorted(value for name in drawn for value in tables.milliseconds(record["models"][name]).values())
+
+
+def test_the_aims_are_judged_by_the_numbers(record):
+    lines = tables.efficiency_goals(record).splitlines()[2:]
+    times = {name: tables.milliseconds(model) for name, model in record["models"].items()}
+    own = sum(times["mobile-256"].values())
+    expected = [sum(times["ViT-B-32"].values()) / own, sum(times["MobileCLIP2-S0"].values()) / own]
+    expected.append(times["ViT-B-32"]["text"] / times["mobile-256"]["text"])
+    for line, value, aim in zip(lines, expected, (12, 8, 15), strict=True):
+        assert f"{value:.1f} times" in line
+        assert line.endswith("| yes |" if value >= aim else "| no |")
+    with pytest.raises(ResultError, match="mclip efficiency"):
+        tables.milliseconds({"latency": {}})
+
+
+def test_parts_are_kept_one_by_one(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(efficiency_run, "FILE", tmp_path / "efficiency.json")
+    parts = {name: lambda name=name: {"of": name} for name in efficiency_run.PARTS}
+    monkeypatch.setattr(efficiency_run, "PARTS", parts)
+    assert main(["efficiency", "--only", "stages"]) == 0
+    assert main(["efficiency", "--only", "int8", "blocks"]) == 0
+    kept = json.loads((tmp_path / "efficiency.json").read_text())
+    assert {name for name in kept if name in parts} == {"stages", "int8", "blocks"}
+    assert main(["efficiency", "--only", "stage"]) == 2
+    assert "stages" in capsys.readouterr().err
