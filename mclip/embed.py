@@ -58,15 +58,15 @@ def embed_texts(model: nn.Module, tokenizer: Any, texts: Sequence[str], batch_si
 
 def image_size_of(model: nn.Module) -> int:
     """Side of the pictures that the model reads, in pixels."""
-    return _input_of(model)[0]
+    return input_of(model)[0]
 
 
 def preprocess_of(model: nn.Module) -> Callable[[Image], Tensor]:
     """The model's own transform for evaluation: PIL picture -> (3, S, S)."""
-    return _input_of(model)[3]
+    return input_of(model)[3]
 
 
-def _input_of(model: nn.Module) -> tuple[int, Sequence[float], Sequence[float], Any]:
+def input_of(model: nn.Module) -> tuple[int, Sequence[float], Sequence[float], Any]:
     """Image size, mean and standard deviation that ``model`` expects, and its transform of PIL pictures."""
     if hasattr(model, "preprocess"):
         return model.config.image.image_size, model.MEAN, model.STD, model.preprocess
@@ -107,7 +107,7 @@ def _naming_dead_workers() -> Iterator[None]:
 
 
 def _batches(model: nn.Module, images: Any, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    size, mean, std, transform = _input_of(model)
+    size, mean, std, transform = input_of(model)
     if not isinstance(images, Tensor | np.ndarray):
         yield from DataLoader(_Prepared(images, transform), batch_size, num_workers=workers)
         return

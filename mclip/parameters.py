@@ -20,7 +20,7 @@ from .config import ConfigError, closest, from_mapping, require
 
 PROFILES = ("smoke", "cpu", "gpu")
 TYPES: dict[str, type] = {kind.__name__: kind for kind in (bool, int, float, str)}
-INPUTS = ("train_data_path", "val_data_path", "auto_kd_config")
+INPUTS = ("train_data_path", "val_data_path", "auto_kd_config", "photograph")
 """Paths that must exist, unless they are empty."""
 OUTPUTS = ("checkpoint_dir", "root_dir", "out_dir", "save_results")
 """Paths that a notebook may create."""

@@ -178,7 +178,19 @@ def test_typing_in_the_app_changes_the_prompt_explorer(page, tmp_path):
         second = wait_for_change(page, before)
 
         before = page.locator(CHART).get_attribute("src")
-        chooser = page.locator(".widget-text input")
+        chooser = page.locator(".widget-text input").first
         chooser.fill("2")
         chooser.press("Enter")
         assert len({first, second, wait_for_change(page, before)}) == 3
+
+        # The second explorer of the page: a phrase, and the map of it.
+        second_chart = f"{CHART} >> nth=1"
+        page.locator(second_chart).wait_for()
+        before = page.locator(second_chart).get_attribute("src")
+        page.locator(".widget-text input[type=text]").first.fill("the grass")
+        title.click()
+        page.wait_for_function(
+            "([chart, old]) => (i => i.src !== old && i.naturalWidth)(document.querySelectorAll(chart)[1])",
+            arg=[CHART, before],
+        )
+        page.screenshot(path=tmp_path / "grounding.png", full_page=True)

@@ -1,0 +1,240 @@
+"""Grad-CAM against a closed form and finite differences; masks and scores against loops; the explorer as called."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mclip import grounding_plots, grounding_run
+from mclip.cli import main
+from mclip.config import PRESETS, ConfigError
+from mclip.files import DATA
+from mclip.grounding import (
+    grad_cam,
+    grounding_explorer,
+    map_layers,
+    map_of,
+    object_masks,
+    object_phrases,
+    overlap,
+    phrase_maps,
+    pointing,
+)
+from mclip.model import MobileCLIP
+from mclip.results import ResultError, load_results, weights_sha256
+from mclip.runs import load_model
+from mclip.scenes import SceneConfig, make_scenes
+
+
+class Channels(nn.Module):
+    """A model whose map is its picture and whose embedding is the mean of each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Identity()
+
+    def encode_image(self, images: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        return self.map(images).mean((2, 3))
+
+
+@pytest.fixture(scope="module")
+def student() -> MobileCLIP:
+    torch.manual_seed(0)
+    return MobileCLIP(PRESETS["course"]).eval()
+
+
+def test_grad_cam_of_mean_channels_is_their_weighted_sum():
+    """The similarity is sum_c t_c mean(A_c), so alpha_c = t_c / (h w), whatever the picture."""
+    images = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    texts = torch.tensor([[1.0, 0.0, 0.0], [0.5, -0.5, 0.0]])
+    model = Channels()
+    expected = torch.stack([images[0, 0], (0.5 * images[1, 0] - 0.5 * images[1, 1]).relu()])
+    expected = expected / expected.flatten(1).amax(1)[:, None, None]
+    torch.testing.assert_close(grad_cam(model, model.map, images, texts), expected)
+
+
+def test_a_map_without_a_positive_place_is_zero():
+    model, images = Channels(), torch.rand(1, 3, 4, 4)
+    assert grad_cam(model, model.map, images, torch.tensor([[-1.0, -1.0, -1.0]])).abs().max() == 0
+    assert not pointing(torch.zeros(1, 4, 4), torch.ones(1, 4, 4, dtype=torch.bool)).any()
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage3"])
+def test_weights_of_the_channels_agree_with_finite_differences(student, name):
+    """Raising a whole channel by e changes the similarity by e times the sum of its gradient."""
+    torch.manual_seed(1)
+    images, text = torch.randn(1, 3, 64, 64), F.normalize(torch.randn(1, 256), dim=1)
+    layer, kept, nudge = map_layers(student)[name], [], [0.0, 0]
+
+    def hook(module, inputs, output):
+        kept.append(output.detach())
+        raised = output.clone()
+        raised[:, nudge[1]] += nudge[0]
+        return raised
+
+    handle = layer.register_forward_hook(hook)
+    channels, differences = range(3), []
+    with torch.no_grad():
+        student.encode_image(images)
+        for nudge[1] in channels:
+            ends = []
+            for nudge[0] in (-1e-2, 1e-2):
+                ends.append((student.encode_image(images, normalize=True) * text).sum())
+            differences.append((ends[1] - ends[0]) / 2e-2)
+    handle.remove()
+    held = kept[0].requires_grad_()
+    replace = layer.register_forward_hook(lambda module, inputs, output: held)
+    (gradient,) = torch.autograd.grad((student.encode_image(images, normalize=True) * text).sum(), held)
+    replace.remove()
+    torch.testing.assert_close(gradient.sum((2, 3))[0, :3], torch.stack(differences), atol=2e-3, rtol=0.05)
+    expected = (gradient.mean((2, 3), keepdim=True) * held.detach()).sum(1).relu()
+    torch.testing.assert_close(
+        grad_cam(student, layer, images, text)[0], expected[0] / expected.max(), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_maps_leave_the_model_as_it_was(student):
+    student.train()
+    before = {name: buffer.clone() for name, buffer in student.named_buffers()}
+    maps = phrase_maps(student, student.tokenizer, torch.randn(3, 3, 64, 64), ["a", "b", "c"], "stage2", 48)
+    assert student.training
+    assert all(torch.equal(before[name], buffer) for name, buffer in student.named_buffers())
+    student.eval()
+    assert maps.shape == (3, 48, 48)
+    assert maps.min() >= 0
+    assert maps.max() <= 1
+
+
+@pytest.mark.parametrize("name", ["kd", "clip", "teacher"])
+def test_every_model_of_the_course_has_maps(name):
+    model, tokenizer = load_model(name)
+    picture = np.random.default_rng(0).integers(0, 256, (3, 64, 64), np.uint8)
+    sides = []
+    for layer, module in map_layers(model).items():
+        found = map_of(model, tokenizer, picture, "a red star", layer)
+        assert found.shape == (64, 64)
+        assert np.isfinite(found).all()
+        sides.append(module)
+    assert len(sides) >= 3
+
+
+def test_masks_are_the_pixels_that_an_object_changes():
+    """The same scenes drawn with and without their second object differ inside its mask, shadow and outline apart."""
+    scenes = make_scenes(SceneConfig(24, 64, "val", two_objects=1.0, captions="clean"), progress=False)
+    masks = object_masks(scenes)
+    assert masks.shape == (24, 2, 64, 64)
+    assert not (masks[:, 0] & masks[:, 1]).any()
+    palette_words = [phrase.split()[1] for pair in object_phrases(scenes) for phrase in pair]
+    assert len(set(palette_words)) > 3
+    for row in range(24):
+        for slot in (0, 1):
+            shape = scenes.table["radius"][row, slot]
+            assert masks[row, slot].sum() < 4.2 * (shape * 64) ** 2, "larger than the square around the object"
+            ys, xs = np.nonzero(masks[row, slot])
+            if len(ys) > 60:
+                centre = np.array([scenes.table["cx"][row, slot], scenes.table["cy"][row, slot]]) * 64
+                assert np.hypot(*(np.array([xs.mean(), ys.mean()]) - centre)) < 64 * shape
+
+
+def test_a_scene_of_one_object_has_one_mask():
+    scenes = make_scenes(SceneConfig(8, 64, "val", two_objects=0.0), progress=False)
+    masks = object_masks(scenes)
+    assert masks[:, 0].any((1, 2)).all()
+    assert not masks[:, 1].any()
+
+
+def test_scores_against_loops():
+    rng = np.random.default_rng(0)
+    maps, masks = torch.from_numpy(rng.random((6, 9, 9))), torch.from_numpy(rng.random((6, 9, 9)) < 0.3)
+    for threshold in (0.2, 0.5, 0.8):
+        for row in range(6):
+            cells = [(y, x) for y in range(9) for x in range(9)]
+            top = max(cells, key=lambda cell: maps[row][cell])
+            bright = {cell for cell in cells if maps[row][cell] > threshold * maps[row][top]}
+            inside = {cell for cell in cells if masks[row][cell]}
+            assert bool(pointing(maps, masks)[row]) == (top in inside)
+            assert overlap(maps, masks, threshold)[row].item() == pytest.approx(
+                len(bright & inside) / len(bright | inside)
+            )
+
+
+def test_the_middle_of_a_plateau_counts():
+    maps = torch.zeros(1, 1, 9)
+    maps[0, 0, 2:7] = 1.0
+    for place in range(9):
+        mask = torch.zeros(1, 1, 9, dtype=torch.bool)
+        mask[0, 0, place] = True
+        assert bool(pointing(maps, mask)) == (place == 4)
+
+
+def test_noise_points_as_often_as_the_area_says():
+    masks = torch.rand(4000, 16, 16, generator=torch.Generator().manual_seed(3)) < 0.2
+    hits = pointing(grounding_run.baselines(masks)["random"], masks).float().mean().item()
+    assert hits == pytest.approx(0.2, abs=4 * (0.2 * 0.8 / 4000) ** 0.5)
+
+
+def test_what_cannot_be_drawn_is_named(student):
+    picture = np.zeros((3, 64, 64), np.uint8)
+    with pytest.raises(ConfigError, match="did you mean 'stage1'"):
+        map_of(student, student.tokenizer, picture, "a star", "stag1")
+    with pytest.raises(ConfigError, match="write what to look for"):
+        map_of(student, student.tokenizer, picture, "  ", "stage1")
+    with pytest.raises(ConfigError, match="square"):
+        grounding_explorer(student, student.tokenizer, np.zeros((2, 3, 64, 32), np.uint8), "stage1")
+
+
+def test_the_explorer_follows_its_controls(student):
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), np.uint8)
+    explorer = grounding_explorer(student, student.tokenizer, pictures, "stage1", "a red star")
+    controls, message, chart, _ = explorer.children
+    phrase, number, layer = controls.children
+    seen = [bytes(chart.value)]
+    for control, value in ((phrase, "a blue heart"), (number, 2), (layer, "stage3")):
+        control.value = value
+        seen.append(bytes(chart.value))
+    assert len(set(seen)) == 4
+    assert all(each.startswith(b"\x89PNG") for each in seen)
+    phrase.value = ""
+    assert "write what to look for" in message.value
+    assert chart.layout.display == "none"
+
+
+def test_layer_and_threshold_are_not_chosen_on_the_test_pictures(monkeypatch, tmp_path):
+    monkeypatch.setattr(grounding_run, "RESULTS", tmp_path)
+    assert main(["grounding", "--pictures", "6", "--models", "[kd]"]) == 0
+    found = {record["model"]["name"]: record for record in load_results(tmp_path)}
+    assert found.keys() == {"kd", "random", "centre"}
+    tuning = grounding_run.cases("val", 3)
+    layers = found["kd"]["details"]["layers"]
+    best = max(layers, key=lambda name: layers[name]["pointing"])
+    assert found["kd"]["details"]["layer"] == best
+    again = grounding_run.score_model("kd", tuning, grounding_run.cases("val", 4, seed=1))
+    assert again["details"]["layers"] == layers, "the test pictures took part in the choice"
+
+
+def test_the_figure_shows_the_committed_records():
+    records = load_results(DATA / "results" / "grounding")
+    found = {record["model"]["name"]: record for record in records}
+    ax, other, layers = grounding_plots.grounding_scores(records).axes
+    for axis, key in ((ax, "pointing"), (other, "iou")):
+        widths = [bar.get_width() for bar in axis.patches]
+        assert widths == [found[name]["metrics"][key]["value"] for name in ("base", "kd", "teacher")]
+        lines = {line.get_label(): line.get_xdata()[0] for line in axis.get_lines() if line.get_label() in found}
+        assert lines == {name: found[name]["metrics"][key]["value"] for name in ("random", "centre")}
+    drawn = {line.get_label(): list(line.get_ydata()) for line in layers.get_lines()}
+    for name in ("base", "kd", "teacher"):
+        assert drawn[name] == [scores["pointing"] for scores in found[name]["details"]["layers"].values()]
+    with pytest.raises(ResultError, match="mclip grounding"):
+        grounding_plots.grounding_scores([])
+
+
+def test_the_committed_records_are_of_the_models_that_ship():
+    for path in sorted((DATA / "results" / "grounding").glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["model"]["parameters"]:
+            assert weights_sha256(load_model(record["model"]["name"])[0]) == record["model"]["sha256"]
