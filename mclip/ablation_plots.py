@@ -1,0 +1,193 @@
+"""What the ablations and the defects say: differences with intervals, verdicts, tables and figures."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mclip.ablations import ABLATIONS, GROUPS
+from mclip.defects import DEFECTS
+from mclip.metrics import STUDENT_T
+from mclip.results import ResultError
+from mclip.style import PALETTE, NotebookFigure, figure, styled
+
+Records = Iterable[Mapping[str, Any]]
+Means = dict[str, dict[int, float]]
+VERDICTS = {"helps": (PALETTE[2], "^"), "hurts": (PALETTE[3], "v"), "undecided": (PALETTE[7], "o")}
+"""Colour and marker of a difference whose interval lies above 0, below 0, or holds it."""
+
+
+def means_of(records: Records) -> Means:
+    """Mean top-1 (%) over the zero-shot sets, by configuration and seed; failures have none."""
+    means: Means = {}
+    for record in records:
+        if "error" not in record:
+            means.setdefault(record["model"]["name"], {})[record["seed"]] = record["metrics"]["mean"]
+    return means
+
+
+def differences(means: Means, name: str) -> list[float]:
+    """Points by which configuration ``name`` differs from the one it is compared with, seed by seed."""
+    own, other = means.get(name, {}), means.get(ABLATIONS[name].against, {})
+    return [own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]
+
+
+def pooled_deviation(means: Means) -> tuple[float, int]:
+    """Standard deviation of a difference from seed to seed and its degrees of freedom, from all configurations.
+
+    Two or three seeds of one configuration tell little about its scatter; all configurations together tell what is
+    typical, if it is alike in all (the analysis of variance rests on the same: Fisher 1925). A configuration whose
+    training is its counterpart's, bit for bit, has no scatter and is left out.
+    """
+    groups = [differences(means, name) for name in means if ABLATIONS[name].against != name]
+    groups = [group for group in groups if any(group)]
+    freedom = sum(len(group) - 1 for group in groups)
+    if freedom < 1:
+        raise ResultError("no configuration has two seeds; run: python -m mclip ablations --seeds 2")
+    squares = sum((value - statistics.fmean(group)) ** 2 for group in groups for value in group)
+    return math.sqrt(squares / freedom), freedom
+
+
+def effect(means: Means, name: str) -> dict[str, Any]:
+    """``value`` with its 95 % interval ``low`` to ``high`` in points, number of seeds ``n`` and ``verdict``.
+
+    The interval is Student's with :func:`pooled_deviation`. ResultError where no seed has both records.
+    """
+    found = differences(means, name)
+    if not found:
+        raise ResultError(f"{name}: no seed has a record of it and of {ABLATIONS[name].against}; run the ablations.")
+    deviation, freedom = pooled_deviation(means)
+    half = STUDENT_T[min(freedom, len(STUDENT_T)) - 1] * deviation / math.sqrt(len(found))
+    value = statistics.fmean(found)
+    verdict = "helps" if value > half else "hurts" if value < -half else "undecided"
+    return {"value": value, "low": value - half, "high": value + half, "n": len(found), "verdict": verdict}
+
+
+def effects(means: Means) -> dict[str, dict[str, Any]]:
+    """:func:`effect` of every configuration that is compared with another and has records, in the order of the plan."""
+    return {name: effect(means, name) for name, one in ABLATIONS.items()
+            if one.against != name and differences(means, name)}  # fmt: skip
+
+
+def ablation_table(records: Records) -> str:
+    """A Markdown table: mean over seeds, and the difference to what each configuration is compared with."""
+    means = means_of(records)
+    found = effects(means)
+    lines = ["| question | configuration | seeds | mean top-1, % | against | points | verdict |", "|" + "---|" * 7]
+    for name, one in ABLATIONS.items():
+        if name not in means:
+            continue
+        cells = [one.group, one.title, str(len(means[name])), f"{statistics.fmean(means[name].values()):.1f}"]
+        if name in found:
+            e = found[name]
+            cells += [ABLATIONS[one.against].title, f"{e['value']:+.1f} ({e['low']:+.1f} to {e['high']:+.1f})"]
+            cells.append(e["verdict"])
+        else:
+            cells += ["", "", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@styled
+def ablation_figure(records: Records) -> NotebookFigure:
+    """Each configuration's mean top-1, a dot for each seed, and the difference to its counterpart with its interval."""
+    means = means_of(records)
+    found = effects(means)
+    names = [name for name in ABLATIONS if name in means]
+    fig = figure(8.3, 1.3 + 0.215 * len(names))
+    left, right = fig.subplots(1, 2, sharey=True, width_ratios=(1, 0.9))
+    for row, name in enumerate(names):
+        values = list(means[name].values())
+        left.plot(values, [row] * len(values), "o", color=PALETTE[7], markersize=3)
+        left.plot(statistics.fmean(values), row, "D", color="black", markersize=4)
+        if name in found:
+            e = found[name]
+            colour, marker = VERDICTS[e["verdict"]]
+            right.errorbar(e["value"], row, xerr=[[e["value"] - e["low"]], [e["high"] - e["value"]]], fmt=marker,
+                           color=colour, markersize=5, capsize=2)  # fmt: skip
+    for name, dash in (("base", ":"), ("kd", "--")):
+        if name in means:
+            left.axvline(statistics.fmean(means[name].values()), color="black", linestyle=dash, linewidth=1, label=name)
+    borders = [row - 0.5 for row in range(1, len(names)) if _group(names[row]) != _group(names[row - 1])]
+    for ax in (left, right):
+        ax.grid(False, axis="y")
+        for border in borders:
+            ax.axhline(border, color=PALETTE[7], linewidth=0.6)
+    left.set_yticks(range(len(names)), [ABLATIONS[name].title for name in names])
+    left.set_ylim(len(names) - 0.5, -0.5)
+    left.set(title="Mean of seven sets, a dot for each seed", xlabel="zero-shot top-1 (%)", xlim=(0, None))
+    right.axvline(0, color="black", linewidth=1)
+    right.set(title="Against its counterpart, 95 % interval", xlabel="difference (points)")
+    for verdict, (colour, marker) in VERDICTS.items():
+        right.plot([], [], marker, color=colour, label=verdict)
+    found_by, labelled = left.get_legend_handles_labels(), right.get_legend_handles_labels()
+    handles, labels = ([*one, *other] for one, other in zip(found_by, labelled, strict=True))
+    fig.legend(handles, labels, loc="outside lower center", ncols=5)
+    fig.suptitle("Which parts of the recipe earn their place, at equal samples seen")
+    return fig
+
+
+def _group(name: str) -> str:
+    return GROUPS[ABLATIONS[name].group]
+
+
+def defect_costs(records: Records, healthy: Means) -> dict[int, list[float]]:
+    """Points of mean top-1 that each trained defect costs, seed by seed, against the same training without it."""
+    costs: dict[int, list[float]] = {}
+    for record in records:
+        number = record["details"]["configuration"]["defect"]
+        other = healthy.get(DEFECTS[number].recipe, {})
+        if DEFECTS[number].recipe and "error" not in record and record["seed"] in other:
+            costs.setdefault(number, []).append(other[record["seed"]] - record["metrics"]["mean"])
+    return costs
+
+
+def defect_table(records: Records, healthy: Means) -> str:
+    """A Markdown table of all defects: what each does, what it costs or changes, and the test that catches it."""
+    records = list(records)
+    costs = defect_costs(records, healthy)
+    measured = {r["details"]["configuration"]["defect"]: r.get("metrics", {}) for r in records}
+    lines = ["| | defect | what it costs | the test that fails |", "|---|---|---|---|"]
+    for number, defect in DEFECTS.items():
+        if number in costs:
+            each = ", ".join(f"{value:.1f}" for value in costs[number])
+            cost = f"{statistics.fmean(costs[number]):.1f} points (by seed: {each})"
+        elif not defect.recipe and number in measured:
+            cost = "; ".join(
+                f"{what}: {v['healthy']:.3g} → {v['defective']:.3g}" for what, v in measured[number].items()
+            )
+        else:
+            failed = [r["error"] for r in records if r["details"]["configuration"]["defect"] == number and "error" in r]
+            cost = f"the training fails: {failed[0]}" if failed else "not measured"
+        lines.append(
+            f"| {number} | {defect.name}: {defect.what} | {cost} | {', '.join(f'`{c}`' for c in defect.checks)} |"
+        )
+    return "\n".join(lines)
+
+
+@styled
+def defect_curves(records: Records, healthy: Records) -> NotebookFigure:
+    """The training loss of each trained defect (dashed) beside that of the same training without it, seed 0."""
+    own = {r["details"]["configuration"]["defect"]: r for r in records if r["seed"] == 0 and "loss" in r["details"]}
+    other = {r["model"]["name"]: r for r in healthy if r["seed"] == 0}
+    pairs = {n: (r, other[DEFECTS[n].recipe]) for n, r in sorted(own.items()) if DEFECTS[n].recipe in other}
+    if not pairs:
+        raise ResultError("no defect has a record of seed 0; run: python -m mclip defects --seeds 1")
+    rows = -(-len(pairs) // 3)
+    fig = figure(8.3, 0.9 + 1.75 * rows)
+    axes = fig.subplots(rows, 3, squeeze=False).ravel()
+    for ax in axes[len(pairs) :]:
+        ax.remove()
+    for ax, (number, curves) in zip(axes, pairs.items(), strict=False):
+        looks = (("with the defect", PALETTE[1], "--"), ("without", PALETTE[0], "-"))
+        for record, (label, colour, dash) in zip(curves, looks, strict=True):
+            ax.plot(*np.array(record["details"]["loss"]).T, dash, color=colour, linewidth=1, label=label)
+        ax.set_title(f"{number}: {DEFECTS[number].name}", fontsize=9)
+        ax.set(xlabel="step", ylabel="loss")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    fig.suptitle("Most defects let the loss fall as it should")
+    return fig
