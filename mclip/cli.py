@@ -26,6 +26,9 @@ COMMANDS = {
     "views": ("mclip.reproduce:views", "whole pictures, cached crops and an online teacher side by side"),
     "ablations": ("mclip.ablations:ablations", "what each part of the recipe is worth, over several seeds"),
     "defects": ("mclip.defect_runs:defects", "what known defects cost, each switched on in turn"),
+    "examples": ("mclip.examples:examples", "similarity matrices and prompts of the shipped models"),
+    "grounding": ("mclip.grounding_run:grounding", "where the shipped models look, scored on drawn scenes"),
+    "efficiency": ("mclip.efficiency_run:efficiency", "what presets and rivals cost, all measured in one run"),
     "bench": ("mclip.bench:bench", "measure speed and memory, in ratios of one run"),
     "figures": ("mclip.reproduce:figures", "draw the figures from the results files"),
     "app": ("mclip.app:app", "serve the course's explorers as a page without code"),
@@ -80,7 +83,7 @@ def parse(command: str, arguments: list[str]) -> tuple[Callable[..., None], dict
     parser = ArgumentParser(prog=f"python -m mclip {command}", description=summary, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of options; those written after it win")
     own_form = _add_course_options(parser) if command == "course" else set()
-    if command == "bench":
+    if command in ("bench", "efficiency"):
         parser.add_argument("--only", nargs="+", type=str, metavar="PART", help="parts to measure, as in steps loading")
         own_form = {"only"}
     for kind in groups.values():

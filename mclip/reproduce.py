@@ -11,19 +11,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .ablation_plots import ablation_figure, ablation_table, defect_curves, defect_table, means_of
 from .config import PRESETS, DistillConfig, TrainConfig, require
+from .cost_plots import cost_of_models
 from .data import Pairs, load_pairs
 from .datasets import ZeroShotSet, zero_shot_set
 from .evaluate import evaluate_retrieval, evaluate_zero_shot
-from .files import DATA, atomic_path
+from .examples import prompt_sensitivity
+from .files import DATA, atomic_path, read_json
+from .grounding_plots import grounding_scores
 from .paired import compare_all
-from .plots import performance_comparison, training_curves
+from .plots import per_class_recall, performance_comparison, similarity_matrices, training_curves
 from .results import load_results, save_result
 from .runs import BASE, evaluate_all, get_profile, load_data, load_model, train_open_clip, train_student
 from .style import save_figure
 from .tables import (
     bench_table,
     cost_table,
+    efficiency_goals,
+    efficiency_table,
     markdown_table,
     paired_table,
     replace_block,
@@ -117,6 +123,18 @@ def figures() -> None:
     """Draw the committed figures, and write the README's tables, from ``data/results`` alone."""
     save_figure(performance_comparison(scene_results()), FIGURES / "performance_comparison.png")
     save_figure(training_curves(read_log(RESULTS / "logs" / "kd.jsonl")), FIGURES / "training_curves.png")
+    save_figure(grounding_scores(load_results(RESULTS / "grounding")), FIGURES / "grounding.png")
+    save_figure(cost_of_models(read_json(RESULTS / "efficiency.json")), FIGURES / "efficiency_pareto.png")
+    ablations, defects = load_results(RESULTS / "ablations"), load_results(RESULTS / "defects")
+    save_figure(ablation_figure(ablations), FIGURES / "ablations.png")
+    save_figure(defect_curves(defects, ablations), FIGURES / "defects.png")
+    records = scene_results()
+    save_figure(per_class_recall(records, "shape"), FIGURES / "per_class_recall.png")
+    shown = read_json(RESULTS / "examples.json")
+    cosines = {name: one["cosines"] for name, one in shown["models"].items()}
+    save_figure(similarity_matrices(cosines, shown["captions"]), FIGURES / "similarity_matrices.png")
+    wordings = {name: one["wordings"] for name, one in shown["models"].items()}
+    save_figure(prompt_sensitivity(wordings), FIGURES / "prompt_sensitivity.png")
     text = README.read_text(encoding="utf-8")
     for name, table in readme_tables().items():
         text = replace_block(text, name, table)
@@ -127,10 +145,14 @@ def figures() -> None:
 def readme_tables() -> dict[str, str]:
     """The tables of the README by the name of their block."""
     real, views = load_results(RESULTS / "photographs"), load_results(RESULTS / "views")
-    measured = json.loads((RESULTS / "bench.json").read_text(encoding="utf-8"))["parts"]
+    measured, cost = read_json(RESULTS / "bench.json")["parts"], read_json(RESULTS / "efficiency.json")
+    ablations, defects = load_results(RESULTS / "ablations"), load_results(RESULTS / "defects")
     return {
         "views": markdown_table(zero_shot_table(views), ("whole", "cached-views", "online")),
         "bench": bench_table(measured),
+        "efficiency": f"{efficiency_table(cost)}\n\n{efficiency_goals(cost)}",
+        "ablations": ablation_table(ablations),
+        "defects": defect_table(defects, means_of(ablations)),
         "cost": cost_table(measured),
         "scenes": markdown_table(zero_shot_table(scene_results()), ("base", "clip", "kd", "teacher")),
         "paired": paired_table(scene_results()),

@@ -1,8 +1,14 @@
 """The long runs in their smallest form, and the tables that are written from results files."""
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from mclip import reproduce
+from mclip.config import ConfigError
+from mclip.examples import prompt_sensitivity
+from mclip.files import DATA, read_json
+from mclip.reproduce import README
 from mclip.results import ResultError, load_results
 from mclip.scenes import SceneConfig, export_scenes, make_scenes
 from mclip.tables import markdown_table, replace_block, retrieval_table, zero_shot_table
@@ -64,3 +70,36 @@ def test_the_readme_holds_what_the_results_files_say():
     text = reproduce.README.read_text(encoding="utf-8")
     for name, table in reproduce.readme_tables().items():
         assert replace_block(text, name, table) == text, f"run `make figures`: the table {name!r} is out of date"
+
+
+def test_a_damaged_results_file_is_named(tmp_path):
+    (tmp_path / "bench.json").write_text('{"parts": {\n "steps": [', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"bench\.json: line 2 is not JSON"):
+        read_json(tmp_path / "bench.json")
+    with pytest.raises(ConfigError, match="no such file"):
+        read_json(tmp_path / "other.json")
+
+
+def test_make_figures_draws_every_committed_figure_from_the_results_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "FIGURES", tmp_path)
+    monkeypatch.setattr(reproduce, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text(README.read_text(encoding="utf-8"), encoding="utf-8")
+    for name in ("train_student", "train_open_clip", "load_model", "load_data"):
+        monkeypatch.setattr(reproduce, name, None)
+    reproduce.figures()
+    committed = DATA.parent / "figures"
+    assert {path.name for path in tmp_path.glob("*.png")} == {path.name for path in committed.glob("*.png")}
+    for path in committed.glob("*.png"):
+        ours, drawn = imread(path), imread(tmp_path / path.name)
+        assert ours.shape == drawn.shape, path.name
+        # Fonts and rounding differ between machines; the picture may not.
+        assert np.abs(ours - drawn).mean() < 0.02, f"{path.name}: run `make figures`"
+
+
+def test_wordings_and_pairs_are_those_of_the_file():
+    shown = read_json(DATA / "results" / "examples.json")
+    fig = prompt_sensitivity({name: one["wordings"] for name, one in shown["models"].items()})
+    drawn = [container.lines[0].get_xdata()[0] for container in fig.axes[0].containers]
+    assert drawn == [m["value"] for one in shown["models"].values() for m in one["wordings"].values()]
+    for one in shown["models"].values():
+        assert np.shape(one["cosines"]) == (len(shown["captions"]),) * 2

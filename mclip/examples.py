@@ -1,0 +1,79 @@
+"""The command ``examples``: what the shipped models make of twelve pairs, and how much hangs on a prompt's wording."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .data import load_pairs
+from .evaluate import embed_images, embed_texts, evaluate_zero_shot
+from .files import DATA, write_json
+from .results import describe_model, versions
+from .runs import get_profile, load_model
+from .scene_sets import scene_sets
+from .scenes import SceneConfig
+from .style import COLOURS, HATCHES, LABELS, NotebookFigure, figure, styled
+
+FILE = DATA / "results" / "examples.json"
+MODELS = ("base", "kd", "teacher")
+WORDINGS = ("{}", "a {}", "a picture of a {}", "a photo of a {}", "there is a {}",
+            "I think that this may be a {}, perhaps")  # fmt: skip
+
+
+def examples(pairs: int = 12, seed: int = 0) -> None:
+    """Cosines of validation pairs, and top-1 of the set colour-shape by wording; writes data/results/examples.json.
+
+    Args:
+        pairs: number of pairs, all with different captions.
+        seed: of the bootstrap.
+    """
+    validation = load_pairs("scenes", 64, scenes=SceneConfig(500, 64, "val"), progress=False)
+    first = {own[0]: row for row, own in reversed(list(enumerate(validation.captions[: 5 * pairs])))}
+    rows = sorted(first.values())[:pairs]
+    captions = [validation.captions[row][0] for row in rows]
+    test = scene_sets(64, get_profile("cpu").test_pictures)["colour-shape"]
+    record: dict[str, Any] = {"schema": 1, "versions": versions(), "captions": captions, "models": {}}
+    for name in MODELS:
+        model, tokenizer = load_model(name)
+        cosines = (
+            embed_images(model, np.asarray(validation.images[rows]))[0] @ embed_texts(model, tokenizer, captions).T
+        )
+        embedded, _ = embed_images(model, test.images)
+        wordings = {
+            wording: evaluate_zero_shot(model, tokenizer, test, name, prompt=wording, seed=seed, embeddings=embedded)
+            for wording in WORDINGS
+        }
+        record["models"][name] = {
+            "model": describe_model(name, model),
+            "cosines": np.round(cosines.numpy().astype(float), 4).tolist(),
+            "wordings": {wording: one["metrics"]["top1"] for wording, one in wordings.items()},
+        }
+    write_json(FILE, record)
+    print(f"{FILE}: {len(captions)} pairs, {len(WORDINGS)} wordings, {len(MODELS)} models")
+
+
+@styled
+def prompt_sensitivity(models: Mapping[str, Mapping[str, Mapping[str, float]]]) -> NotebookFigure:
+    """Top-1 (%) with interval by wording, ``{model: {wording: {"value", "low", "high"}}}``: a row of marks each."""
+    wordings = list(next(iter(models.values())))
+    fig = figure(7.5, 1.2 + 0.36 * len(wordings))
+    ax = fig.subplots()
+    for number, (name, found) in enumerate(models.items()):
+        offset = 0.18 * (number - (len(models) - 1) / 2)
+        for row, wording in enumerate(wordings):
+            m = found[wording]
+            ax.errorbar(m["value"], row + offset, xerr=[[m["value"] - m["low"]], [m["high"] - m["value"]]],
+                        fmt="osD^"[number], color=COLOURS[name], markersize=5, capsize=2,
+                        markerfacecolor="white" if HATCHES[name] else COLOURS[name],
+                        label=None if row else LABELS[name])  # fmt: skip
+    ax.set_yticks(range(len(wordings)), [wording.replace("{}", "…") for wording in wordings])
+    ax.invert_yaxis()
+    ax.grid(False, axis="y")
+    ax.set(
+        title="Prompts that mean the same, and what they score", xlabel="top-1 on colour-shape (%), with 95 % interval"
+    )
+    ax.set_xlim(0, 100)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(models))
+    return fig
