@@ -189,5 +189,5 @@ def defect_curves(records: Records, healthy: Records) -> NotebookFigure:
         ax.set_title(f"{number}: {DEFECTS[number].name}", fontsize=9)
         ax.set(xlabel="step", ylabel="loss")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    fig.suptitle("Most defects let the loss fall as it should")
+    fig.suptitle("Would you have seen it in the loss?")
     return fig

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.ticker import FixedLocator, NullLocator
+
 from mclip.style import PALETTE, NotebookFigure, figure, styled
 from mclip.tables import DEPLOYED, milliseconds
 
 Record = Mapping[str, Any]
+LABEL_AT = {"mobile-256": (6, -9), "MobileCLIP2-S0": (6, -10), "ViT-M-32-alt": (-60, 6), "ViT-B-32": (-16, -14)}
+"""Places of labels, in points from the model's mark, where the usual one would lie on another mark."""
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -34,12 +38,16 @@ def cost_of_models(record: Record) -> NotebookFigure:
     for name, (x, y) in zip(models, points, strict=True):
         ours = DEPLOYED[name]
         left.plot(x, y, "o" if ours else "s", color=PALETTE[0] if ours else PALETTE[1], markersize=6)
-        left.annotate(name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        left.annotate(name, (x, y), textcoords="offset points", xytext=LABEL_AT.get(name, (6, 4)), fontsize=8)
     left.plot([], [], "o", color=PALETTE[0], label="presets of this course")
     left.plot([], [], "s", color=PALETTE[1], label="open_clip's")
     left.set(title="Lower left is cheaper", xscale="log", yscale="log",
              xlabel="picture and caption, batch 1, one thread (ms)", ylabel="weights (MB)")  # fmt: skip
     left.margins(x=0.25, y=0.12)
+    for axis, ticks in ((left.xaxis, (30, 100, 300, 1000)), (left.yaxis, (50, 100, 200, 400, 800))):
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
     left.legend(loc="upper left")
     rows = range(len(models))
     looks = {"image": (PALETTE[2], "", -0.2), "text": (PALETTE[4], "//", 0.2)}
