@@ -145,12 +145,12 @@ def test_a_click_in_jupyterlab_changes_the_schedule_explorer(page, tmp_path):
         log, config = read_log(DATA / "results" / "logs" / "kd.jsonl"), DistillConfig()
         assert wait_for_change(page, None) == training_curves(replay(log, config))._repr_png_()
 
-        before = page.locator(CHART).get_attribute("src")
+        before = page.locator(CHART).first.get_attribute("src")
         page.locator(".widget-dropdown select").select_option("fixed")
         fixed = DistillConfig(balancers=("fixed",))
         assert wait_for_change(page, before) == training_curves(replay(log, fixed))._repr_png_()
 
-        before = page.locator(CHART).get_attribute("src")
+        before = page.locator(CHART).first.get_attribute("src")
         track = page.locator(".widget-slider", has_text="end of the cooling").locator(".noUi-target")
         track.click(position={"x": 0.75 * track.bounding_box()["width"], "y": 2})
         assert wait_for_change(page, before) != training_curves(replay(log, fixed))._repr_png_()
@@ -170,14 +170,14 @@ def test_typing_in_the_app_changes_the_prompt_explorer(page, tmp_path):
         box.fill("a star\na star")
         title.click()
         page.get_by_text("no two alike").wait_for()
-        page.locator(CHART).wait_for(state="hidden")
+        page.locator(CHART).first.wait_for(state="hidden")
 
-        before = page.locator(CHART).get_attribute("src")
+        before = page.locator(CHART).first.get_attribute("src")
         box.fill("a dark night\na white page\na $5 note")
         title.click()
         second = wait_for_change(page, before)
 
-        before = page.locator(CHART).get_attribute("src")
+        before = page.locator(CHART).first.get_attribute("src")
         chooser = page.locator(".widget-text input").first
         chooser.fill("2")
         chooser.press("Enter")
