@@ -138,7 +138,7 @@ def overlap(maps: Tensor, masks: Tensor, threshold: float) -> Tensor:
 def grounding_chart(image: np.ndarray, maps: dict[str, np.ndarray]) -> NotebookFigure:
     """A picture, uint8 (3, H, W), and beside it each map (H, W) laid over it, under the phrase that it belongs to."""
     picture = np.asarray(image).transpose(1, 2, 0)
-    fig = figure(1.9 * (1 + len(maps)), 2.3)
+    fig = figure(max(5.5, 1.9 * (1 + len(maps))), 2.3)
     fig.set_layout_engine("compressed")
     axes = fig.subplots(1, 1 + len(maps), squeeze=False)[0]
     axes[0].imshow(picture, interpolation="nearest")
