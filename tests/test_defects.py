@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent
 each_defect = pytest.mark.parametrize("defect", DEFECTS.values(), ids=lambda defect: f"{defect.number:02}")
 
 
-def tests_by_name() -> dict[str, Path]:
+def files_of_tests() -> dict[str, Path]:
     return {
         node.name: path
         for path in TESTS.glob("test_*.py")
@@ -34,13 +34,13 @@ def test_there_are_fourteen():
 @each_defect
 def test_the_checks_exist(defect):
     assert defect.checks
-    assert set(defect.checks) <= set(tests_by_name())
+    assert set(defect.checks) <= set(files_of_tests())
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict[str, list[str]]:
     """Of each check: what every case of it says with the defect on; an empty text where it passes."""
-    where, report = tests_by_name(), tmp_path_factory.mktemp("defects") / "report.xml"
+    where, report = files_of_tests(), tmp_path_factory.mktemp("defects") / "report.xml"
     nodes = [f"{where[check]}::{check}" for defect in DEFECTS.values() for check in defect.checks]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "defects_on", "-p", "no:cacheprovider", "-o", "addopts=",
                f"--junitxml={report}", *nodes]  # fmt: skip
