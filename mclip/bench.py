@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import tempfile
 import time
@@ -25,11 +24,11 @@ from torchvision.transforms.v2 import functional as VF
 from .bench_forms import distillation, evaluation, existing_step, forms
 from .config import PRESETS, DistillConfig, TrainConfig, closest, require
 from .data import BatchSource, load_pairs
-from .files import DATA, write_json
+from .files import DATA, read_json, write_json
 from .noise import photographs, random_model, random_pairs, random_targets, random_teacher
 from .objectives import Distillation
 from .pictures import Crops
-from .results import describe_device, versions
+from .results import describe_device, describe_machine, versions
 from .runs import student_prepare
 from .scenes import SceneConfig
 from .targets import OnlineTargets, embed_captions, embed_pictures, get_targets
@@ -235,10 +234,11 @@ def bench(only: list[str] | None = None) -> None:
             existing, forms, evaluation.
     """
     file = DATA / "results" / "bench.json"
-    kept = json.loads(file.read_text(encoding="utf-8"))["parts"] if file.exists() else {}
+    kept = read_json(file)["parts"] if file.exists() else {}
     for name in only or PARTS:
         require(name in PARTS, "only", name, closest(name, PARTS))
         kept[name] = PARTS[name]()
         for row in kept[name]:
             print(f"{row['what']}: {row['value']:.2f} {row['unit']} ({row['bar']})", flush=True)
-        write_json(file, {"device": describe_device("cpu"), "versions": versions(), "parts": kept})
+        write_json(file, {"device": describe_device("cpu"), "machine": describe_machine(), "versions": versions(),
+                          "parts": kept})  # fmt: skip

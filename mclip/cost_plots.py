@@ -7,8 +7,10 @@ from typing import Any
 
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from mclip.config import PRESETS
+from mclip.efficiency import RIVALS
 from mclip.style import PALETTE, NotebookFigure, figure, styled
-from mclip.tables import DEPLOYED, milliseconds
+from mclip.tables import milliseconds
 
 Record = Mapping[str, Any]
 LABEL_AT = {"mobile-256": (6, -9), "MobileCLIP2-S0": (6, -10), "ViT-M-32-alt": (-60, 6), "ViT-B-32": (-16, -14)}
@@ -27,8 +29,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 @styled
 def cost_of_models(record: Record) -> NotebookFigure:
-    """Latency against size of the weights with the Pareto front, and the latency of both halves as bars."""
-    models = {name: m for name, m in record["models"].items() if name in DEPLOYED}
+    """Latency against size of the weights with the Pareto front, and the latency of both halves as bars.
+
+    Only the deployed form is drawn: it has the bare name of its model.
+    """
+    models = {name: m for name, m in record["models"].items() if name in PRESETS or name in RIVALS}
     latencies = {name: milliseconds(m) for name, m in models.items()}
     points = [(sum(latencies[name].values()), m["megabytes"]) for name, m in models.items()]
     fig = figure(8.3, 4.2)
@@ -36,7 +41,7 @@ def cost_of_models(record: Record) -> NotebookFigure:
     front = [points[i] for i in pareto_front(points)]
     left.plot(*zip(*front, strict=True), color="black", linewidth=1, linestyle=":", label="Pareto front", zorder=1)
     for name, (x, y) in zip(models, points, strict=True):
-        ours = DEPLOYED[name]
+        ours = name in PRESETS
         left.plot(x, y, "o" if ours else "s", color=PALETTE[0] if ours else PALETTE[1], markersize=6)
         left.annotate(name, (x, y), textcoords="offset points", xytext=LABEL_AT.get(name, (6, 4)), fontsize=8)
     left.plot([], [], "o", color=PALETTE[0], label="presets of this course")

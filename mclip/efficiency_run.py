@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +23,12 @@ from .efficiency import (
     threads,
     time_by_part,
 )
-from .files import DATA, write_json
+from .files import DATA, read_json, write_json
 from .fused import fused
 from .image_encoder import stage_names
 from .noise import random_model
 from .quantise import int8_image, int8_text
-from .results import versions
+from .results import describe_machine, versions
 from .runs import evaluate_all, load_model
 from .scenes import SceneConfig
 from .text_encoder import padding_mask
@@ -120,15 +116,6 @@ def measure_latency(found: list[Candidate], models: Mapping[str, dict[str, Any]]
             bar.update()
 
 
-def machine() -> dict[str, Any]:
-    """Processor and cores; and how many processes wanted to run in the last minute: 1 is this one alone."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    processor = names[0] if names else platform.processor()
-    return {"processor": processor, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-
-
 def models(rounds: int = 6) -> dict[str, Any]:
     """Costs, latency and peak memory of :data:`MODELS`."""
     with tqdm(total=len(MODELS) * 2 + 4, desc="models", unit="part") as bar:
@@ -159,8 +146,8 @@ def efficiency(only: list[str] | None = None) -> None:
     """
     for name in only or PARTS:
         require(name in PARTS, "only", name, closest(name, PARTS))
-    record = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    record = read_json(FILE) if FILE.exists() else {}
     for name in only or PARTS:
-        record |= {name: PARTS[name](), "machine": machine(), "versions": versions(), "caption": CAPTION}
+        record |= {name: PARTS[name](), "machine": describe_machine(), "versions": versions(), "caption": CAPTION}
         write_json(FILE, record)
         print(f"{name}: measured, {FILE}", flush=True)

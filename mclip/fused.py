@@ -16,7 +16,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from mclip.image_encoder import DepthwiseConv
 from mclip.model import MobileCLIP
-from mclip.text_encoder import LSRABlock, toeplitz
+from mclip.text_encoder import LSRABlock, mix_steps, toeplitz
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
@@ -71,7 +71,7 @@ class FusedBlock(nn.Module):
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         """x (B, T, d), padding (B, T) with True = pad -> (B, T, d), as the block that it was made of."""
-        batch, length, width = x.shape
+        batch, length, _ = x.shape
         left, right = self.norm(x).chunk(2, dim=2)
         parts = self.query_key_value(left).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         right = F.glu(self.gate(right), dim=2)
@@ -79,9 +79,7 @@ class FusedBlock(nn.Module):
         if batch > 1:  # one caption alone is as long as itself: it has no padding to hide
             mask, right = ~padding[:, None, None, :], right.masked_fill(padding[:, :, None], 0)
         left = F.scaled_dot_product_attention(*parts, attn_mask=mask).transpose(1, 2).reshape(batch, length, -1)
-        right = right.view(batch, length, self.heads, -1).permute(2, 1, 0, 3).reshape(self.heads, length, -1)
-        right = self.matrices[:, :length, :length] @ right
-        right = right.view(self.heads, length, batch, -1).permute(2, 1, 0, 3).reshape(batch, length, width // 2)
+        right = mix_steps(self.matrices[:, :length, :length], right)
         x = x + torch.cat([self.out(left), self.mix(right)], dim=2)
         return x + self.feed_forward(x)
 

@@ -18,7 +18,7 @@ from .grounding import map_layers, object_masks, object_phrases, overlap, phrase
 from .metrics import bootstrap_interval
 from .results import describe_model, make_result, save_result
 from .runs import load_model
-from .scenes import SceneConfig, Scenes, make_scenes
+from .scenes import SceneConfig, make_scenes
 
 RESULTS = DATA / "results" / "grounding"
 THRESHOLDS = tuple(round(0.1 * step, 1) for step in range(1, 10))
@@ -35,10 +35,6 @@ def cases(split: str, count: int, size: int = 64, seed: int = 0) -> Cases:
     masks, table = object_masks(drawn), drawn.table
     differ = (table["shape"][:, 0] != table["shape"][:, 1]) & (table["colour"][:, 0] != table["colour"][:, 1])
     rows = np.flatnonzero(differ & (masks.sum((2, 3)).min(1) >= 30))[:count]
-    return _cases_of(drawn, rows, masks)
-
-
-def _cases_of(drawn: Scenes, rows: np.ndarray, masks: np.ndarray) -> Cases:
     phrases = object_phrases(drawn)
     images = torch.from_numpy(np.repeat(drawn.images[rows], 2, axis=0))
     return images, [phrase for row in rows for phrase in phrases[row]], torch.from_numpy(masks[rows]).flatten(0, 1)

@@ -10,7 +10,9 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
@@ -86,12 +88,8 @@ def _check_fields(values: Mapping[str, Any], fields: Mapping, prefix: str, also:
 def _check_metrics(metrics: object, key: str, percent: bool) -> None:
     if _number(metrics):
         return
-    _require(
-        isinstance(metrics, Mapping) and len(metrics) > 0,
-        key,
-        metrics,
-        'give a finite number, {"value", "low", "high"}, or a mapping of these; a failure is an "error"',
-    )
+    remedy = 'give a finite number, {"value", "low", "high"}, or a mapping of these; a failure is an "error"'
+    _require(isinstance(metrics, Mapping) and len(metrics) > 0, key, metrics, remedy)
     if "value" not in metrics:
         for name, inner in metrics.items():
             _check_metrics(inner, f"{key}.{name}", percent)
@@ -148,6 +146,14 @@ def describe_device(device: torch.device | str) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor and cores; and how many processes wanted to run in the last minute: 1 is this one alone."""
+    file = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", file.read_text(encoding="utf-8")) if file.exists() else []
+    processor = names[0] if names else platform.processor()
+    return {"processor": processor, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
 
 
 def versions() -> dict[str, str]:

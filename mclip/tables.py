@@ -112,13 +112,6 @@ def replace_block(text: str, name: str, block: str) -> str:
     return f"{text[:start]}<!-- {name} -->\n{block}\n{text[end:]}"
 
 
-DEPLOYED = dict.fromkeys(("mobile-256", "mobile-512", "klmobile"), True) | dict.fromkeys(
-    ("ViT-B-32", "MobileCLIP2-S0", "MobileCLIP-S1", "MobileCLIP-S2", "MobileCLIP-B", "ViT-M-32-alt", "ViT-S-32-alt"),
-    False,
-)
-"""The models of ``efficiency.json`` in their deployed form, and whether they are presets of this course."""
-
-
 def milliseconds(model: Mapping[str, Any], setting: str = "1 thread, batch 1") -> dict[str, float]:
     """Median latency of a model of ``efficiency.json``: image and text."""
     if setting not in model["latency"]:
