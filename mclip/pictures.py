@@ -60,7 +60,11 @@ def _opened(name: str) -> tuple[bytes, Image.Image]:
         content = os.pread(_archive(archive), size, offset)
     else:
         content = Path(name).read_bytes()
-    return content, Image.open(io.BytesIO(content))
+    try:
+        return content, Image.open(io.BytesIO(content))
+    except UnidentifiedImageError as error:  # Pillow would name the buffer by its address
+        start = f"begins with {content[:8]!r}" if content else "is empty"
+        raise UnidentifiedImageError(f"the file {start}, which no known kind of picture does") from error
 
 
 def open_picture(name: str) -> Image.Image:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -242,3 +243,11 @@ def test_real_photographs_crop_alike_for_student_and_teacher():
         small = pairs.cropped(row, 64, row, crops).astype(int)
         large = square(pairs.picture(row), 64, row, crops.smallest)
         assert np.abs(small - np.asarray(large).transpose(2, 0, 1)).mean() < 3
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"", "is empty"), (b"<html>no picture", "begins with b'<html>no'")])
+def test_an_unknown_kind_of_picture_is_described_and_never_by_an_address(tmp_path, content, said):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(PictureError, match=re.escape(said)) as caught:
+        open_picture(str(tmp_path / "a.png"))
+    assert "0x" not in str(caught.value)
