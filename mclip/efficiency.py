@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from mclip.bench import in_new_process
+from mclip.bench import in_new_process, peak_megabytes
 from mclip.config import PRESETS, closest, require
 from mclip.fused import fold_batch_norm, fused
 from mclip.noise import random_model
@@ -221,12 +221,10 @@ def peak_memory(name: str, form: Form = "deployed", batch: int = 1) -> float | N
 
 def _peak(name: str, form: Form, batch: int) -> float:
     torch.set_num_threads(1)
-    before = psutil.Process().memory_info().rss
+    before = psutil.Process().memory_info().rss / 2**20
     calls = candidate(name, form).calls(batch)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of building the model
     with torch.inference_mode():
         for call in calls.values():
             call()
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
-    return (peak - before) / 2**20
+    return peak_megabytes() - before

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import torch
 
 from mclip import bench, bench_forms, cli
@@ -56,3 +57,8 @@ def test_the_parts_to_measure_are_named_one_after_the_other(monkeypatch, tmp_pat
     assert list(json.loads((tmp_path / "results" / "bench.json").read_text())["parts"]) == ["forms", "steps"]
     assert cli.main(["bench", "--only", "form"]) == 2
     assert "forms" in capsys.readouterr().err
+
+
+def test_a_new_process_does_not_inherit_the_peak_of_its_parent():
+    large = np.ones(2**28)  # 2 GB
+    assert bench.in_new_process(bench.peak_megabytes) < large.nbytes / 2**20
