@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -202,6 +203,7 @@ def time_by_part(parts: Mapping[str, nn.Module], call: Call, rounds: int = 20) -
 
     handles = [module.register_forward_pre_hook(enter(name)) for name, module in parts.items()]
     handles += [module.register_forward_hook(leave) for module in parts.values()]
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports its start, and a missing GPU, as errors
     try:
         with torch.inference_mode():
             call()

@@ -126,12 +126,11 @@ def _work(
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     os.environ.update(environment)
     threading.Thread(target=_end_with_caller, daemon=True).start()
-    try:
-        execute(notebook, copy, parameters, lambda news: outbox.send(("news", news)))
-    except (NotebookError, OSError) as error:
-        outbox.send(("failed", str(error)))
-    except KeyboardInterrupt:
-        pass
+    with suppress(KeyboardInterrupt):  # the caller may stop this process while it still reports its failure
+        try:
+            execute(notebook, copy, parameters, lambda news: outbox.send(("news", news)))
+        except (NotebookError, OSError) as error:
+            outbox.send(("failed", str(error)))
 
 
 def _end_with_caller() -> None:
@@ -190,7 +189,7 @@ def execute(notebook: Path, copy: Path, parameters: dict[str, Any], tell: Callab
     try:
         papermill.execute_notebook(
             notebook, copy, parameters, cwd=notebook.parent, progress_bar=False, start_timeout=180,
-            kernel_manager_class=OwnKernel, on_cell_start=on_cell_start, **LANGUAGE)  # fmt: skip
+            kernel_manager_class=OwnKernel, on_cell_start=on_cell_start, coalesce_streams=True, **LANGUAGE)  # fmt: skip
     except PapermillExecutionError as error:
         running, reason = error.cell_index, f"{error.ename}: {error.evalue}"
         raise NotebookError(_failure(notebook, running + 1 - injected, cells, reason, copy)) from None
@@ -203,6 +202,6 @@ def _failure(notebook: Path, number: int, cells: list, reason: str, copy: Path) 
     lines = [line.strip() for line in cells[number - 1].source.splitlines()]
     first = next((line for line in lines if line and not line.startswith("#")), "")
     return (
-        f"{notebook.name}, cell {number} ({first}): {' '.join(reason.split())}. "
+        f"{notebook.name}, cell {number} ({first}): {' '.join(reason.split()).removesuffix('.')}. "
         f"The copy up to there: {copy}; notebooks that had not ended were stopped."
     )

@@ -16,7 +16,7 @@ from typing import Any
 import nbformat
 import yaml
 
-from .config import ConfigError, closest, from_mapping, require
+from .config import PRESETS, ConfigError, closest, from_mapping, require
 
 PROFILES = ("smoke", "cpu", "gpu")
 TYPES: dict[str, type] = {kind.__name__: kind for kind in (bool, int, float, str)}
@@ -26,6 +26,8 @@ OUTPUTS = ("checkpoint_dir", "root_dir", "out_dir", "save_results")
 """Paths that a notebook may create."""
 NAMES_OR_PATHS = ("base_checkpoint", "model_checkpoint", "config_path", "teacher_model")
 """Either a path or the name of something that ships with the course."""
+STUDENTS = ("kd", "base")
+"""Models of the student's kind that ship; the teacher and the plain CLIP have other parts."""
 OPTIONS = {"profile": "--profile", "out_dir": "--out"}
 """Parameters that the command line sets by an option of their own."""
 
@@ -33,9 +35,17 @@ Rule = tuple[Callable[[Any], bool], str]
 RANGES: dict[str, Rule] = {
     "data_size": (lambda share: 0 < share <= 1, "choose a share of the data in (0, 1]"),
     "max_epochs": (lambda epochs: epochs >= 0, "use 1 or more, or 0 for the number of the profile"),
+    "preset": (lambda name: name in PRESETS, f"choose one of {', '.join(PRESETS)}"),
     "profile": (lambda name: name in PROFILES, f"choose one of {', '.join(PROFILES)}"),
+    "rounds": (lambda rounds: rounds >= 0, "use 1 or more, or 0 for the number of the profile"),
     "seed": (lambda seed: seed >= 0, "use 0 or more"),
-} | {name: (lambda path: not path or Path(path).exists(), "no such file or folder") for name in INPUTS}
+}
+RANGES |= {name: (lambda path: not path or Path(path).exists(), "no such file or folder") for name in INPUTS}
+RANGES |= {
+    name: (lambda student: student in ("", *STUDENTS) or Path(student).exists(),
+           f"give the folder of a student, or one that ships: {' or '.join(STUDENTS)}")
+    for name in ("model_checkpoint", "base_checkpoint")
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

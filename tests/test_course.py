@@ -22,6 +22,9 @@ data_size: float = 1.0
 prompt: str = "a # {}"  # the text around a class name
 use_swa: bool = False
 train_data_path: str = ""  # CSV of pictures and captions
+model_checkpoint: str = "kd"
+preset: str = "course"
+rounds: int = 0
 profile: str = "cpu"  # amount of work
 out_dir: str = "."  # folder for results
 seed: int = 0
@@ -108,7 +111,7 @@ def test_failing_notebook_keeps_its_copy_and_stops_the_course(notebooks, tmp_pat
     (out / "summary.json").write_text("{}")
     assert run(out, "--jobs", "1") == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "01_first.ipynb, cell 4 (scale = 1 / 0): ZeroDivisionError: division by zero." in error
+    assert "01_first.ipynb, cell 4 (scale = 1 / 0): ZeroDivisionError: division by zero. The copy" in error
     copy = out / "notebooks" / "01_first.ipynb"
     assert str(copy) in error
     assert "before" in copy.read_text()
@@ -169,6 +172,14 @@ def test_notebooks_that_others_wait_for_come_first():
     assert [path.name[:2] for path in execution.in_turn(paths[5:], jobs=2)] == ["08", "05", "06", "07", "09"]
 
 
+def test_lines_printed_one_by_one_are_one_output(notebooks, tmp_path):
+    slowly = "import time\nfor _ in range(3):\n    print('line', flush=True)\n    time.sleep(0.3)"
+    write_notebook(notebooks / "01_first.ipynb", slowly)
+    assert run(tmp_path / "out") == 0
+    copy = nbformat.read(tmp_path / "out" / "notebooks" / "01_first.ipynb", as_version=4)
+    assert [output.text for output in copy.cells[-1].outputs] == ["line\n" * 3]
+
+
 def test_dead_kernel_is_named(notebooks, tmp_path, capsys):
     write_notebook(notebooks / "01_first.ipynb", "print('before')", "import os\nos._exit(9)", parameters="")
     assert run(tmp_path / "out") == 1
@@ -211,6 +222,10 @@ def test_interrupt_exits_130(notebooks, tmp_path):
     (["-p", "use_swa", "1"], ["use_swa", "expected bool"]),
     (["-p", "seed", "-1"], ["seed=-1", "0 or more"]),
     (["-p", "train_data_path", "nowhere/train.csv"], ["nowhere/train.csv", "no such file"]),
+    (["-p", "model_checkpoint", "teacher"], ["model_checkpoint='teacher'", "kd or base"]),
+    (["-p", "model_checkpoint", "nowhere"], ["model_checkpoint='nowhere'", "folder of a student"]),
+    (["-p", "preset", "ViT-B-32"], ["preset='ViT-B-32'", "mobile-256"]),
+    (["-p", "rounds", "-1"], ["rounds=-1", "0 for the number"]),
     (["-p", "profile", "gpu"], ["--profile"]),
     (["-p", "max_epochs"], ["expected 2 arguments", "--help"]),
     (["--profile", "huge"], ["huge", "smoke"]),
