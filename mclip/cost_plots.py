@@ -13,7 +13,13 @@ from mclip.style import PALETTE, NotebookFigure, figure, styled
 from mclip.tables import milliseconds
 
 Record = Mapping[str, Any]
-LABEL_AT = {"mobile-256": (6, -9), "MobileCLIP2-S0": (6, -10), "ViT-M-32-alt": (-60, 6), "ViT-B-32": (-16, -14)}
+LABEL_AT = {
+    "mobile-256": (8, -10),
+    "MobileCLIP2-S0": (6, -10),
+    "MobileCLIP-B": (-30, 8),
+    "ViT-M-32-alt": (-60, 6),
+    "ViT-B-32": (-16, -14),
+}
 """Places of labels, in points from the model's mark, where the usual one would lie on another mark."""
 
 
@@ -39,7 +45,8 @@ def cost_of_models(record: Record) -> NotebookFigure:
     fig = figure(8.3, 4.2)
     left, right = fig.subplots(1, 2, width_ratios=(1.25, 1))
     front = [points[i] for i in pareto_front(points)]
-    left.plot(*zip(*front, strict=True), color="black", linewidth=1, linestyle=":", label="Pareto front", zorder=1)
+    left.plot(*zip(*front, strict=True), "o:k", linewidth=1, markersize=11, markerfacecolor="none", zorder=1,
+              label="Pareto front")  # fmt: skip
     for name, (x, y) in zip(models, points, strict=True):
         ours = name in PRESETS
         left.plot(x, y, "o" if ours else "s", color=PALETTE[0] if ours else PALETTE[1], markersize=6)
@@ -49,7 +56,7 @@ def cost_of_models(record: Record) -> NotebookFigure:
     left.set(title="Lower left is cheaper", xscale="log", yscale="log",
              xlabel="picture and caption, batch 1, one thread (ms)", ylabel="weights (MB)")  # fmt: skip
     left.margins(x=0.25, y=0.12)
-    for axis, ticks in ((left.xaxis, (30, 100, 300, 1000)), (left.yaxis, (50, 100, 200, 400, 800))):
+    for axis, ticks in ((left.xaxis, (10, 30, 100, 300, 1000)), (left.yaxis, (50, 100, 200, 400, 800))):
         axis.set_major_locator(FixedLocator(ticks))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_locator(NullLocator())
