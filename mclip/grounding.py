@@ -135,8 +135,11 @@ def overlap(maps: Tensor, masks: Tensor, threshold: float) -> Tensor:
 
 
 @styled
-def grounding_chart(image: np.ndarray, maps: dict[str, np.ndarray]) -> NotebookFigure:
-    """A picture, uint8 (3, H, W), and beside it each map (H, W) laid over it, under the phrase that it belongs to."""
+def grounding_chart(image: np.ndarray, maps: dict[str, np.ndarray], label: str = "Grad-CAM") -> NotebookFigure:
+    """A picture, uint8 (3, H, W), and beside it each map (H, W) laid over it, under the phrase that it belongs to.
+
+    ``label`` says what the maps show.
+    """
     picture = np.asarray(image).transpose(1, 2, 0)
     fig = figure(max(5.5, 1.9 * (1 + len(maps))), 2.3)
     fig.set_layout_engine("compressed")
@@ -149,7 +152,7 @@ def grounding_chart(image: np.ndarray, maps: dict[str, np.ndarray]) -> NotebookF
         ax.set_title(phrase[:28].replace("$", r"\$"))
     for ax in axes:
         ax.axis("off")
-    fig.colorbar(shown, ax=axes[-1], label="Grad-CAM", ticks=(0, 1), shrink=0.8)
+    fig.colorbar(shown, ax=axes[-1], label=label, ticks=(0, 1), shrink=0.8)
     return fig
 
 
