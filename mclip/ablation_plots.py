@@ -11,14 +11,15 @@ import numpy as np
 
 from mclip.ablations import ABLATIONS, GROUPS
 from mclip.defects import DEFECTS
-from mclip.metrics import STUDENT_T
+from mclip.metrics import student_quantile
 from mclip.results import ResultError
 from mclip.style import PALETTE, NotebookFigure, figure, styled
 
 Records = Iterable[Mapping[str, Any]]
 Means = dict[str, dict[int, float]]
-VERDICTS = {"helps": (PALETTE[2], "^"), "hurts": (PALETTE[3], "v"), "undecided": (PALETTE[7], "o")}
-"""Colour and marker of a difference whose interval lies above 0, below 0, or holds it."""
+VERDICTS = {"helps": (PALETTE[2], "^"), "hurts": (PALETTE[3], "v"), "undecided": (PALETTE[7], "o"),
+            "identical": ("black", "|")}  # fmt: skip
+"""Colour and marker of a difference whose interval lies above 0, below 0, or holds it, and of one that is no run."""
 
 
 def means_of(records: Records) -> Means:
@@ -37,32 +38,40 @@ def differences(means: Means, name: str) -> list[float]:
 
 
 def pooled_deviation(means: Means) -> tuple[float, int]:
-    """Standard deviation of a difference from seed to seed and its degrees of freedom, from all configurations.
+    """Standard deviation of a difference of two runs of one seed, and its degrees of freedom, from all configurations.
 
     Two or three seeds of one configuration tell little about its scatter; all configurations together tell what is
-    typical, if it is alike in all (the analysis of variance rests on the same: Fisher 1925). A configuration whose
-    training is its counterpart's, bit for bit, has no scatter and is left out.
+    typical, if it is alike in all. It is what is left of the scores when each configuration and each seed has a
+    level of its own (two-way analysis of variance: Fisher 1925), times sqrt(2) for a difference of two. A
+    configuration whose training is its counterpart's, bit for bit, is no run of its own and is left out.
     """
-    groups = [differences(means, name) for name in means if ABLATIONS[name].against != name]
-    groups = [group for group in groups if any(group)]
-    freedom = sum(len(group) - 1 for group in groups)
+    own = [name for name in means if name == ABLATIONS[name].against or any(differences(means, name))]
+    runs = [(name, seed, score) for name in own for seed, score in means[name].items()]
+    seeds = sorted({seed for _, seed, _ in runs})
+    design = np.array([[name == n for n in own] + [seed == s for s in seeds] for name, seed, _ in runs], dtype=float)
+    scores = np.array([score for *_, score in runs])
+    levels, _, rank, _ = np.linalg.lstsq(design, scores)
+    freedom = len(runs) - int(rank)
     if freedom < 1:
         raise ResultError("no configuration has two seeds; run: python -m mclip ablations --seeds 2")
-    squares = sum((value - statistics.fmean(group)) ** 2 for group in groups for value in group)
-    return math.sqrt(squares / freedom), freedom
+    squares = float(((scores - design @ levels) ** 2).sum())
+    return math.sqrt(2 * squares / freedom), freedom
 
 
 def effect(means: Means, name: str) -> dict[str, Any]:
     """``value`` with its 95 % interval ``low`` to ``high`` in points, number of seeds ``n`` and ``verdict``.
 
-    The interval is Student's with :func:`pooled_deviation`. ResultError where no seed has both records.
+    The interval is Student's with :func:`pooled_deviation`; a training that is its counterpart's, bit for bit, has
+    none. ResultError where no seed has both records.
     """
     found = differences(means, name)
     if not found:
         raise ResultError(f"{name}: no seed has a record of it and of {ABLATIONS[name].against}; run the ablations.")
     deviation, freedom = pooled_deviation(means)
-    half = STUDENT_T[min(freedom, len(STUDENT_T)) - 1] * deviation / math.sqrt(len(found))
+    half = student_quantile(freedom) * deviation / math.sqrt(len(found))
     value = statistics.fmean(found)
+    if not any(found):
+        return {"value": 0.0, "low": 0.0, "high": 0.0, "n": len(found), "verdict": "identical"}
     verdict = "helps" if value > half else "hurts" if value < -half else "undecided"
     return {"value": value, "low": value - half, "high": value + half, "n": len(found), "verdict": verdict}
 
@@ -111,7 +120,8 @@ def ablation_figure(records: Records) -> NotebookFigure:
                            color=colour, markersize=5, capsize=2)  # fmt: skip
     for name, dash in (("base", ":"), ("kd", "--")):
         if name in means:
-            left.axvline(statistics.fmean(means[name].values()), color="black", linestyle=dash, linewidth=1, label=name)
+            level, title = statistics.fmean(means[name].values()), ABLATIONS[name].title
+            left.axvline(level, color="black", linestyle=dash, linewidth=1, label=title)
     borders = [row - 0.5 for row in range(1, len(names)) if _group(names[row]) != _group(names[row - 1])]
     for ax in (left, right):
         ax.grid(False, axis="y")
@@ -121,12 +131,12 @@ def ablation_figure(records: Records) -> NotebookFigure:
     left.set_ylim(len(names) - 0.5, -0.5)
     left.set(title="Mean of seven sets, a dot for each seed", xlabel="zero-shot top-1 (%)", xlim=(0, None))
     right.axvline(0, color="black", linewidth=1)
-    right.set(title="Against its counterpart, 95 % interval", xlabel="difference (points)")
+    right.set(title="Against its counterpart", xlabel="difference (points), with 95 % interval")
     for verdict, (colour, marker) in VERDICTS.items():
         right.plot([], [], marker, color=colour, label=verdict)
     found_by, labelled = left.get_legend_handles_labels(), right.get_legend_handles_labels()
     handles, labels = ([*one, *other] for one, other in zip(found_by, labelled, strict=True))
-    fig.legend(handles, labels, loc="outside lower center", ncols=5)
+    fig.legend(handles, labels, loc="outside lower center", ncols=6, columnspacing=1, handletextpad=0.4)
     fig.suptitle("Which parts of the recipe earn their place, at equal samples seen")
     return fig
 

@@ -27,6 +27,7 @@ GROUPS = {
     "phases": "when the terms begin",
     "balancing": "how the terms are weighed",
     "temperature": "the temperature of the response term",
+    "rate": "the learning rate of either student",
     "crops": "whole pictures or crops",
     "noise": "wrong captions",
     "data": "share of the pictures",
@@ -88,6 +89,10 @@ def _temperature(title: str, first: float, last: float) -> Ablation:
     return Ablation("temperature", title, "kd", distill={"max_temperature": first, "min_temperature": last})
 
 
+def _rate(title: str, student: Literal["base", "kd"], rate: float) -> Ablation:
+    return Ablation("rate", f"{title}, peak rate {rate:g}", student, student, train={"learning_rate": rate})
+
+
 ABLATIONS = {
     "base": Ablation("terms", "student alone", "base", "base"),
     "base-jsd": Ablation("terms", "student alone, JSD loss", "base", "base", distill={"task": "jsd"}),
@@ -105,12 +110,17 @@ ABLATIONS = {
     "phases-10-50": _phases(0.1, 0.5),
     "phases-30-60": _phases(0.3, 0.6),
     "fixed": _balanced("fixed, the default's priors", "fixed"),
+    "fixed-alone": Ablation("balancing", "fixed, without response", "fixed",
+                            distill={"balancers": ("fixed",), "response_weight": 0.0}),
     "fixed-equal": _balanced("fixed, all weights equal", "fixed", feature_weight=1.0),
     "magnitude": _balanced("magnitude", "magnitude"),
     "gradient-norm": _balanced("gradient norm", "gradient_norm"),
     "uncertainty": _balanced("uncertainty", "uncertainty"),
     "temperature-1": _temperature("T = 1", 1.0, 1.0),
     "temperature-4": _temperature("T = 4", 4.0, 4.0),
+    "base-rate-3e-4": _rate("student alone", "base", 3e-4),
+    "base-rate-1e-3": _rate("student alone", "base", 1e-3),
+    "kd-rate-1e-3": _rate("default", "kd", 1e-3),
     "base-whole": Ablation("crops", "student alone, whole pictures", "base", "base", train=WHOLE),
     "kd-whole": Ablation("crops", "default, whole pictures", "kd", train=WHOLE),
     "base-noise-10": Ablation("noise", "student alone, 10 % wrong", "base", "base", noise=0.1),
@@ -121,7 +131,7 @@ ABLATIONS = {
     "kd-data-30": Ablation("data", "default, 30 % of the data", "kd", data_size=0.3),
     "base-data-10": Ablation("data", "student alone, 10 % of the data", "base", "base", data_size=0.1),
     "kd-data-10": Ablation("data", "default, 10 % of the data", "kd", data_size=0.1),
-}
+}  # fmt: skip
 """Name: configuration. One that agrees with an earlier one in all settings is not run again: :func:`distinct`."""
 
 

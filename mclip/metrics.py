@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from mclip.config import require
 
 CHUNK = 256  # queries ranked at a time: 256 x 25,000 similarities take 26 MB
 RESAMPLES = 1000
-# Two-sided 95 % quantiles of Student's t for 1 to 9 degrees of freedom; beyond that the last is used.
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class EvaluationError(ValueError):
@@ -93,6 +92,11 @@ def _mean_recall(hits: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, f
     return _percent(_interval(float(recall.mean()), resampled.mean(1)))
 
 
+def student_quantile(freedom: int) -> float:
+    """Two-sided 95 % quantile of Student's t: how many standard errors an interval reaches to either side."""
+    return float(stdtrit(freedom, 0.975))
+
+
 def over_seeds(intervals: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """One interval stays; those of several seeds give their mean and Student's 95 % interval.
 
@@ -101,8 +105,8 @@ def over_seeds(intervals: Sequence[Mapping[str, float]]) -> dict[str, float]:
     if len(intervals) == 1:
         return dict(intervals[0])
     values = [interval["value"] for interval in intervals]
-    quantile = STUDENT_T[min(len(values) - 2, len(STUDENT_T) - 1)]
-    mean, half = statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    half = student_quantile(len(values) - 1) * error
     return {"value": mean, "low": max(0.0, mean - half), "high": min(100.0, mean + half)}
 
 

@@ -40,7 +40,8 @@ def test_only_what_a_name_says_differs():
     """Terms change weights and phases, and nothing else; and so on for each question."""
     allowed = {
         "terms": {"distill"}, "feature": {"distill"}, "phases": {"distill"}, "balancing": {"distill"},
-        "temperature": {"distill"}, "crops": {"train"}, "noise": {"noise"}, "data": {"data_size", "train"},
+        "temperature": {"distill"}, "rate": {"train"}, "crops": {"train"}, "noise": {"noise"},
+        "data": {"data_size", "train"},
     }  # fmt: skip
     for name, one in ABLATIONS.items():
         own, other = plan(name).as_json(), plan(one.against).as_json()
@@ -59,6 +60,8 @@ def test_the_plan_holds_every_question():
     assert len({d.phases for d in kd}) >= 4
     assert {d.balancers for d in kd} >= {("fixed",), ("magnitude",), ("gradient_norm",), ("uncertainty",)}
     assert {(d.max_temperature, d.min_temperature) for d in kd} >= {(1.0, 1.0), (4.0, 4.0), (8.0, 4.0)}
+    base_rates = {run.train.learning_rate for name, run in runs.items() if ABLATIONS[name].student == "base"}
+    assert len(base_rates) >= 3, "the baseline is tuned too"
     assert {run.noise for run in runs.values()} == {0.0, 0.1, 0.3}
     assert {run.data_size for run in runs.values()} == {0.1, 0.3, 1.0}
     assert len(distinct()) == len(set(distinct())) <= len(ABLATIONS)
@@ -140,16 +143,25 @@ def toy_records(rng: np.random.Generator) -> list[dict]:
 def test_pooled_intervals_against_an_analysis_of_variance():
     records = toy_records(np.random.default_rng(0))
     means = means_of(records)
-    groups = [[means[name][s] - means["base"][s] for s in range(3)] for name in means if name != "base"]
-    within = sum(((np.array(group) - np.mean(group)) ** 2).sum() for group in groups)
+    table = np.array([[means[name][seed] for seed in range(3)] for name in means])  # balanced: closed form
+    residuals = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
     deviation, freedom = pooled_deviation(means)
-    assert freedom == 10
-    assert deviation == pytest.approx((within / 10) ** 0.5)
-    between = 3 * np.var([np.mean(group) for group in groups], ddof=1)
-    assert between / deviation**2 == pytest.approx(stats.f_oneway(*groups).statistic)
+    assert freedom == (6 - 1) * (3 - 1)
+    assert deviation == pytest.approx((2 * (residuals**2).sum() / freedom) ** 0.5)
     found = effect(means, "icl")
-    half = stats.t.ppf(0.975, 9) * deviation / 3**0.5  # the table of quantiles ends at 9, which is the wider one
-    assert found["high"] - found["value"] == pytest.approx(half, rel=1e-3)
+    half = stats.t.ppf(0.975, freedom) * deviation / 3**0.5
+    assert found["high"] - found["value"] == pytest.approx(half)
+
+
+def test_pooled_intervals_hold_the_truth_as_often_as_they_say():
+    """All differences share the runs of their counterpart, whose luck is in all of them at once."""
+    rng, names = np.random.default_rng(0), list(ABLATIONS)[:20]
+    held = []
+    for _ in range(200):
+        seeds = rng.normal(0, 3, 3)
+        means = {name: dict(enumerate(50 + seeds + rng.normal(0, 2, 3))) for name in names}
+        held += [found["low"] <= 0 <= found["high"] for found in effects(means).values()]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.02)
 
 
 def test_verdicts_follow_the_interval():
