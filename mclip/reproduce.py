@@ -30,6 +30,7 @@ from .tables import (
     cost_table,
     efficiency_goals,
     efficiency_table,
+    headline,
     markdown_table,
     paired_table,
     replace_block,
@@ -148,6 +149,7 @@ def readme_tables() -> dict[str, str]:
     measured, cost = read_json(RESULTS / "bench.json")["parts"], read_json(RESULTS / "efficiency.json")
     ablations, defects = load_results(RESULTS / "ablations"), load_results(RESULTS / "defects")
     return {
+        "headline": headline(scene_results(), cost),
         "views": markdown_table(zero_shot_table(views), ("whole", "cached-views", "online")),
         "bench": bench_table(measured),
         "efficiency": f"{efficiency_table(cost)}\n\n{efficiency_goals(cost)}",
@@ -167,11 +169,13 @@ def scene_results() -> list[dict[str, Any]]:
 
 
 def photographs(
-    train_data_path: str, val_data_path: str, data_size: float = 0.2, teacher_epochs: int = 12, max_epochs: int = 20,
-    batch_size: int = 64, learning_rate: float = 3e-3, teacher_batch_size: int = 128, seeds: int = 3,
-    dataset: str = "", out_dir: str = "runs/photographs",
+    train_data_path: str, val_data_path: str, data_size: float = 1.0, teacher_epochs: int = 12, max_epochs: int = 40,
+    batch_size: int = 64, teacher_batch_size: int = 128, seeds: int = 3, dataset: str = "",
+    out_dir: str = "runs/photographs",
 ) -> None:  # fmt: skip
     """Base against kd on real captions: a teacher from all pairs, students from a share; retrieval on the rest.
+
+    The students are trained as on scenes, crops included.
 
     Args:
         train_data_path: a CSV or COCO Captions JSON file.
@@ -180,7 +184,6 @@ def photographs(
         teacher_epochs: passes of the teacher over all pictures.
         max_epochs: passes of the students over their share.
         batch_size: pairs a step, of the students.
-        learning_rate: peak of the schedule, of the students.
         teacher_batch_size: pairs a step, of the teacher.
         seeds: number of seeds.
         dataset: also classify this one zero-shot: a torchvision set such as cifar10, or a folder of pictures.
@@ -197,7 +200,7 @@ def photographs(
     _measure("teacher", teacher, validation, labelled, 0)
     for seed in range(seeds):
         share = everything.fraction(data_size, seed)
-        settings = TrainConfig(max_epochs=max_epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
+        settings = get_profile("cpu").training(max_epochs=max_epochs, batch_size=batch_size, seed=seed)
         for name, distill in (("base", BASE), ("kd", DistillConfig())):
             folder = out / f"{name}-{seed}"
             train_student(
