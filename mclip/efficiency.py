@@ -13,19 +13,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import open_clip
-import psutil
 import torch
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from mclip.bench import in_new_process, peak_megabytes
 from mclip.config import PRESETS, closest, require
 from mclip.fused import fold_batch_norm, fused
 from mclip.noise import random_model
@@ -96,13 +93,18 @@ def candidate(name: str, form: Form = "deployed") -> Candidate:
         model, tokenizer = _without_warning(open_clip.create_model, name), open_clip.get_tokenizer(name)
         size = model.visual.image_size
         size = size if isinstance(size, int) else size[0]
-    label = name if form == "deployed" else f"{name}, {'as trained' if form == 'trained' else form}"
+    label = candidate_name(name, form)
     counts, description = parameter_parts(model.eval()), describe_model(label, model)
     if form != "trained":
         model = fused(model) if ours else fold_batch_norm(reparameterize_model(model))
     if form == "int8":
         model = int8_image(int8_text(model), torch.rand(8, 3, size, size))
     return Candidate(label, model, size, tokenizer, counts, description)
+
+
+def candidate_name(name: str, form: Form) -> str:
+    """How tables call ``name`` in this form: the deployed one has the bare name."""
+    return name if form == "deployed" else f"{name}, {'as trained' if form == 'trained' else form}"
 
 
 def _without_warning(create: Callable[[str], nn.Module], name: str) -> nn.Module:
@@ -214,19 +216,3 @@ def time_by_part(parts: Mapping[str, nn.Module], call: Call, rounds: int = 20) -
         for handle in handles:
             handle.remove()
     return {e.key: e.cpu_time_total / rounds / 1000 for e in profiler.key_averages() if e.key in parts}
-
-
-def peak_memory(name: str, form: Form = "deployed", batch: int = 1) -> float | None:
-    """MB (2^20 bytes) that weights and a call of each encoder add to a process of its own; None where not Linux."""
-    return in_new_process(_peak, name, form, batch) if Path("/proc/self/clear_refs").exists() else None
-
-
-def _peak(name: str, form: Form, batch: int) -> float:
-    torch.set_num_threads(1)
-    before = psutil.Process().memory_info().rss / 2**20
-    calls = candidate(name, form).calls(batch)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of building the model
-    with torch.inference_mode():
-        for call in calls.values():
-            call()
-    return peak_megabytes() - before

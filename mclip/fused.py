@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
+from mclip.config import require
 from mclip.image_encoder import DepthwiseConv
 from mclip.model import MobileCLIP
 from mclip.text_encoder import LSRABlock, mix_steps, toeplitz
@@ -27,13 +28,12 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     that timm keeps inside its BatchNorm stays in its place.
     """
     for parent in list(model.modules()):
-        children = list(parent.named_children())
-        for (name, conv), (after, norm) in reversed(list(pairwise(children))):
+        for (name, conv), (after, norm) in pairwise(list(parent.named_children())):
             if not (isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)):
                 continue
             setattr(parent, name, fuse_conv_bn_eval(conv, norm))
-            if isinstance(parent, nn.Sequential):
-                del parent[int(after)]
+            if isinstance(parent, nn.Sequential) and not hasattr(norm, "act"):
+                delattr(parent, after)
             else:
                 setattr(parent, after, getattr(norm, "act", nn.Identity()))
     return model
@@ -85,7 +85,13 @@ class FusedBlock(nn.Module):
 
 
 def fused(model: MobileCLIP) -> MobileCLIP:
-    """A copy of ``model`` that gives the same embeddings faster. It cannot be trained, saved or fused again."""
+    """A copy of ``model`` that gives the same embeddings faster. It cannot be trained, saved or fused again.
+
+    ConfigError for what is no student, or is fused already.
+    """
+    remedy = "give a student as load_model returns it, or from MobileCLIP.from_pretrained"
+    trained = isinstance(model, MobileCLIP) and all(isinstance(b, LSRABlock) for b in model.text_encoder.blocks)
+    require(trained, "model", type(model).__name__, remedy)
     new = copy.deepcopy(model)
     for parent in list(new.image_encoder.modules()):
         for name, child in list(parent.named_children()):

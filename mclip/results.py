@@ -108,8 +108,7 @@ def validate_result(record: Mapping[str, Any]) -> None:
     _check_fields(record["model"], MODEL_FIELDS, "model.")
     outcomes = [key for key in OUTCOMES if key in record]
     _require(len(outcomes) == 1, "metrics", outcomes, 'give either "metrics" or "error"')
-    details = record.get("details", {})
-    _require(isinstance(details, Mapping), "details", details, "give a mapping")
+    _require(isinstance(record.get("details", {}), Mapping), "details", record.get("details"), "give a mapping")
     if outcomes == ["error"]:
         _require(_text(record["error"]), "error", record["error"], "say what failed")
         return
@@ -135,8 +134,10 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def describe_model(name: str, module: nn.Module) -> dict[str, Any]:
-    """The ``model`` field of a record: name, number of parameters and the weights' SHA-256."""
-    parameters = sum(p.numel() for p in module.parameters())
+    """The ``model`` field of a record: name, number of parameters, int8 ones too, and the weights' SHA-256."""
+    methods = [getattr(layer, part, None) for layer in module.modules() for part in ("weight", "bias")]
+    packed = [method() for method in methods if callable(method)]  # an int8 layer's, where others have parameters
+    parameters = sum(tensor.numel() for tensor in [*module.parameters(), *packed] if tensor is not None)
     return {"name": name, "parameters": parameters, "sha256": weights_sha256(module)}
 
 

@@ -130,7 +130,7 @@ def efficiency_table(record: Mapping[str, Any]) -> str:
         clock = model["latency"]["1 thread, batch 1"]
         adds = [f"{model['multiply_adds'][half] / 1e6:,.0f}" if model["multiply_adds"] else "" for half in own]
         shown = [f"{clock[half]['median']:.1f} ({clock[half]['p95']:.1f})" for half in own]
-        peak = "" if model["peak_megabytes"] is None else f"{model['peak_megabytes']:,.0f}"
+        peak = "" if record["memory"][name] is None else f"{record['memory'][name]:,.0f}"
         cells = [name, f"{parts['total'] / 1e6:.1f}", f"{parts['token table'] / 1e6:.1f}", *adds,
                  f"{model['megabytes']:,.0f}", *shown, f"{reference / sum(own.values()):.1f} times", peak]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")

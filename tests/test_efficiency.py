@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import BatchNormAct2d
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -18,12 +22,13 @@ from mclip.cli import main
 from mclip.config import ConfigError
 from mclip.cost_plots import cost_of_models, pareto_front
 from mclip.efficiency import candidate, checkpoint_megabytes, latency, multiply_adds, parameter_parts, time_by_part
+from mclip.efficiency_run import peak_memory
 from mclip.files import DATA
 from mclip.fused import fold_batch_norm, fused
 from mclip.image_encoder import stage_names
 from mclip.noise import random_model
 from mclip.quantise import int8_image, int8_text
-from mclip.results import ResultError, weights_sha256
+from mclip.results import ResultError, describe_model, weights_sha256
 from mclip.runs import load_model
 
 
@@ -77,6 +82,36 @@ def test_folding_is_the_closed_form_and_leaves_other_layers():
     torch.testing.assert_close(folded(x), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("names", [("0", "1"), ("conv", "norm"), ("-1", "0")])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(6), BatchNormAct2d(6)])
+def test_folding_keeps_activations_whatever_the_layers_are_called(names, norm):
+    torch.manual_seed(0)
+    norm.running_mean.normal_()
+    layers = zip(names, (nn.Conv2d(3, 6, 3, bias=False), norm), strict=True)
+    model, x = nn.Sequential(OrderedDict(layers)).eval(), torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    folded = fold_batch_norm(model)
+    torch.testing.assert_close(folded(x), expected, atol=1e-5, rtol=1e-5)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded)
+
+
+def test_only_a_student_is_fused_and_only_once(shipped):
+    for model in (open_clip.create_model("ViT-S-32-alt"), fused(shipped[0])):
+        with pytest.raises(ConfigError, match="give a student"):
+            fused(model)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is known on Linux alone")
+def test_peak_memory_is_the_weights_and_what_the_calls_add():
+    deployed, trained = peak_memory("course"), peak_memory("course", "trained")
+    weights = checkpoint_megabytes(candidate("course").model) * 1e6 / 2**20
+    assert weights < deployed < weights + 100
+    assert deployed < trained + 20, "what folding left behind is counted"
+    assert peak_memory("course", batch=64) > deployed + 64 * 3 * 64 * 64 * 4 / 2**20, (
+        "more than the pictures themselves"
+    )
+
+
 @pytest.mark.parametrize("name", ["course", "mobile-256"])
 def test_the_deployed_student_says_the_same(name):
     model, config = random_model(name)
@@ -127,6 +162,7 @@ def test_int8_is_small_and_near(shipped):
         image = (small.encode_image(images, normalize=True) * plain.encode_image(images, normalize=True)).sum(1)
     assert text.min() > 0.99
     assert image.mean() > 0.9
+    assert describe_model("small", small)["parameters"] == describe_model("plain", plain)["parameters"]
     assert checkpoint_megabytes(small) < 0.35 * checkpoint_megabytes(plain)
     assert weights_sha256(small) != weights_sha256(int8_text(plain))
 
