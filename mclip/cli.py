@@ -20,6 +20,7 @@ COMMANDS = {
     "teacher": ("mclip.commands:teacher", "train a small teacher from scratch"),
     "cache": ("mclip.commands:cache", "compute and keep what the teacher says of all pictures and captions"),
     "evaluate": ("mclip.evaluate_command:evaluate", "classify pictures zero-shot"),
+    "export": ("mclip.export:export_student", "write a student into a folder that an app can carry"),
     "download": ("mclip.sources:download", "fetch a set of captions or a test set, and resume what was cut off"),
     "reproduce": ("mclip.reproduce:reproduce", "the long run: several seeds, and the results that are committed"),
     "photographs": ("mclip.reproduce:photographs", "base against kd on captions of real photographs"),

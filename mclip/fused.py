@@ -76,7 +76,8 @@ class FusedBlock(nn.Module):
         parts = self.query_key_value(left).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         right = F.glu(self.gate(right), dim=2)
         mask = None
-        if batch > 1:  # one caption alone is as long as itself: it has no padding to hide
+        # One caption alone is as long as itself: it has no padding to hide. A graph that is exported serves any batch.
+        if torch.compiler.is_compiling() or batch > 1:
             mask, right = ~padding[:, None, None, :], right.masked_fill(padding[:, :, None], 0)
         left = F.scaled_dot_product_attention(*parts, attn_mask=mask).transpose(1, 2).reshape(batch, length, -1)
         right = mix_steps(self.matrices[:, :length, :length], right)

@@ -198,4 +198,4 @@ class TextEncoder(nn.Module):
         x = self.dropout(self.embed(tokens))
         for block in self.blocks:
             x = block(x, padding)
-        return self.norm(x[torch.arange(len(x), device=x.device), last])
+        return self.norm(x[torch.arange(x.shape[0], device=x.device), last])

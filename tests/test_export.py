@@ -1,0 +1,284 @@
+"""Exported students against PyTorch, torchvision and open_clip; damaged folders; a reader that needs none of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import unicodedata
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from open_clip.tokenizer import basic_clean
+from PIL import Image
+
+from mclip import deployed, export
+from mclip.cli import main
+from mclip.config import ConfigError
+from mclip.deployed import Deployed, DeployError, prepare
+from mclip.evaluate import build_classifier
+from mclip.model import MobileCLIP
+from mclip.noise import random_model
+from mclip.runs import load_model
+from mclip.text_encoder import Tokenizer
+from mclip.tokenizer_file import portable_tokenizer
+
+WORDS = ("a", "small", "red", "star", "dog's", "crème", "10", "on", "green", "grass,", "beside", "the", "of", "photo")
+ODD = ("’", "Σ", "ΟΔΟΣ", "İ", "½", "ﬁ", "\u3000", "...", "!")
+
+
+@pytest.fixture(scope="module")
+def student() -> MobileCLIP:
+    return load_model("kd")[0]
+
+
+@pytest.fixture(scope="module")
+def folder(student, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("export") / "kd"
+    export.export(student, path, "kd", export.calibration_pictures(student, count=64))
+    return path
+
+
+@pytest.fixture(scope="module")
+def reader(folder) -> Deployed:
+    return Deployed(folder, threads=1)
+
+
+@pytest.fixture
+def copied(folder, tmp_path) -> Path:
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def refresh(folder: Path, name: str) -> None:
+    """Enter the SHA-256 that a changed file now has, as a careless build script would."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name]["sha256"] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_image_graph_is_the_student_for_any_batch(student, reader, batch, seed):
+    images = torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+    with torch.inference_mode():
+        expected = student.encode_image(images, normalize=True)
+    np.testing.assert_allclose(reader.encode_prepared(images.numpy()), expected, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.lists(st.sampled_from(WORDS), max_size=40).map(" ".join), min_size=1, max_size=5), st.integers(0, 5))
+def test_text_graph_is_the_student_for_any_batch_length_and_padding(student, reader, texts, pads):
+    tokens = student.tokenizer(texts)
+    with torch.inference_mode():
+        expected = student.encode_text(tokens, normalize=True)
+    padded = torch.nn.functional.pad(tokens, (0, min(pads, 32 - tokens.shape[1])))
+    np.testing.assert_allclose(reader.encode_tokens(padded.numpy()), expected, atol=1e-5)
+    np.testing.assert_allclose(reader.encode_texts(texts, batch_size=2), expected, atol=1e-5)
+
+
+def known_to_all(character: str) -> bool:
+    """Assigned since Unicode 3.2, and no control: tables of libraries differ in what came in the last years."""
+    return unicodedata.ucd_3_2_0.category(character) not in ("Cn", "Cc", "Cs") and character != "\u0345"
+
+
+STRAIGHT = str.maketrans("\u02bc\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "'" * 5 + '"' * 4)
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.one_of(
+    st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=80),
+    st.text(st.characters(min_codepoint=32, max_codepoint=0x24F).filter(known_to_all), max_size=40),
+    st.text(st.characters().filter(known_to_all), max_size=20),
+    st.lists(st.sampled_from([*WORDS, *ODD]), max_size=60).map(" ".join),
+))  # fmt: skip
+def test_tokenizer_file_gives_the_same_ids(text):
+    """For every text that ftfy and html.unescape leave as it is, but for curly quotes."""
+    plain = unicodedata.normalize("NFKC", text).translate(STRAIGHT).strip()
+    assume(basic_clean(plain) == plain and "_of_text>" not in text.lower())
+    for context in (5, 32):
+        found = portable_tokenizer_of(context).encode_batch([text, "a dog"])
+        assert [row.ids for row in found] == Tokenizer(context)([text, "a dog"]).tolist()
+
+
+@cache
+def portable_tokenizer_of(context: int) -> object:
+    return portable_tokenizer(context)
+
+
+def test_a_caption_cannot_forge_an_end(reader):
+    assert (reader.tokenize(["a dog <end_of_text> a cat", "<start_of_text>"]) >= 49406).sum() == 4
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(20, 200), st.integers(20, 200), st.sampled_from(["RGB", "L", "RGBA", "P", "1"]), st.integers(0, 9))
+def test_preparation_is_torchvisions(student, reader, width, height, mode, seed):
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).convert(mode)
+    np.testing.assert_allclose(prepare(picture, reader.settings), student.preprocess(picture), atol=1e-6)
+
+
+def test_a_photograph_is_turned_the_right_way_up(reader, tmp_path):
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 60, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held a quarter turn to the left
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.png", exif=exif)
+    np.testing.assert_array_equal(prepare(tmp_path / "photo.png", reader.settings), prepare(upright, reader.settings))
+
+
+def test_zero_shot_is_that_of_the_package(student, reader):
+    names, templates = ["red star", "blue ring", "green tree"], ["a {}", "a picture of a {}"]
+    pictures = list(np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8))
+    with torch.inference_mode():
+        images = student.encode_image(torch.from_numpy(reader.prepare(pictures)), normalize=True)
+    expected = images @ build_classifier(student, student.tokenizer, names, templates)
+    np.testing.assert_allclose(reader.zero_shot(pictures, names, templates), expected, atol=1e-5)
+    assert reader.encode_images([]).shape == (0, 256)
+
+
+def test_int8_is_small_and_near(folder, reader):
+    small = Deployed(folder, "int8", threads=1)
+    for name, whole in zip(deployed.GRAPHS["int8"], deployed.GRAPHS["float32"], strict=True):
+        assert (folder / name).stat().st_size < 0.35 * (folder / whole).stat().st_size
+    texts = ["a red star", "a small blue ring on grass", "a tree"]
+    assert (small.encode_texts(texts) * reader.encode_texts(texts)).sum(1).min() > 0.99
+    golden = np.load(folder / "golden.npz")["pictures"]
+    assert (small.encode_images(golden) * reader.encode_images(golden)).sum(1).min() > 0.95
+
+
+ALONE = """\
+import sys
+from PIL import Image
+import deployed
+reader = deployed.Deployed(sys.argv[1], threads=1)
+found = reader.zero_shot([sys.argv[2]], ["red star", "blue ring"])
+assert not {"torch", "mclip", "open_clip", "torchvision"} & set(sys.modules), sorted(sys.modules)
+print(*found[0])
+"""
+
+
+def test_the_reader_alone_needs_no_torch_and_no_mclip(folder, reader, tmp_path):
+    shutil.copy(deployed.__file__, tmp_path / "deployed.py")
+    picture = np.random.default_rng(1).integers(0, 256, (90, 70, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    command = [sys.executable, "-c", ALONE, str(folder), str(tmp_path / "picture.png")]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    expected = reader.zero_shot([picture], ["red star", "blue ring"])[0]
+    np.testing.assert_allclose([float(word) for word in told.stdout.split()], expected, atol=1e-5)
+
+
+def test_folder_is_described_and_names_no_place_of_this_machine(folder, student):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["forms"] == ["float32", "int8"]
+    assert manifest["logit_scale"] == pytest.approx(student.logit_scale.exp().item())
+    assert set(manifest["files"]) | {"manifest.json", "README.md"} == {path.name for path in folder.iterdir()}
+    card = (folder / "README.md").read_text()
+    for name, file in manifest["files"].items():
+        content = (folder / name).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (file["bytes"], file["sha256"])
+        assert file["sha256"] in card
+        assert str(Path(export.__file__).parent).encode() not in content
+
+
+FILES = ["image.onnx", "text.onnx", "tokenizer.json", "preprocess.json", "golden.npz", "manifest.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(copied, name):
+    (copied / name).unlink()
+    with pytest.raises(DeployError, match=f"{name}: not readable"):
+        Deployed(copied)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named(copied, name):
+    content = (copied / name).read_bytes()
+    (copied / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(DeployError, match=name):
+        Deployed(copied)
+
+
+def change_preparation(folder: Path, **changes: object) -> str:
+    values = json.loads((folder / "preprocess.json").read_text()) | changes
+    (folder / "preprocess.json").write_text(json.dumps(values))
+    return "preprocess.json"
+
+
+def change_tokenizer(folder: Path) -> str:
+    portable_tokenizer(20).save(str(folder / "tokenizer.json"))
+    return "tokenizer.json"
+
+
+def change_graph(folder: Path) -> str:
+    shutil.copy(folder / "text-int8.onnx", folder / "text.onnx")
+    return "text.onnx"
+
+
+@pytest.mark.parametrize("change", [
+    lambda folder: change_preparation(folder, channels="BGR"),
+    lambda folder: change_preparation(folder, interpolation="nearest"),
+    lambda folder: change_preparation(folder, mean=[0.5, 0.5, 0.5]),
+    change_tokenizer,
+    change_graph,
+], ids=["channels", "filter", "mean", "length", "graph"])  # fmt: skip
+def test_what_computes_something_else_is_found_and_named(copied, change):
+    name = change(copied)
+    with pytest.raises(DeployError, match=f"{name}: not the file that was exported"):
+        Deployed(copied)
+    refresh(copied, name)
+    with pytest.raises(DeployError, match=f"{name}: .* do not trust this folder"):
+        Deployed(copied)
+    Deployed(copied, check=False)
+
+
+def test_wrong_forms_pictures_and_manifests_are_refused(copied, reader, tmp_path):
+    with pytest.raises(DeployError, match="form='int4' cannot work: choose float32 or int8"):
+        Deployed(copied, "int4")
+    with pytest.raises(DeployError, match="red first"):
+        reader.encode_images([np.zeros((64, 64), np.uint8)])
+    with pytest.raises(DeployError, match=r"nothing\.png: not readable"):
+        reader.encode_images([tmp_path / "nothing.png"])
+    with pytest.raises(DeployError, match="give a list"):
+        reader.encode_texts("a dog")
+    manifest = json.loads((copied / "manifest.json").read_text())
+    del manifest["files"]["image-int8.onnx"]
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DeployError, match=r"image-int8\.onnx: not among the exported files"):
+        Deployed(copied, "int8")
+    (copied / "manifest.json").write_text(json.dumps(manifest | {"version": 99}))
+    with pytest.raises(DeployError, match="export again"):
+        Deployed(copied)
+
+
+def test_only_students_are_exported_and_nothing_is_overwritten(student, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="only a student can be exported"):
+        export.export(load_model("teacher")[0], tmp_path / "new")
+    with pytest.raises(ConfigError, match="it is there already"):
+        export.export(student, tmp_path)
+    assert main(["export", "--model_checkpoint", "clip", "--out_dir", str(tmp_path / "new")]) == 2
+    assert "only a student can be exported" in capsys.readouterr().err
+    assert main(["export", "--pictures", "0"]) == 2
+    assert "pictures=0" in capsys.readouterr().err
+    assert main(["export", "--out_dri", "x"]) == 2
+    assert "--out_dri" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_computes_something_else_leaves_nothing(folder, tmp_path, monkeypatch):
+    def graphs_of_another_student(model: MobileCLIP, new: Path) -> None:
+        for name in deployed.GRAPHS["float32"]:
+            shutil.copy(folder / name, new)
+
+    monkeypatch.setattr(export, "write_graphs", graphs_of_another_student)
+    model, _ = random_model("course")
+    with pytest.raises(DeployError, match=r"image\.onnx: an embedding has cosine"):
+        export.export(model, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+    assert model.training
