@@ -73,6 +73,7 @@ class Deployed:
     """Both halves of an exported student.
 
     Attributes:
+        form, graphs: which numbers it computes with, and the files of the image and the text graph.
         manifest: what was exported: model, embed_dim, context_length, logit_scale, files with bytes and SHA-256.
         settings: of :func:`prepare`.
         tokenizer: texts -> token ids; cleaning, start, end and the longest caption are part of it.
@@ -92,10 +93,11 @@ class Deployed:
         self.folder, self.form = Path(folder), form
         if form not in GRAPHS:
             raise DeployError(f"form={form!r} cannot work: choose {' or '.join(GRAPHS)}.")
+        self.graphs = GRAPHS[form]
         self.manifest = self._read_json(MANIFEST_FILE)
         if self.manifest.get("kind") != KIND or self.manifest.get("version") != VERSION:
             raise DeployError(f"{self.folder / MANIFEST_FILE}: not of mclip's export, version {VERSION}; export again.")
-        for name in (*GRAPHS[form], TOKENIZER_FILE, PREPROCESS_FILE, GOLDEN_FILE):
+        for name in (*self.graphs, TOKENIZER_FILE, PREPROCESS_FILE, GOLDEN_FILE):
             self._require_whole(name)
         self.settings = self._read_json(PREPROCESS_FILE)
         self.tokenizer = Tokenizer.from_file(str(self.folder / TOKENIZER_FILE))
@@ -103,7 +105,7 @@ class Deployed:
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         self._image, self._text = (
             onnxruntime.InferenceSession(self.folder / name, options, providers=["CPUExecutionProvider"])
-            for name in GRAPHS[form]
+            for name in self.graphs
         )
         if check:
             self.check()
@@ -190,7 +192,7 @@ class Deployed:
                 yield TOKENIZER_FILE, "a text has other tokens"
             images = self.encode_prepared(golden["prepared"].astype(np.float32))
             texts = self.encode_tokens(golden["tokens"])
-            steps = zip(GRAPHS[self.form], (images, texts), ("image_embeddings", "text_embeddings"), strict=True)
+            steps = zip(self.graphs, (images, texts), ("image_embeddings", "text_embeddings"), strict=True)
             for name, found, key in steps:
                 lowest = (found * golden[key]).sum(1).min()
                 if not lowest > 1 - TOLERANCE[self.form]:  # not-a-number is wrong as well

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +23,9 @@ from mclip.embed import embed_texts as embed_texts
 from mclip.metrics import class_ranks, rank_metrics, retrieval, zero_shot_metrics
 from mclip.paired import answers
 from mclip.results import describe_model, make_result
+
+if TYPE_CHECKING:
+    from mclip.deployed import Deployed
 
 
 def as_templates(prompt: str | Sequence[str]) -> list[str]:
@@ -87,20 +92,49 @@ def evaluate_zero_shot(
     if embeddings is None:
         embeddings, found = embed_images(model, dataset.images, batch_size, workers)
     labels = found if dataset.labels is None else torch.as_tensor(dataset.labels).cpu()
+    described = describe_model(name, model)
+    return _record(dataset, templates, described, classifier, embeddings, labels, seed, start, device_of(model))
+
+
+def evaluate_deployed(reader: Deployed, dataset: ZeroShotSet, name: str, *, seed: int = 0) -> dict[str, Any]:
+    """The results record of an exported student: preparation, tokens and graphs are those that a device has.
+
+    The pictures of ``dataset`` are an array (N, 3, H, W), and their labels are known. The record's SHA-256 is over
+    those of both graphs.
+    """
+    start, templates = time.perf_counter(), as_templates(dataset.templates)
+    classifier = torch.from_numpy(reader.classifier(dataset.class_names, templates))
+    embeddings = torch.from_numpy(reader.encode_images(np.asarray(dataset.images).transpose(0, 2, 3, 1)))
+    graphs = "".join(reader.manifest["files"][graph]["sha256"] for graph in reader.graphs)
+    described = {**reader.manifest["model"], "name": name, "sha256": hashlib.sha256(graphs.encode()).hexdigest()}
+    labels = torch.as_tensor(dataset.labels)
+    return _record(dataset, templates, described, classifier, embeddings, labels, seed, start, "cpu")
+
+
+def _record(
+    dataset: ZeroShotSet,
+    templates: list[str],
+    described: dict[str, Any],
+    classifier: Tensor,
+    embeddings: Tensor,
+    labels: Tensor,
+    seed: int,
+    start: float,
+    device: torch.device | str,
+) -> dict[str, Any]:
     ranks = class_ranks(embeddings, classifier, labels)
     metrics = rank_metrics(ranks, labels, dataset.class_names, seed)
-    seconds = time.perf_counter() - start
     return make_result(
         "zero_shot",
         dataset.name,
         dataset.split,
         len(labels),
-        describe_model(name, model),
+        described,
         metrics,
         templates=templates,
         seed=seed,
-        seconds=seconds,
-        device=device_of(model),
+        seconds=time.perf_counter() - start,
+        device=device,
         details={"metric": dataset.metric, **answers(ranks < 1, labels.tolist())},
     )
 

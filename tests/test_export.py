@@ -23,10 +23,11 @@ from mclip import deployed, export
 from mclip.cli import main
 from mclip.config import ConfigError
 from mclip.deployed import Deployed, DeployError, prepare
-from mclip.evaluate import build_classifier
+from mclip.evaluate import build_classifier, evaluate_deployed, evaluate_zero_shot
 from mclip.model import MobileCLIP
 from mclip.noise import random_model
 from mclip.runs import load_model
+from mclip.scene_sets import scene_sets
 from mclip.text_encoder import Tokenizer
 from mclip.tokenizer_file import portable_tokenizer
 
@@ -140,6 +141,19 @@ def test_zero_shot_is_that_of_the_package(student, reader):
     expected = images @ build_classifier(student, student.tokenizer, names, templates)
     np.testing.assert_allclose(reader.zero_shot(pictures, names, templates), expected, atol=1e-5)
     assert reader.encode_images([]).shape == (0, 256)
+
+
+def test_records_of_an_export_are_those_of_the_student(student, reader):
+    chosen = scene_sets(96, 40)["colour"]
+    found, expected = (
+        evaluate_deployed(reader, chosen, "kd"),
+        evaluate_zero_shot(student, student.tokenizer, chosen, "kd"),
+    )
+    assert found["model"]["parameters"] == expected["model"]["parameters"]
+    assert found["model"]["sha256"] != expected["model"]["sha256"]
+    same = ("task", "dataset", "n", "templates", "seed")
+    assert [found[key] for key in same] == [expected[key] for key in same]
+    assert found["metrics"]["top1"]["value"] == pytest.approx(expected["metrics"]["top1"]["value"], abs=2.5)
 
 
 def test_int8_is_small_and_near(folder, reader):
