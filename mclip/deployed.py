@@ -186,7 +186,7 @@ class Deployed:
             grey = 1 / (255 * min(self.settings["std"])) + 2e-3  # one level, and the rounding of the stored numbers
             off = np.abs(self.prepare(list(golden["pictures"])) - golden["prepared"].astype(np.float32)).max()
             if off > grey:
-                yield PREPROCESS_FILE, f"a prepared picture is off by up to {off:.2f} standard deviations"
+                yield PREPROCESS_FILE, f"a prepared picture is off by up to {off:.1f} standard deviations"
             tokens = self.tokenize(golden["texts"].tolist())
             if tokens.shape != golden["tokens"].shape or (tokens != golden["tokens"]).any():
                 yield TOKENIZER_FILE, "a text has other tokens"
