@@ -111,12 +111,14 @@ class Deployed:
             self.check()
 
     def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
         try:
-            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise DeployError(
-                f"{self.folder / name}: not readable ({error}); copy or export the folder again."
-            ) from error
+            raise DeployError(f"{path}: not readable ({error}); copy the folder again.") from error
+        if not isinstance(found, dict):
+            raise DeployError(f"{path}: holds no mapping; copy the folder again.")
+        return found
 
     def _require_whole(self, name: str) -> None:
         path, files = self.folder / name, self.manifest["files"]
@@ -173,12 +175,8 @@ class Deployed:
 
     def check(self) -> None:
         """Compute the examples of ``golden.npz`` step by step; DeployError for the first step that is off."""
-        wrong = next(self.deviations(), None)
-        if wrong:
-            name, text = wrong
-            raise DeployError(
-                f"{self.folder / name}: {text}, as computed here; do not trust this folder on this device."
-            )
+        for name, text in self.deviations():
+            raise DeployError(f"{self.folder / name}: {text}; do not trust this folder on this device.")
 
     def deviations(self) -> Iterator[tuple[str, str]]:
         """The steps that give something else than when exported: the file that decides the step, and what is off."""

@@ -26,6 +26,7 @@ from mclip.deployed import Deployed, DeployError, prepare
 from mclip.evaluate import build_classifier, evaluate_deployed, evaluate_zero_shot
 from mclip.model import MobileCLIP
 from mclip.noise import random_model
+from mclip.results import describe_model
 from mclip.runs import load_model
 from mclip.scene_sets import scene_sets
 from mclip.text_encoder import Tokenizer
@@ -41,9 +42,9 @@ def student() -> MobileCLIP:
 
 
 @pytest.fixture(scope="module")
-def folder(student, tmp_path_factory) -> Path:
+def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("export") / "kd"
-    export.export(student, path, "kd", export.calibration_pictures(student, count=64))
+    assert main(["export", "--model_checkpoint", "kd", "--out_dir", str(path), "--pictures", "64"]) == 0
     return path
 
 
@@ -191,6 +192,7 @@ def test_the_reader_alone_needs_no_torch_and_no_mclip(folder, reader, tmp_path):
 def test_folder_is_described_and_names_no_place_of_this_machine(folder, student):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["forms"] == ["float32", "int8"]
+    assert manifest["model"] == describe_model("kd", student)
     assert manifest["logit_scale"] == pytest.approx(student.logit_scale.exp().item())
     assert set(manifest["files"]) | {"manifest.json", "README.md"} == {path.name for path in folder.iterdir()}
     card = (folder / "README.md").read_text()
@@ -266,6 +268,9 @@ def test_wrong_forms_pictures_and_manifests_are_refused(copied, reader, tmp_path
     (copied / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DeployError, match=r"image-int8\.onnx: not among the exported files"):
         Deployed(copied, "int8")
+    (copied / "manifest.json").write_text("[]")
+    with pytest.raises(DeployError, match=r"manifest\.json: holds no mapping"):
+        Deployed(copied)
     (copied / "manifest.json").write_text(json.dumps(manifest | {"version": 99}))
     with pytest.raises(DeployError, match="export again"):
         Deployed(copied)
