@@ -153,7 +153,8 @@ def _peak(name: str, form: Form, batch: int) -> float:
     with torch.inference_mode():
         for call in calls.values():
             call()
-    return 1e6 * checkpoint_megabytes(each.model) / 2**20 + peak_megabytes() - built
+    added = peak_megabytes() - built
+    return 1e6 * checkpoint_megabytes(each.model) / 2**20 + added  # last: it makes a copy of the weights
 
 
 def give_back_freed_memory() -> None:
@@ -172,6 +173,8 @@ def memory() -> dict[str, float | None]:
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "models": models, "memory": memory, "stages": stage_times, "blocks": block_times, "int8": quantised,
 }  # fmt: skip
+UNTIMED = ("memory", "int8")
+"""Parts that another day's machine, or a busy one, measures as well."""
 
 
 def efficiency(only: list[str] | None = None) -> None:
@@ -186,6 +189,7 @@ def efficiency(only: list[str] | None = None) -> None:
         require(name in PARTS, "only", name, closest(name, PARTS))
     record = read_json(FILE) if FILE.exists() else {}
     for name in only or PARTS:
-        record |= {name: PARTS[name](), "machine": describe_machine(), "versions": versions(), "caption": CAPTION}
+        record |= {name: PARTS[name](), "versions": versions(), "caption": CAPTION}
+        record |= {} if name in UNTIMED else {"machine": describe_machine()}
         write_json(FILE, record)
         print(f"{name}: measured, {FILE}", flush=True)

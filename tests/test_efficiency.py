@@ -105,7 +105,7 @@ def test_only_a_student_is_fused_and_only_once(shipped):
 def test_peak_memory_is_the_weights_and_what_the_calls_add():
     deployed, trained = peak_memory("course"), peak_memory("course", "trained")
     weights = checkpoint_megabytes(candidate("course").model) * 1e6 / 2**20
-    assert weights < deployed < weights + 100
+    assert weights < deployed < 2 * weights, "a copy of the weights is counted"
     assert deployed < trained + 20, "what folding left behind is counted"
     assert peak_memory("course", batch=64) > deployed + 64 * 3 * 64 * 64 * 4 / 2**20, (
         "more than the pictures themselves"
