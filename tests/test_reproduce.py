@@ -6,10 +6,12 @@ from matplotlib.image import imread
 
 from mclip import reproduce
 from mclip.config import ConfigError
+from mclip.defect_runs import MEASURES
 from mclip.examples import prompt_sensitivity
 from mclip.files import DATA, read_json
 from mclip.reproduce import README
-from mclip.results import ResultError, load_results
+from mclip.results import ResultError, load_results, weights_sha256
+from mclip.runs import load_model
 from mclip.scenes import SceneConfig, export_scenes, make_scenes
 from mclip.tables import markdown_table, replace_block, retrieval_table, zero_shot_table
 
@@ -103,3 +105,12 @@ def test_wordings_and_pairs_are_those_of_the_file():
     assert drawn == [m["value"] for one in shown["models"].values() for m in one["wordings"].values()]
     for one in shown["models"].values():
         assert np.shape(one["cosines"]) == (len(shown["captions"]),) * 2
+
+
+def test_what_was_measured_of_the_student_that_ships_names_its_weights():
+    results = DATA / "results"
+    defects = [r for r in load_results(results / "defects") if r["details"]["configuration"]["defect"] in MEASURES]
+    grounding = [r for r in load_results(results / "grounding") if r["model"]["name"] == "kd"]
+    assert (len(defects), len(grounding)) == (len(MEASURES), 1)
+    models = [r["model"] for r in defects + grounding] + [read_json(results / "examples.json")["models"]["kd"]["model"]]
+    assert {model["sha256"] for model in models} == {weights_sha256(load_model("kd")[0])}
