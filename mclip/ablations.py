@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from .config import PRESETS, DistillConfig, TrainConfig, closest, require
 from .files import DATA, content_key
-from .jobs import Job, work_off
+from .jobs import Job, results_folder, work_off
 from .model import MobileCLIP
 from .results import describe_model, make_result
 from .runs import BASE, evaluate_all, get_profile, load_data, train_student
 from .train import TrainError
 
 RESULTS = DATA / "results" / "ablations"
+EPOCHS, PROFILE = 3, "cpu"
+"""Passes and size of the records that ship."""
 GROUPS = {
     "terms": "which loss terms",
     "feature": "the form of feature distillation",
@@ -150,19 +152,18 @@ class Run:
         return json.loads(json.dumps(asdict(self)))
 
 
-def plan(name: str, seed: int = 0, epochs: int = 3, profile: str = "cpu") -> Run:
+def plan(name: str, seed: int = 0, epochs: int = EPOCHS, profile: str = PROFILE) -> Run:
     """The run called ``name``: the profile's settings with the configuration's changes, at equal samples seen.
 
     ``epochs`` are passes over all pictures of the profile; a share of them is shown more often. ConfigError
     for an unknown name.
     """
     require(name in ABLATIONS, "ablation", name, closest(name, ABLATIONS))
-    chosen, defaults = ABLATIONS[name], vars(get_profile(profile))
-    known = {each.name for each in fields(TrainConfig)} & defaults.keys()
-    settings = TrainConfig(**{key: defaults[key] for key in known}, progress=False)
-    pictures = round(chosen.data_size * defaults["pictures"])
+    chosen, defaults = ABLATIONS[name], get_profile(profile)
+    settings = defaults.training(progress=False)
+    pictures = round(chosen.data_size * defaults.pictures)
     batch_size = min(settings.batch_size, pictures)
-    times = (defaults["pictures"] // settings.batch_size * settings.batch_size) / (pictures // batch_size * batch_size)
+    times = (defaults.pictures // settings.batch_size * settings.batch_size) / (pictures // batch_size * batch_size)
     settings = replace(
         settings, max_epochs=round(epochs * times), validate_every=round(times), batch_size=batch_size, seed=seed,
         **chosen.train,
@@ -211,10 +212,11 @@ def run_ablation(name: str, run: Run, folder: Path) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def ablations(seeds: int = 3, out_dir: str = "runs/ablations", epochs: int = 3, profile: str = "cpu") -> None:
+def ablations(seeds: int = 3, out_dir: str = "runs/ablations", epochs: int = EPOCHS, profile: str = PROFILE) -> None:
     """Train every configuration with several seeds; one record of each in data/results/ablations.
 
-    Seed 0 of all comes first. Start it twice to use two processors, each with OMP_NUM_THREADS=1.
+    With other epochs or another profile the records go to ``out_dir/results``. Seed 0 of all comes first. Start it
+    twice to use two processors, each with OMP_NUM_THREADS=1.
 
     Args:
         seeds: number of seeds.
@@ -224,9 +226,9 @@ def ablations(seeds: int = 3, out_dir: str = "runs/ablations", epochs: int = 3, 
     """
     require(seeds >= 1, "seeds", seeds, "use 1 or more")
     require(epochs >= 1, "epochs", epochs, "use 1 or more")
+    folder = results_folder(RESULTS, out_dir, (epochs, profile) == (EPOCHS, PROFILE))
     runs = [(name, seed, plan(name, seed, epochs, profile)) for seed in range(seeds) for name in distinct()]
     jobs = [
-        Job(RESULTS / f"{name}-{seed}.json", run.as_json(), partial(run_ablation, name, run))
-        for name, seed, run in runs
+        Job(folder / f"{name}-{seed}.json", run.as_json(), partial(run_ablation, name, run)) for name, seed, run in runs
     ]
     work_off(jobs, out_dir, "ablations")

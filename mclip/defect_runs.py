@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
-from .ablations import Run, plan, run_ablation
+from .ablations import EPOCHS, PROFILE, Run, plan, run_ablation
 from .config import PRESETS, TrainConfig, require
 from .data import BatchSource
 from .defects import DEFECTS, Defect, left_and_right_swapped
 from .evaluate import evaluate_zero_shot
 from .files import DATA
-from .jobs import Job, work_off
+from .jobs import Job, results_folder, work_off
 from .results import describe_model, make_result
 from .runs import evaluate_all, get_profile, load_data, load_model, student_prepare, train_student
 from .scene_sets import scene_sets
@@ -169,8 +169,10 @@ def measure(defect: Defect, settings: dict[str, Any], folder: Path) -> dict[str,
     )  # fmt: skip
 
 
-def defects(seeds: int = 3, out_dir: str = "runs/defects", epochs: int = 3, profile: str = "cpu") -> None:
+def defects(seeds: int = 3, out_dir: str = "runs/defects", epochs: int = EPOCHS, profile: str = PROFILE) -> None:
     """Measure every defect; one record of each in data/results/defects.
+
+    With other epochs or another profile the records go to ``out_dir/results``.
 
     Args:
         seeds: number of seeds of the trainings.
@@ -180,15 +182,16 @@ def defects(seeds: int = 3, out_dir: str = "runs/defects", epochs: int = 3, prof
     """
     require(seeds >= 1, "seeds", seeds, "use 1 or more")
     require(epochs >= 1, "epochs", epochs, "use 1 or more")
-    jobs = []
+    results, jobs = results_folder(RESULTS, out_dir, (epochs, profile) == (EPOCHS, PROFILE)), []
+    weights = describe_model("kd", load_model("kd")[0])["sha256"]
     for number in MEASURES:
-        settings = {"defect": number, "profile": profile, "model": describe_model("kd", load_model("kd")[0])["sha256"]}
+        settings = {"defect": number, "profile": profile, "model": weights}
         work = partial(measure, DEFECTS[number], settings)
-        jobs.append(Job(RESULTS / f"defect-{number:02}.json", settings, work))
+        jobs.append(Job(results / f"defect-{number:02}.json", settings, work))
     for seed in range(seeds):
         for defect in DEFECTS.values():
             if defect.recipe:
                 run = plan(defect.recipe, seed, epochs, profile)
-                path = RESULTS / f"defect-{defect.number:02}-{seed}.json"
+                path = results / f"defect-{defect.number:02}-{seed}.json"
                 jobs.append(Job(path, run.as_json() | {"defect": defect.number}, partial(train_with, defect, run)))
     work_off(jobs, out_dir, "defects")

@@ -10,6 +10,7 @@ import numpy as np
 from .data import load_pairs
 from .evaluate import embed_images, embed_texts, evaluate_zero_shot
 from .files import DATA, write_json
+from .jobs import results_folder
 from .results import describe_model, versions
 from .runs import get_profile, load_model
 from .scene_sets import scene_sets
@@ -22,13 +23,17 @@ WORDINGS = ("{}", "a {}", "a picture of a {}", "a photo of a {}", "there is a {}
             "I think that this may be a {}, perhaps")  # fmt: skip
 
 
-def examples(pairs: int = 12, seed: int = 0) -> None:
+def examples(pairs: int = 12, seed: int = 0, out_dir: str = "runs/examples") -> None:
     """Cosines of validation pairs, and top-1 of the set colour-shape by wording; writes data/results/examples.json.
+
+    With other pairs or another seed the file goes to ``out_dir/results``.
 
     Args:
         pairs: number of pairs, all with different captions.
         seed: of the bootstrap.
+        out_dir: where the file goes if it is not the one that ships.
     """
+    file = results_folder(FILE.parent, out_dir, (pairs, seed) == (12, 0)) / FILE.name
     validation = load_pairs("scenes", 64, scenes=SceneConfig(500, 64, "val"), progress=False)
     first = {own[0]: row for row, own in reversed(list(enumerate(validation.captions[: 5 * pairs])))}
     rows = sorted(first.values())[:pairs]
@@ -50,8 +55,8 @@ def examples(pairs: int = 12, seed: int = 0) -> None:
             "cosines": np.round(cosines.numpy().astype(float), 4).tolist(),
             "wordings": {wording: one["metrics"]["top1"] for wording, one in wordings.items()},
         }
-    write_json(FILE, record)
-    print(f"{FILE}: {len(captions)} pairs, {len(WORDINGS)} wordings, {len(MODELS)} models")
+    write_json(file, record)
+    print(f"{file}: {len(captions)} pairs, {len(WORDINGS)} wordings, {len(MODELS)} models")
 
 
 @styled

@@ -42,6 +42,18 @@ class Job:
         return json.loads(self.path.read_text(encoding="utf-8"))["details"]["configuration"] == self.settings
 
 
+def results_folder(committed: Path, out_dir: str | Path, shipped: bool) -> Path:
+    """Where records go: ``committed`` for the settings of those that ship, below ``out_dir`` for all others.
+
+    A short trial must not take the place of a record that figures and prose are read from.
+    """
+    if shipped:
+        return committed
+    folder = Path(out_dir) / "results"
+    print(f"not the settings of the records that ship: these go to {folder}")
+    return folder
+
+
 def work_off(jobs: Sequence[Job], out_dir: str | Path, label: str) -> None:
     """Do what is not finished, in order, and show progress and the time left.
 

@@ -7,6 +7,7 @@ interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .evaluate import evaluate_retrieval, evaluate_zero_shot
 from .examples import prompt_sensitivity
 from .files import DATA, atomic_path, read_json
 from .grounding_plots import grounding_scores
+from .jobs import results_folder
 from .paired import compare_all
 from .plots import per_class_recall, performance_comparison, similarity_matrices, training_curves
 from .results import load_results, save_result
@@ -67,7 +69,8 @@ def _ship(models: dict[str, Path]) -> None:
 def reproduce(seeds: int = 3, out_dir: str = "runs/reproduce", profile: str = "cpu", first_seed: int = 0) -> None:
     """Train base, kd and clip with several seeds, evaluate them and the teacher, and write ``data/``.
 
-    The students of seed 0 are those that ship.
+    The students of seed 0 are those that ship. With another profile than cpu nothing ships and no figure is drawn;
+    the records go to ``out_dir/results``.
 
     Args:
         seeds: number of seeds.
@@ -76,28 +79,30 @@ def reproduce(seeds: int = 3, out_dir: str = "runs/reproduce", profile: str = "c
         first_seed: the first of the seeds.
     """
     require(seeds >= 1, "seeds", seeds, "use 1 or more")
-    defaults, out = get_profile(profile), Path(out_dir)
+    defaults, out, shipped = get_profile(profile), Path(out_dir), profile == "cpu"
+    results = results_folder(RESULTS, out, shipped)
     training, validation = load_data(profile, PRESETS["course"].image.image_size)
-    evaluate_all({"teacher": load_model("teacher")}, profile=profile, save_results=RESULTS / "teacher")
+    evaluate_all({"teacher": load_model("teacher")}, profile=profile, save_results=results / "teacher")
     for seed in range(first_seed, first_seed + seeds):
         settings = defaults.training(seed=seed)
         models = _students(out, seed, training, validation, settings, defaults.teacher)
         loaded = {name: load_model(folder) for name, folder in models.items()}
-        records = evaluate_all(loaded, profile=profile, seed=seed, save_results=RESULTS / f"seed-{seed}")
-        compare_all(records, "kd", "base", save_results=RESULTS / f"seed-{seed}")
-        if seed == 0:
+        records = evaluate_all(loaded, profile=profile, seed=seed, save_results=results / f"seed-{seed}")
+        compare_all(records, "kd", "base", save_results=results / f"seed-{seed}")
+        if seed == 0 and shipped:
             _ship(models)
-            (RESULTS / "logs").mkdir(parents=True, exist_ok=True)
             for name in ("base", "kd"):
-                log = (out / f"{name}-{seed}" / "log.jsonl").read_text(encoding="utf-8")
-                (RESULTS / "logs" / f"{name}.jsonl").write_text(log, encoding="utf-8")
-    figures()
+                with atomic_path(results / "logs" / f"{name}.jsonl") as temporary:
+                    shutil.copyfile(out / f"{name}-{seed}" / "log.jsonl", temporary)
+    if shipped:
+        figures()
 
 
 def views(views: int = 4, crop_scale: float = 0.6, seed: int = 0, out_dir: str = "runs/views") -> None:
     """The whole picture, K cached crops of each, and new crops before an online teacher, at equal samples seen.
 
-    Writes ``data/results/views``; what a step of each costs is measured by ``make bench``.
+    Writes ``data/results/views``, or ``out_dir/results`` where an option differs from its default; what a step of
+    each costs is measured by ``make bench``.
 
     Args:
         views: number K of cached crops.
@@ -105,6 +110,8 @@ def views(views: int = 4, crop_scale: float = 0.6, seed: int = 0, out_dir: str =
         seed: of the students.
         out_dir: where runs and their checkpoints go.
     """
+    shipped = (views, crop_scale, seed) == (4, 0.6, 0)
+    results = results_folder(RESULTS / "views", out_dir, shipped)
     defaults, config = get_profile("cpu"), PRESETS["course"]
     training, validation = load_data("cpu", config.image.image_size)
     whole = defaults.training(seed=seed, crop_scale=1.0, views=0)
@@ -116,8 +123,9 @@ def views(views: int = 4, crop_scale: float = 0.6, seed: int = 0, out_dir: str =
     for name, (settings, distill) in runs.items():
         folder = Path(out_dir) / name
         train_student(config, training, validation, settings, folder, distill=distill)
-        evaluate_all({name: load_model(folder / "model")}, seed=seed, save_results=RESULTS / "views")
-    figures()
+        evaluate_all({name: load_model(folder / "model")}, seed=seed, save_results=results)
+    if shipped:
+        figures()
 
 
 def figures() -> None:

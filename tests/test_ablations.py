@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import sys
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from mclip import ablation_plots, ablations, jobs
+from mclip import ablation_plots, ablations, defect_runs, jobs
 from mclip.ablation_plots import effect, effects, means_of, pooled_deviation
 from mclip.ablations import ABLATIONS, TERMS, distinct, plan
 from mclip.cli import main
@@ -109,7 +110,7 @@ def test_finished_work_is_not_repeated_and_what_was_killed_goes_on(tmp_path):
 
 def test_the_command_trains_each_configuration_and_keeps_its_record(monkeypatch, tmp_path, tmp_path_factory):
     monkeypatch.setenv("MCLIP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setattr(ablations, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(ablations, "RESULTS", tmp_path / "ships")
     monkeypatch.setattr(ablations, "distinct", lambda: ["base", "kd-noise-30"])
     arguments = [
         "ablations",
@@ -123,7 +124,8 @@ def test_the_command_trains_each_configuration_and_keeps_its_record(monkeypatch,
         str(tmp_path / "runs"),
     ]
     assert main(arguments) == 0
-    found = {r["model"]["name"]: r for r in load_results(tmp_path / "results")}
+    found = {r["model"]["name"]: r for r in load_results(tmp_path / "runs" / "results")}
+    assert not (tmp_path / "ships").exists(), "records of other settings took the place of those that ship"
     assert found.keys() == {"base", "kd-noise-30"}
     assert found["kd-noise-30"]["details"]["configuration"] == plan("kd-noise-30", 0, 1, "smoke").as_json()
     sets = [top1["value"] for top1 in found["base"]["metrics"]["sets"].values()]
@@ -131,6 +133,15 @@ def test_the_command_trains_each_configuration_and_keeps_its_record(monkeypatch,
     assert found["base"]["metrics"]["mean"] == pytest.approx(statistics.fmean(sets))
     monkeypatch.setattr(ablations, "run_ablation", lambda *_: pytest.fail("trained again"))
     assert main(arguments) == 0  # all is there: nothing is trained
+
+
+@pytest.mark.parametrize("command", [ablations.ablations, defect_runs.defects])
+def test_only_records_of_the_settings_that_ship_lie_beside_them(command, monkeypatch, tmp_path):
+    module, planned = sys.modules[command.__module__], []
+    monkeypatch.setattr(module, "work_off", lambda jobs, *_: planned.append({job.path.parent for job in jobs}))
+    for settings in ({}, {"seeds": 1}, {"epochs": 1}, {"profile": "smoke"}):
+        command(out_dir=str(tmp_path), **settings)
+    assert planned == [{module.RESULTS}] * 2 + [{tmp_path / "results"}] * 2
 
 
 def toy_records(rng: np.random.Generator) -> list[dict]:

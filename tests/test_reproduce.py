@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from mclip import reproduce
+from mclip import examples, reproduce
 from mclip.config import ConfigError
 from mclip.defect_runs import MEASURES
 from mclip.examples import prompt_sensitivity
 from mclip.files import DATA, read_json
+from mclip.profiles import PROFILES
 from mclip.reproduce import README
 from mclip.results import ResultError, load_results, weights_sha256
 from mclip.runs import load_model
@@ -114,3 +115,72 @@ def test_what_was_measured_of_the_student_that_ships_names_its_weights():
     assert (len(defects), len(grounding)) == (len(MEASURES), 1)
     models = [r["model"] for r in defects + grounding] + [read_json(results / "examples.json")["models"]["kd"]["model"]]
     assert {model["sha256"] for model in models} == {weights_sha256(load_model("kd")[0])}
+
+
+@pytest.fixture
+def without_work(monkeypatch, tmp_path) -> list[str]:
+    """What the long runs would write, in place of the work; a data folder of its own takes what they write anyway."""
+    written: list[str] = []
+
+    def students(out, *_):
+        for name in ("base", "kd"):
+            (out / f"{name}-0").mkdir(parents=True, exist_ok=True)
+            (out / f"{name}-0" / "log.jsonl").write_text("{}\n", encoding="utf-8")
+        return {}
+
+    def record(path):
+        written.append(str(path.relative_to(tmp_path)))
+
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "data")
+    monkeypatch.setattr(reproduce, "_students", students)
+    monkeypatch.setattr(reproduce, "train_student", lambda *_, **__: None)
+    monkeypatch.setattr(reproduce, "load_data", lambda *_, **__: (None, None))
+    monkeypatch.setattr(reproduce, "load_model", lambda *_: None)
+    monkeypatch.setattr(reproduce, "evaluate_all", lambda *_, save_results, **__: record(save_results))
+    monkeypatch.setattr(reproduce, "compare_all", lambda *_, save_results: record(save_results))
+    monkeypatch.setattr(reproduce, "_ship", lambda models: written.append("checkpoints"))
+    monkeypatch.setattr(reproduce, "figures", lambda: written.append("figures"))
+    return written
+
+
+def test_the_long_run_ships_what_the_committed_settings_give_and_nothing_else(without_work, tmp_path):
+    reproduce.reproduce(seeds=1, profile="smoke", out_dir=str(tmp_path / "runs"))
+    assert {place.split("/results/")[0] for place in without_work} == {"runs"}
+    assert not (tmp_path / "data").exists()
+    without_work.clear()
+    reproduce.reproduce(seeds=1, out_dir=str(tmp_path / "runs"))
+    assert set(without_work) == {"data/teacher", "data/seed-0", "checkpoints", "figures"}
+    logs = tmp_path / "data" / "logs"
+    assert {path.name: path.read_text(encoding="utf-8") for path in logs.iterdir()} == {
+        "base.jsonl": "{}\n",
+        "kd.jsonl": "{}\n",
+    }
+
+
+def test_views_of_other_settings_do_not_ship(without_work, tmp_path):
+    reproduce.views(views=2, out_dir=str(tmp_path / "runs"))
+    assert set(without_work) == {"runs/results"}
+    without_work.clear()
+    reproduce.views(out_dir=str(tmp_path / "runs"))
+    assert set(without_work) == {"data/views", "figures"}
+
+
+def test_a_log_is_written_whole_or_not_at_all(without_work, tmp_path, monkeypatch):
+    def cut_off(source, target):
+        target.write_text("{", encoding="utf-8")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce.shutil, "copyfile", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.reproduce(seeds=1, out_dir=str(tmp_path / "runs"))
+    assert not list((tmp_path / "data").rglob("*.jsonl"))
+
+
+def test_examples_of_other_settings_do_not_ship(monkeypatch, tmp_path):
+    monkeypatch.setattr(examples, "FILE", tmp_path / "data" / "examples.json")
+    monkeypatch.setattr(examples, "MODELS", ("kd",))
+    monkeypatch.setattr(examples, "get_profile", lambda _: PROFILES["smoke"])
+    monkeypatch.setattr(examples, "WORDINGS", ("a {}",))
+    examples.examples(pairs=3, out_dir=str(tmp_path / "runs"))
+    assert not (tmp_path / "data").exists()
+    assert len(read_json(tmp_path / "runs" / "results" / "examples.json")["captions"]) == 3
