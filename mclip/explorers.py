@@ -6,7 +6,6 @@ function of the controls' values.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from mclip import losses
 from mclip.balancing import STRATEGIES, Schedule, gradient_norms, make_balancer
 from mclip.config import DistillConfig, TrainConfig, require
 from mclip.plots import training_curves
-from mclip.style import COLOURS, HATCHES, PALETTE, NotebookFigure, figure, styled
+from mclip.style import COLOURS, HATCHES, PALETTE, NotebookFigure, figure, label, styled
 from mclip.train import make_optimizer
 from mclip.widgets import follow
 
@@ -55,7 +54,7 @@ def loss_chart(
     fig = figure(8.3, 6.6)
     above, (rows, curves) = fig.subplots(2, 2, height_ratios=(1.15, 1))
     numbers, top = range(len(captions)), max(table.max() for table in shares.values())
-    names = [textwrap.shorten(caption, 34, placeholder=" …").replace("$", r"\$") for caption in captions]
+    names = [label(caption, 34) for caption in captions]
     for ax, (name, table), own in zip(above, shares.items(), (teacher_scale, scale), strict=True):
         shown = ax.imshow(table, cmap="viridis", vmin=0, vmax=top, aspect="auto")
         ax.add_patch(Rectangle((-0.5, picture - 0.5), len(names), 1, fill=False, edgecolor=PALETTE[1], linewidth=2))

@@ -18,9 +18,9 @@ SCORES = {"pointing": "pointing game (%)", "iou": "intersection over union (%)"}
 def grounding_scores(records: Iterable[Mapping[str, Any]]) -> NotebookFigure:
     """Pointing game and overlap of each model with 95 % intervals, baselines as lines, and pointing by layer.
 
-    The layers are those of the validation pictures, on which layer and threshold were chosen.
+    The layers are those of the validation pictures, on which layer and threshold were chosen. Failures are left out.
     """
-    found = {record["model"]["name"]: record for record in records if record["task"] == "grounding"}
+    found = {r["model"]["name"]: r for r in records if r["task"] == "grounding" and "error" not in r}
     models = [name for name in LABELS if name in found]
     if not models:
         raise ResultError("no grounding record of a model; run: python -m mclip grounding")
@@ -48,7 +48,8 @@ def grounding_scores(records: Iterable[Mapping[str, Any]]) -> NotebookFigure:
         values = [scores["pointing"] for scores in layers.values()]
         look = {"marker": "osD^"[number], "color": COLOURS[name], "linestyle": "--" if HATCHES[name] else "-"}
         last.plot(range(1, len(values) + 1), values, markersize=5, label=name, **look)
-    last.set(title="Pointing by layer, fine to coarse", xlabel="layer, from the picture on", ylabel="validation (%)")
+    last.set(title="Pointing by layer, fine to coarse", xlabel="layer, from the picture on",
+             ylabel="pointing on validation (%)")  # fmt: skip
     last.set_ylim(0, None)
     last.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles = [*axes[0].get_legend_handles_labels()[0], *last.get_legend_handles_labels()[0]]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,34 +17,40 @@ from mclip.config import closest
 from mclip.files import DATA
 from mclip.metrics import over_seeds
 from mclip.results import ResultError, load_results
-from mclip.style import LABELS, PALETTE, PHASES, TERMS, NotebookFigure, Table, figure, grouped_bars, styled
+from mclip.style import (
+    LABELS,
+    PALETTE,
+    PHASES,
+    TERMS,
+    NotebookFigure,
+    Table,
+    figure,
+    grouped_bars,
+    in_order,
+    label,
+    styled,
+)
 from mclip.style import save_figure as save_figure
-from mclip.style import style as style
-from mclip.tables import by_model
+from mclip.tables import by_model, read_published
 
 PUBLISHED = "Published by KLmobile / open_clip,\nnot measured here"
 Results = Sequence[Mapping[str, Any]] | str | Path
 
 
 def _groups(results: Results) -> dict[str, dict[str, list]]:
-    groups = by_model(load_results(results) if isinstance(results, str | Path) else results)
+    folder = isinstance(results, str | Path)
+    groups = by_model(load_results(results) if folder else results)
     if not groups:
-        raise ResultError(f"results={results!r} hold no zero-shot record; evaluate a model first.")
+        where = str(results) if folder else f"{len(results)} records"
+        raise ResultError(f"results={where} hold no zero-shot record; evaluate a model first.")
     return groups
-
-
-def read_published(path: str | Path) -> Table:
-    """``{dataset: {model: {"value"}}}``, percent, of a CSV with the columns model, dataset, top1, source."""
-    table: Table = {}
-    with Path(path).open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            table.setdefault(row["dataset"], {})[row["model"]] = {"value": float(row["top1"])}
-    return table
 
 
 @styled
 def performance_comparison(results: Results, published: str | Path | None = DATA / "published.csv") -> NotebookFigure:
     """Zero-shot top-1 of base, clip, kd and teacher with 95 % intervals; beside it the published series.
+
+    Records of other models have their bars below, under their own names.
 
     Args:
         results: records, or the folder that holds them.
@@ -58,13 +62,14 @@ def performance_comparison(results: Results, published: str | Path | None = DATA
         for dataset, models in groups.items()
     }
     others = read_published(published) if published else {}
+    models = in_order([*LABELS, *(name for row in measured.values() for name in row)])
     rows = max(len(measured), len(others))
-    fig = figure(8.3, 1.5 + 0.66 * rows)
+    fig = figure(8.3, 1.5 + 0.66 * rows * len(models) / len(LABELS))
     axes = fig.subplots(1, 2 if others else 1, squeeze=False)[0]
     axes[0].set_title("Measured here,\nwith 95 % intervals and chance")
-    grouped_bars(axes[0], measured, list(LABELS))
-    for y, models in enumerate(groups.values()):
-        for chance in {group[0]["metrics"].get("chance") for group in models.values()} - {None}:
+    grouped_bars(axes[0], measured, models)
+    for y, row in enumerate(groups.values()):
+        for chance in {group[0]["metrics"].get("chance") for group in row.values()} - {None}:
             axes[0].vlines(chance, y - 0.46, y + 0.46, colors="black", linestyles="dotted")
     if others:
         axes[1].set_title(PUBLISHED)
@@ -87,6 +92,8 @@ def per_class_recall(results: Results, dataset: str, limit: int = 6) -> Notebook
     models = groups[dataset]
     classes: Table = {}
     for model, group in models.items():
+        if not all("per_class" in record["metrics"] for record in group):
+            raise ResultError(f"dataset={dataset!r} has no recall of single classes in the records of {model}.")
         for name in group[0]["metrics"]["per_class"]:
             recall = over_seeds([record["metrics"]["per_class"][name] for record in group])
             classes.setdefault(name, {})[model] = recall
@@ -94,7 +101,7 @@ def per_class_recall(results: Results, dataset: str, limit: int = 6) -> Notebook
     chosen = sorted(classes, key=lambda name: min(values[name]) - max(values[name]))[:limit]
     fig = figure(6.3, 1.2 + 0.17 * len(models) * len(chosen))
     ax = fig.subplots()
-    grouped_bars(ax, {name: classes[name] for name in chosen}, [m for m in LABELS if m in models])
+    grouped_bars(ax, {name: classes[name] for name in chosen}, in_order(models))
     ax.set(
         title=f"{dataset}: the {len(chosen)} of {len(classes)} classes where the models differ most",
         xlabel="recall of the class (%), with 95 % interval",
@@ -128,9 +135,12 @@ def training_curves(log: Sequence[Mapping[str, Any]]) -> NotebookFigure:
     """Loss terms, their weights, the temperature and validation recall by step, the phases shaded behind.
 
     ``log`` holds the records of a training log: ``step``, ``phase``, ``terms`` and, where there are any,
-    ``weights`` and ``temperature``; or ``step`` and ``validation``. What a run lacks has no panel.
+    ``weights`` and ``temperature``; or ``step`` and ``validation``. What a run lacks has no panel; ResultError for
+    one without a step.
     """
     steps = [record for record in log if "terms" in record]
+    if not steps:
+        raise ResultError(f"log={len(log)} records hold no training step; give the log of a run.")
     # Only the response term has a temperature, and one term alone has no weight to balance.
     responds = any("response" in r["terms"] for r in steps)
     warmth = [(r["step"], r["temperature"]) for r in steps if responds and r.get("temperature") is not None]
@@ -147,20 +157,20 @@ def training_curves(log: Sequence[Mapping[str, Any]]) -> NotebookFigure:
     axes = list(fig.subplots(-(-len(panels) // 2), 2, squeeze=False).ravel())
     for ax in axes[len(panels) :]:
         ax.remove()
-    for ax, (title, label, series) in zip(axes, panels, strict=False):
+    for ax, (title, unit, series) in zip(axes, panels, strict=False):
         for name, points in series.items():
             plain = {"color": "black", "marker": "o" if name == "recall" else "", "markersize": 4}
             ax.plot(*zip(*points, strict=True), label=name, **TERMS.get(name, plain))
-        ax.set(title=title, ylabel=label, xlabel="step")
+        ax.set(title=title, ylabel=unit, xlabel="step")
         values = [value for points in series.values() for _, value in points]
-        spread = label == "weight" and 0 < 50 * min(values) < max(values)
-        if spread or (label.startswith("loss") and min(values) > 0):
+        spread = unit == "weight" and 0 < 50 * min(values) < max(values)
+        if spread or (unit.startswith("loss") and min(values) > 0):
             ax.set_yscale("log")
-            ax.set_ylabel(f"{label} (log scale)" if spread else label)
+            ax.set_ylabel(f"{unit} (log scale)" if spread else unit)
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_major_formatter("{x:g}")
             ax.yaxis.set_minor_locator(NullLocator())
-        elif label.startswith("loss"):
+        elif unit.startswith("loss"):
             ax.set_ylabel("loss")
         else:
             ax.set_ylim(0, None)
@@ -187,7 +197,7 @@ def similarity_matrices(matrices: Mapping[str, Any], captions: Sequence[str]) ->
         ax.set(title=f"{LABELS.get(name, name)}:\n{found} of {size}", xlabel="caption number")
         ax.set_xticks(ticks, [i + 1 for i in ticks])
         ax.grid(False)
-    rows = [f"{textwrap.shorten(text, 34, placeholder=' …')}  {i}" for i, text in enumerate(captions, 1)]
+    rows = [f"{label(text, 34)}  {i}" for i, text in enumerate(captions, 1)]
     axes[0].set_yticks(range(size), rows)
     axes[0].set_ylabel("picture, named by its caption")
     fig.colorbar(shown, ax=list(axes), label="cosine similarity", shrink=0.9)
@@ -199,7 +209,7 @@ def similarity_matrices(matrices: Mapping[str, Any], captions: Sequence[str]) ->
 def image_grid(images: Any, captions: Sequence[str], columns: int = 6) -> NotebookFigure:
     """Pictures uint8 (N, 3, H, W), each under its caption."""
     pictures = np.asarray(images).transpose(0, 2, 3, 1)
-    texts = [textwrap.fill(caption, 18, max_lines=3, placeholder=" …") for caption in captions]
+    texts = [label(caption, 18, lines=3) for caption in captions]
     rows, lines = -(-len(pictures) // columns), max(text.count("\n") + 1 for text in texts)
     fig = figure(1.45 * columns, rows * (1.5 + 0.16 * lines))
     fig.set_layout_engine("compressed")
@@ -228,7 +238,7 @@ def temperature_effect(
         ax.set(title=f"T = {temperature:g}: {entropy:.1f} bits", xlabel="probability", xlim=(0, 1))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.grid(False, axis="y")
-    axes[0].set_yticks(range(len(names)), [textwrap.shorten(n, 34, placeholder=" …") for n in names])
+    axes[0].set_yticks(range(len(names)), [label(name, 34) for name in names])
     axes[0].invert_yaxis()
     fig.suptitle("A higher temperature shows what else the teacher considers")
     return fig

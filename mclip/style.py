@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -23,6 +25,8 @@ LABELS = {"base": "student alone", "clip": "CLIP from scratch", "kd": "distilled
 # Models and terms are told apart without colour as well, by hatches and dashes.
 COLOURS = dict(zip(LABELS, (PALETTE[7], PALETTE[1], PALETTE[0], PALETTE[2]), strict=True))
 HATCHES = dict(zip(LABELS, ("//", "\\\\", "", ".."), strict=True))
+OTHERS = tuple(zip((PALETTE[i] for i in (3, 4, 6, 9, 5, 8)), ("xx", "oo", "++", "--", "**", "||"), strict=True))
+"""Colour and hatch of models with names of their own, in the order in which they come."""
 DASHES = {"original": "-", "feature": "--", "response": "-.", "similarity": ":", "icl": (0, (6, 1))}
 TERMS = {name: {"color": PALETTE[i], "linestyle": DASHES[name]} for i, name in enumerate(DASHES)}
 PHASES = {1: PALETTE[7], 2: PALETTE[8], 3: PALETTE[9]}
@@ -75,19 +79,38 @@ def save_figure(fig: NotebookFigure, path: str | Path) -> Path:
     return Path(path)
 
 
+def in_order(models: Iterable[str]) -> list[str]:
+    """``models`` as a figure shows them: those of LABELS in their order, then others as they come, each once."""
+    found = dict.fromkeys(models)
+    return [name for name in LABELS if name in found] + [name for name in found if name not in LABELS]
+
+
+def label(text: str, width: int, lines: int = 1) -> str:
+    """``text`` for a figure: at most ``lines`` lines of ``width`` characters, "…" for what is cut off, no formulas.
+
+    What has no spaces, as in Japanese, is cut between characters. A dollar sign would start a formula.
+    """
+    rows = textwrap.wrap(text, width, break_on_hyphens=False)
+    if len(rows) > lines:
+        rows[lines - 1 :] = [" ".join(rows[lines - 1 :])[: width - 1].rstrip() + "…"]
+    return "\n".join(rows).replace("$", r"\$")
+
+
 def grouped_bars(ax: Axes, table: Table, models: Sequence[str]) -> None:
     """Horizontal bars of percentages: a group per key of ``table``, a bar per model, and its number.
 
     ``table`` is ``{group: {model: {"value", "low", "high"}}}``, or ``{"value"}`` where there is no interval.
-    A bar that is missing says so, because it is not a zero.
+    A bar that is missing says so, because it is not a zero. Models that LABELS does not know keep their names.
     """
     height = 0.84 / len(models)
+    looks = {name: (COLOURS[name], HATCHES[name]) for name in LABELS}
+    looks |= dict(zip((name for name in models if name not in LABELS), cycle(OTHERS), strict=False))
     for i, model in enumerate(models):
         offset = (i - (len(models) - 1) / 2) * height
         rows = {y + offset: group[model] for y, group in enumerate(table.values()) if model in group}
         values = [row["value"] for row in rows.values()]
-        look = {"color": COLOURS[model], "hatch": HATCHES[model], "edgecolor": "white", "linewidth": 0}
-        ax.barh(list(rows), values, height, label=LABELS[model], **look)
+        look = {"color": looks[model][0], "hatch": looks[model][1], "edgecolor": "white", "linewidth": 0}
+        ax.barh(list(rows), values, height, label=LABELS.get(model) or label(model, 24), **look)
         if rows and all("low" in row for row in rows.values()):
             spread = np.array([(r["value"] - r["low"], r["high"] - r["value"]) for r in rows.values()]).T
             ax.errorbar(values, list(rows), xerr=spread, fmt="none", ecolor="black", elinewidth=1, capsize=2)
@@ -96,7 +119,7 @@ def grouped_bars(ax: Axes, table: Table, models: Sequence[str]) -> None:
             text, end = f"{row['value']:.1f}" if row else "no result", row.get("high", row.get("value", 0))
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0}
             ax.text(end + 1.5, y + offset, text, va="center", bbox=box)
-    ax.set_yticks(range(len(table)), [group.replace("_", " ") for group in table])
+    ax.set_yticks(range(len(table)), [label(group.replace("_", " "), 40) for group in table])
     ax.set_ylim(len(table) - 0.5, -0.5)
     ax.set_xlim(0, 118)  # room for the number behind a bar of 100
     ax.set_xticks(range(0, 101, 20))

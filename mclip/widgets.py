@@ -8,7 +8,6 @@ what a callback raises.
 from __future__ import annotations
 
 import html
-import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from mclip.config import require
 from mclip.evaluate import embed_images, embed_texts
-from mclip.style import PALETTE, NotebookFigure, figure, styled
+from mclip.style import PALETTE, NotebookFigure, figure, label, styled
 
 EXAMPLE_PROMPTS = ("a circle", "a square", "a star", "a heart")
 MAX_PROMPTS = 20
@@ -58,9 +57,7 @@ def prompt_chart(
     right.barh(range(len(prompts)), shares, color=colours)
     for row, (cosine, share) in enumerate(zip(cosines, shares, strict=True)):
         right.text(share + 0.02, row, f"{share:.0%}, cosine {cosine:+.2f}", va="center")
-    # A dollar sign would start a formula.
-    names = [textwrap.shorten(text, 40, placeholder=" …").replace("$", r"\$") for text in prompts]
-    right.set_yticks(range(len(prompts)), names)
+    right.set_yticks(range(len(prompts)), [label(text, 40) for text in prompts])
     right.invert_yaxis()
     right.set(title="The prompt that fits best", xlabel="softmax over the prompts", xlim=(0, 1.6))
     right.set_xticks(np.linspace(0, 1, 5))
