@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from mclip.ablations import ABLATIONS, GROUPS
+from mclip.config import closest
 from mclip.defects import DEFECTS
 from mclip.metrics import student_quantile
 from mclip.results import ResultError
-from mclip.style import PALETTE, NotebookFigure, figure, styled
+from mclip.style import PALETTE, NotebookFigure, figure, label, styled
 
 Records = Iterable[Mapping[str, Any]]
 Means = dict[str, dict[int, float]]
@@ -23,12 +24,29 @@ VERDICTS = {"helps": (PALETTE[2], "^"), "hurts": (PALETTE[3], "v"), "undecided":
 
 
 def means_of(records: Records) -> Means:
-    """Mean top-1 (%) over the zero-shot sets, by configuration and seed; failures have none."""
+    """Mean top-1 (%) over the zero-shot sets, by configuration and seed; failures have none.
+
+    ResultError for a configuration that the plan does not have, and for one whose records differ in more than the seed.
+    """
     means: Means = {}
+    settings: dict[str, Any] = {}
     for record in records:
+        name = record["model"]["name"]
+        if name not in ABLATIONS:
+            raise ResultError(f"model={name!r} is not valid: no such configuration; {closest(name, ABLATIONS)}")
+        own = record.get("details", {}).get("configuration", {})
+        own = own | {"train": {key: value for key, value in own.get("train", {}).items() if key != "seed"}}
+        if settings.setdefault(name, own) != own:
+            raise ResultError(f"{name}: its records differ in more than the seed; keep those of one setting.")
         if "error" not in record:
-            means.setdefault(record["model"]["name"], {})[record["seed"]] = record["metrics"]["mean"]
+            means.setdefault(name, {})[record["seed"]] = record["metrics"]["mean"]
     return means
+
+
+def failures_of(records: Records, means: Means) -> dict[str, str]:
+    """What befell the configurations that have records but not one mean: ``{name: "failed: ..."}``, on one line."""
+    errors = {r["model"]["name"]: " ".join(r["error"].split()) for r in records if "error" in r}
+    return {name: f"failed: {error}" for name, error in errors.items() if name not in means}
 
 
 def differences(means: Means, name: str) -> list[float]:
@@ -43,35 +61,46 @@ def pooled_deviation(means: Means) -> tuple[float, int]:
     Two or three seeds of one configuration tell little about its scatter; all configurations together tell what is
     typical, if it is alike in all. It is what is left of the scores when each configuration and each seed has a
     level of its own (two-way analysis of variance: Fisher 1925), times sqrt(2) for a difference of two. A
-    configuration whose training is its counterpart's, bit for bit, is no run of its own and is left out.
+    configuration whose training is its counterpart's, bit for bit, is no run of its own and is left out. ResultError
+    where no configuration has two seeds.
     """
+    deviation, freedom = _scatter(means)
+    if freedom < 1:
+        raise ResultError("no configuration has two seeds; run: python -m mclip ablations --seeds 2")
+    return deviation, freedom
+
+
+def _scatter(means: Means) -> tuple[float, int]:
+    """:func:`pooled_deviation`, or (nan, 0) where no configuration has two seeds."""
     own = [name for name in means if name == ABLATIONS[name].against or any(differences(means, name))]
     runs = [(name, seed, score) for name in own for seed, score in means[name].items()]
     seeds = sorted({seed for _, seed, _ in runs})
     design = np.array([[name == n for n in own] + [seed == s for s in seeds] for name, seed, _ in runs], dtype=float)
+    design = design.reshape(len(runs), len(own) + len(seeds))  # of no runs too
     scores = np.array([score for *_, score in runs])
     levels, _, rank, _ = np.linalg.lstsq(design, scores)
     freedom = len(runs) - int(rank)
-    if freedom < 1:
-        raise ResultError("no configuration has two seeds; run: python -m mclip ablations --seeds 2")
     squares = float(((scores - design @ levels) ** 2).sum())
-    return math.sqrt(2 * squares / freedom), freedom
+    return math.sqrt(2 * squares / freedom) if freedom else math.nan, freedom
 
 
 def effect(means: Means, name: str) -> dict[str, Any]:
     """``value`` with its 95 % interval ``low`` to ``high`` in points, number of seeds ``n`` and ``verdict``.
 
     The interval is Student's with :func:`pooled_deviation`; a training that is its counterpart's, bit for bit, has
-    none. ResultError where no seed has both records.
+    one of no width. Where no configuration has two seeds ``low`` and ``high`` are missing and nothing is decided.
+    ResultError where no seed has both records.
     """
     found = differences(means, name)
     if not found:
         raise ResultError(f"{name}: no seed has a record of it and of {ABLATIONS[name].against}; run the ablations.")
-    deviation, freedom = pooled_deviation(means)
-    half = student_quantile(freedom) * deviation / math.sqrt(len(found))
     value = statistics.fmean(found)
     if not any(found):
         return {"value": 0.0, "low": 0.0, "high": 0.0, "n": len(found), "verdict": "identical"}
+    deviation, freedom = _scatter(means)
+    if freedom < 1:
+        return {"value": value, "n": len(found), "verdict": "undecided"}
+    half = student_quantile(freedom) * deviation / math.sqrt(len(found))
     verdict = "helps" if value > half else "hurts" if value < -half else "undecided"
     return {"value": value, "low": value - half, "high": value + half, "n": len(found), "verdict": verdict}
 
@@ -83,18 +112,24 @@ def effects(means: Means) -> dict[str, dict[str, Any]]:
 
 
 def ablation_table(records: Records) -> str:
-    """A Markdown table: mean over seeds, and the difference to what each configuration is compared with."""
+    """A Markdown table: mean over seeds, and the difference to what each configuration is compared with.
+
+    A configuration that failed with every seed says so; with one seed differences have no interval.
+    """
+    records = list(records)
     means = means_of(records)
-    found = effects(means)
+    found, failed = effects(means), failures_of(records, means)
     lines = ["| question | configuration | seeds | mean top-1, % | against | points | verdict |", "|" + "---|" * 7]
     for name, one in ABLATIONS.items():
-        if name not in means:
+        if name not in means and name not in failed:
             continue
-        cells = [one.group, one.title, str(len(means[name])), f"{statistics.fmean(means[name].values()):.1f}"]
+        own = means.get(name, {})
+        mean = f"{statistics.fmean(own.values()):.1f}" if own else failed[name].replace("|", r"\|")
+        cells = [one.group, one.title, str(len(own)), mean]
         if name in found:
             e = found[name]
-            cells += [ABLATIONS[one.against].title, f"{e['value']:+.1f} ({e['low']:+.1f} to {e['high']:+.1f})"]
-            cells.append(e["verdict"])
+            spread = f" ({e['low']:+.1f} to {e['high']:+.1f})" if "low" in e else ""
+            cells += [ABLATIONS[one.against].title, f"{e['value']:+.1f}{spread}", e["verdict"]]
         else:
             cells += ["", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
@@ -103,21 +138,30 @@ def ablation_table(records: Records) -> str:
 
 @styled
 def ablation_figure(records: Records) -> NotebookFigure:
-    """Each configuration's mean top-1, a dot for each seed, and the difference to its counterpart with its interval."""
+    """Each configuration's mean top-1, a dot for each seed, and the difference to its counterpart with its interval.
+
+    Failures and single seeds as in :func:`ablation_table`.
+    """
+    records = list(records)
     means = means_of(records)
-    found = effects(means)
-    names = [name for name in ABLATIONS if name in means]
+    found, failed = effects(means), failures_of(records, means)
+    names = [name for name in ABLATIONS if name in means or name in failed]
+    if not names:
+        raise ResultError("no records; run: python -m mclip ablations")
     fig = figure(8.3, 1.3 + 0.215 * len(names))
     left, right = fig.subplots(1, 2, sharey=True, width_ratios=(1, 0.9))
     for row, name in enumerate(names):
+        if name in failed:
+            left.text(0, row, f" {label(failed[name], 40)}", va="center")
+            continue
         values = list(means[name].values())
         left.plot(values, [row] * len(values), "o", color=PALETTE[7], markersize=3)
         left.plot(statistics.fmean(values), row, "D", color="black", markersize=4)
         if name in found:
             e = found[name]
             colour, marker = VERDICTS[e["verdict"]]
-            right.errorbar(e["value"], row, xerr=[[e["value"] - e["low"]], [e["high"] - e["value"]]], fmt=marker,
-                           color=colour, markersize=5, capsize=2)  # fmt: skip
+            spread = [[e["value"] - e["low"]], [e["high"] - e["value"]]] if "low" in e else None
+            right.errorbar(e["value"], row, xerr=spread, fmt=marker, color=colour, markersize=5, capsize=2)
     for name, dash in (("base", ":"), ("kd", "--")):
         if name in means:
             level, title = statistics.fmean(means[name].values()), ABLATIONS[name].title
@@ -131,7 +175,8 @@ def ablation_figure(records: Records) -> NotebookFigure:
     left.set_ylim(len(names) - 0.5, -0.5)
     left.set(title="Mean of seven sets, a dot for each seed", xlabel="zero-shot top-1 (%)", xlim=(0, None))
     right.axvline(0, color="black", linewidth=1)
-    right.set(title="Against its counterpart", xlabel="difference (points), with 95 % interval")
+    interval = ", with 95 % interval" if any("low" in e for e in found.values()) else ""
+    right.set(title="Against its counterpart", xlabel=f"difference (points){interval}")
     for verdict, (colour, marker) in VERDICTS.items():
         right.plot([], [], marker, color=colour, label=verdict)
     found_by, labelled = left.get_legend_handles_labels(), right.get_legend_handles_labels()
@@ -182,11 +227,13 @@ def defect_table(records: Records, healthy: Means) -> str:
 @styled
 def defect_curves(records: Records, healthy: Records) -> NotebookFigure:
     """The training loss of each trained defect (dashed) beside that of the same training without it, seed 0."""
-    own = {r["details"]["configuration"]["defect"]: r for r in records if r["seed"] == 0 and "loss" in r["details"]}
-    other = {r["model"]["name"]: r for r in healthy if r["seed"] == 0}
+    with_curve = [[r for r in each if r["seed"] == 0 and "loss" in r.get("details", {})] for each in (records, healthy)]
+    own = {r["details"]["configuration"]["defect"]: r for r in with_curve[0]}
+    other = {r["model"]["name"]: r for r in with_curve[1]}
     pairs = {n: (r, other[DEFECTS[n].recipe]) for n, r in sorted(own.items()) if DEFECTS[n].recipe in other}
     if not pairs:
-        raise ResultError("no defect has a record of seed 0; run: python -m mclip defects --seeds 1")
+        raise ResultError("no training of seed 0 has ended both with a defect and without it; run: "
+                          "python -m mclip ablations --seeds 1, and python -m mclip defects --seeds 1")  # fmt: skip
     rows = -(-len(pairs) // 3)
     fig = figure(8.3, 0.9 + 1.75 * rows)
     axes = fig.subplots(rows, 3, squeeze=False).ravel()
@@ -194,8 +241,8 @@ def defect_curves(records: Records, healthy: Records) -> NotebookFigure:
         ax.remove()
     for ax, (number, curves) in zip(axes, pairs.items(), strict=False):
         looks = (("with the defect", PALETTE[1], "--"), ("without", PALETTE[0], "-"))
-        for record, (label, colour, dash) in zip(curves, looks, strict=True):
-            ax.plot(*np.array(record["details"]["loss"]).T, dash, color=colour, linewidth=1, label=label)
+        for record, (name, colour, dash) in zip(curves, looks, strict=True):
+            ax.plot(*np.array(record["details"]["loss"]).T, dash, color=colour, linewidth=1, label=name)
         ax.set_title(f"{number}: {DEFECTS[number].name}", fontsize=9)
         ax.set(xlabel="step", ylabel="loss")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)

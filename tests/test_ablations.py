@@ -201,6 +201,46 @@ def test_failures_and_missing_seeds_are_no_zeros():
         pooled_deviation(means_of([record("base", 0, 1.0), record("kd", 0, 2.0)]))
 
 
+def failure(name: str, seed: int, error: str = "diverged at step 3 | nan") -> dict:
+    return make_result("ablation", "scenes", "test", None, {**MODEL, "name": name}, error=error, seed=seed)
+
+
+def test_records_of_different_settings_are_not_pooled():
+    configuration = plan("kd", 0).as_json()
+    short = plan("kd", 1, epochs=1).as_json()
+    means_of([record("kd", s, 1.0, configuration=plan("kd", s).as_json()) for s in range(3)])
+    with pytest.raises(ResultError, match="kd: its records differ in more than the seed"):
+        means_of([record("kd", 0, 1.0, configuration=configuration), record("kd", 1, 9.0, configuration=short)])
+    with pytest.raises(ResultError, match=r"'gradient_norm' is not valid.*did you mean 'gradient-norm'"):
+        means_of([record("gradient_norm", 0, 1.0)])
+
+
+def test_a_configuration_that_always_failed_has_its_row():
+    records = toy_records(np.random.default_rng(3)) + [failure("magnitude", seed) for seed in range(3)]
+    row = next(line for line in ablation_plots.ablation_table(records).splitlines() if "| magnitude |" in line)
+    assert row == r"| balancing | magnitude | 0 | failed: diverged at step 3 \| nan |  |  |  |"
+    left = ablation_plots.ablation_figure(records).axes[0]
+    names = [tick.get_text() for tick in left.get_yticklabels()]
+    assert [(text.get_text().strip(), text.get_position()[1]) for text in left.texts] == [
+        ("failed: diverged at step 3 | nan", names.index("magnitude"))
+    ]
+    partly = ablation_plots.ablation_table([*records, record("magnitude", 3, 50.0)])
+    assert "| magnitude | 1 | 50.0 |" in partly
+
+
+def test_one_seed_gives_points_without_intervals():
+    records = [r for r in toy_records(np.random.default_rng(4)) if r["seed"] == 0]
+    means = means_of(records)
+    points = means["icl"][0] - means["base"][0]
+    assert effect(means, "icl") == {"value": points, "n": 1, "verdict": "undecided"}
+    assert f"| student alone | {points:+.1f} | undecided |" in ablation_plots.ablation_table(records)
+    drawn = ablation_plots.ablation_figure(records).axes[1].containers
+    assert points in [container.lines[0].get_xdata()[0] for container in drawn]
+    assert not any(container.has_xerr for container in drawn)
+    with pytest.raises(ResultError, match="mclip ablations"):
+        ablation_plots.ablation_figure([])
+
+
 @pytest.fixture(scope="module")
 def committed() -> tuple[list[dict], list[dict]]:
     return load_results(DATA / "results" / "ablations"), load_results(DATA / "results" / "defects")
@@ -245,8 +285,21 @@ def test_curves_of_the_defects_are_the_logs(committed):
     for ax, number in zip(drawn, sorted(own), strict=True):
         defective = ax.get_lines()[0]
         assert list(defective.get_ydata()) == [loss for _, loss in own[number]["details"]["loss"]]
-    with pytest.raises(ResultError, match="seeds 1"):
-        ablation_plots.defect_curves([], committed[0])
+    for records in ([], [failure("kd", 0)]):
+        with pytest.raises(ResultError, match="seeds 1"):
+            ablation_plots.defect_curves(records, committed[0])
+
+
+def test_a_healthy_run_that_diverged_takes_only_its_own_panels(committed):
+    healthy = [r for r in committed[0] if (r["model"]["name"], r["seed"]) != ("kd", 0)] + [failure("kd", 0)]
+    axes = ablation_plots.defect_curves(committed[1], healthy).axes
+    shown = [int((ax.get_title() or ax.get_title(loc="left")).split(":")[0]) for ax in axes]
+    assert shown == [number for number, defect in DEFECTS.items() if defect.recipe not in ("", "kd")]
+
+
+def test_a_defect_costs_what_the_healthy_run_has_more():
+    defective = [record("defect 1", seed, 20.0 + seed, configuration={"defect": 1}) for seed in range(2)]
+    assert ablation_plots.defect_costs(defective, {DEFECTS[1].recipe: {0: 50.0, 1: 45.0}}) == {1: [30.0, 24.0]}
 
 
 def test_jobs_share_what_is_left(tmp_path):
