@@ -42,6 +42,7 @@ from .tables import (
 from .teacher import PLAIN_CLIP_CONFIG, TEACHER_CONFIG, copy_model
 from .train import read_log
 
+Records = list[dict[str, Any]]
 RESULTS, FIGURES, README = DATA / "results", DATA.parent / "figures", DATA.parent / "README.md"
 
 
@@ -130,47 +131,46 @@ def views(views: int = 4, crop_scale: float = 0.6, seed: int = 0, out_dir: str =
 
 def figures() -> None:
     """Draw the committed figures, and write the README's tables, from ``data/results`` alone."""
-    save_figure(performance_comparison(scene_results()), FIGURES / "performance_comparison.png")
+    scenes = scene_results()
+    ablations, defects = load_results(RESULTS / "ablations"), load_results(RESULTS / "defects")
+    save_figure(performance_comparison(scenes), FIGURES / "performance_comparison.png")
+    save_figure(per_class_recall(scenes, "shape"), FIGURES / "per_class_recall.png")
     save_figure(training_curves(read_log(RESULTS / "logs" / "kd.jsonl")), FIGURES / "training_curves.png")
     save_figure(grounding_scores(load_results(RESULTS / "grounding")), FIGURES / "grounding.png")
     save_figure(cost_of_models(read_json(RESULTS / "efficiency.json")), FIGURES / "efficiency_pareto.png")
-    ablations, defects = load_results(RESULTS / "ablations"), load_results(RESULTS / "defects")
     save_figure(ablation_figure(ablations), FIGURES / "ablations.png")
     save_figure(defect_curves(defects, ablations), FIGURES / "defects.png")
-    records = scene_results()
-    save_figure(per_class_recall(records, "shape"), FIGURES / "per_class_recall.png")
     shown = read_json(RESULTS / "examples.json")
     cosines = {name: one["cosines"] for name, one in shown["models"].items()}
     save_figure(similarity_matrices(cosines, shown["captions"]), FIGURES / "similarity_matrices.png")
     wordings = {name: one["wordings"] for name, one in shown["models"].items()}
     save_figure(prompt_sensitivity(wordings), FIGURES / "prompt_sensitivity.png")
     text = README.read_text(encoding="utf-8")
-    for name, table in readme_tables().items():
+    for name, table in readme_tables(scenes, ablations, defects).items():
         text = replace_block(text, name, table)
     with atomic_path(README) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def readme_tables() -> dict[str, str]:
-    """The tables of the README by the name of their block."""
+def readme_tables(scenes: Records, ablations: Records, defects: Records) -> dict[str, str]:
+    """The tables of the README by the name of their block, from records of three kinds and the other results files."""
     real, views = load_results(RESULTS / "photographs"), load_results(RESULTS / "views")
     measured, cost = read_json(RESULTS / "bench.json")["parts"], read_json(RESULTS / "efficiency.json")
-    ablations, defects = load_results(RESULTS / "ablations"), load_results(RESULTS / "defects")
     return {
-        "headline": headline(scene_results(), cost),
+        "headline": headline(scenes, cost),
         "views": markdown_table(zero_shot_table(views), ("whole", "cached-views", "online")),
         "bench": bench_table(measured),
         "efficiency": f"{efficiency_table(cost)}\n\n{efficiency_goals(cost)}",
         "ablations": ablation_table(ablations),
         "defects": defect_table(defects, means_of(ablations)),
         "cost": cost_table(measured),
-        "scenes": markdown_table(zero_shot_table(scene_results()), ("base", "clip", "kd", "teacher")),
-        "paired": paired_table(scene_results()),
+        "scenes": markdown_table(zero_shot_table(scenes), ("base", "clip", "kd", "teacher")),
+        "paired": paired_table(scenes),
         "photographs": markdown_table(retrieval_table(real) | zero_shot_table(real), ("base", "kd", "teacher")),
     }
 
 
-def scene_results() -> list[dict[str, Any]]:
+def scene_results() -> Records:
     """The committed zero-shot and paired records on scenes, of all seeds."""
     folders = [RESULTS / "teacher", *sorted(RESULTS.glob("seed-*"))]
     return [record for folder in folders if folder.is_dir() for record in load_results(folder)]
@@ -197,23 +197,29 @@ def photographs(
         dataset: also classify this one zero-shot: a torchvision set such as cifar10, or a folder of pictures.
         out_dir: where runs and their checkpoints go.
     """
+    for key, value in {"seeds": seeds, "teacher_epochs": teacher_epochs}.items():
+        require(value >= 1, key, value, "use 1 or more")
+    require(0 < data_size <= 1, "data_size", data_size, "choose a share of the pictures in (0, 1]")
+    settings = get_profile("cpu").training(max_epochs=max_epochs, batch_size=batch_size)
+    of_teacher = TrainConfig(
+        max_epochs=teacher_epochs, batch_size=teacher_batch_size, learning_rate=1.5e-3, weight_decay=0.1
+    )
     labelled = zero_shot_set(dataset) if dataset else None
     out, size = Path(out_dir), PRESETS["course"].image.image_size
     everything, validation = load_pairs(train_data_path, size), load_pairs(val_data_path, size)
-    settings = TrainConfig(
-        max_epochs=teacher_epochs, batch_size=teacher_batch_size, learning_rate=1.5e-3, weight_decay=0.1
-    )
-    train_open_clip(TEACHER_CONFIG, everything, validation, settings, out / "teacher")
+    shares = [everything.fraction(data_size, seed) for seed in range(seeds)]
+    remedy = f"the students see {len(shares[0])} pictures; choose a smaller batch"
+    require(batch_size <= len(shares[0]), "batch_size", batch_size, remedy)
+    train_open_clip(TEACHER_CONFIG, everything, validation, of_teacher, out / "teacher")
     teacher = out / "teacher" / "model"
     _measure("teacher", teacher, validation, labelled, 0)
-    for seed in range(seeds):
-        share = everything.fraction(data_size, seed)
-        settings = get_profile("cpu").training(max_epochs=max_epochs, batch_size=batch_size, seed=seed)
+    for seed, share in enumerate(shares):
         for name, distill in (("base", BASE), ("kd", DistillConfig())):
             folder = out / f"{name}-{seed}"
             train_student(
-                PRESETS["course"], share, validation, settings, folder, distill=distill, teacher_model=str(teacher)
-            )
+                PRESETS["course"], share, validation, replace(settings, seed=seed), folder, distill=distill,
+                teacher_model=str(teacher),
+            )  # fmt: skip
             _measure(name, folder / "model", validation, labelled, seed)
 
 

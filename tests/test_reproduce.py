@@ -6,6 +6,7 @@ from matplotlib.image import imread
 
 from mclip import examples, reproduce
 from mclip.config import ConfigError
+from mclip.data import load_pairs as load_scenes
 from mclip.defect_runs import MEASURES
 from mclip.examples import prompt_sensitivity
 from mclip.files import DATA, read_json
@@ -46,6 +47,19 @@ def test_photographs_leave_a_record_of_each_model_seed_and_task(photographs):
     assert {r["n"] for r in records if r["task"] == "zero_shot"} == {12}
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("data_size", 2.0), ("seeds", 0), ("max_epochs", 0), ("teacher_epochs", 0), ("batch_size", 9), ("batch_size", 1)],
+)
+def test_photographs_look_at_their_options_before_the_teacher_is_trained(name, value, monkeypatch):
+    monkeypatch.setattr(reproduce, "train_open_clip", lambda *_, **__: pytest.fail("the teacher was trained"))
+    monkeypatch.setattr(
+        reproduce, "load_pairs", lambda *_: load_scenes("scenes", 64, scenes=SceneConfig(16, 64, "val"), progress=False)
+    )
+    with pytest.raises(ConfigError, match=f"{name}={value}"):
+        reproduce.photographs("train.csv", "val.csv", **{"data_size": 0.5, name: value})
+
+
 def test_tables_hold_the_mean_of_the_seeds(photographs):
     records = load_results(photographs)
     values = [
@@ -71,7 +85,8 @@ def test_a_block_is_replaced_and_nothing_else():
 
 def test_the_readme_holds_what_the_results_files_say():
     text = reproduce.README.read_text(encoding="utf-8")
-    for name, table in reproduce.readme_tables().items():
+    kinds = [load_results(DATA / "results" / kind) for kind in ("ablations", "defects")]
+    for name, table in reproduce.readme_tables(reproduce.scene_results(), *kinds).items():
         assert replace_block(text, name, table) == text, f"run `make figures`: the table {name!r} is out of date"
 
 
