@@ -20,7 +20,7 @@ from torchvision.io import decode_jpeg, read_file
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as VF
 
-from .bench_forms import distillation, evaluation, existing_step, forms
+from .bench_forms import batches, distillation, evaluation, existing_step, forms, in_turns
 from .config import PRESETS, DistillConfig, TrainConfig, closest, require
 from .data import BatchSource, load_pairs
 from .files import DATA, read_json, write_json
@@ -28,7 +28,6 @@ from .noise import photographs, random_model, random_pairs, random_targets, rand
 from .objectives import Distillation
 from .pictures import Crops
 from .results import describe_device, describe_machine, versions
-from .runs import student_prepare
 from .scenes import SceneConfig
 from .targets import OnlineTargets, embed_captions, embed_pictures, get_targets
 from .teacher import load_teacher
@@ -58,7 +57,7 @@ def steps(batch_size: int = 16, count: int = 16) -> list[Row]:
     pairs, targets = random_pairs(batch_size * count, 224), random_targets(batch_size * count)
     for name, bar in (("klmobile", 20), ("mobile-512", 30)):
         model, config = random_model(name)
-        source = BatchSource(pairs, model.tokenizer, student_prepare(config), batch_size, 0, targets)
+        source = batches(model, pairs, batch_size, targets)
         pace = pairs_per_second(model, source, config.embed_dim, settings)
         rows.append({"what": f"distillation step, {name}, 224 px, batch {batch_size}, cached targets", "value": pace,
                      "unit": "pairs/s", "bar": f"at least {bar}", "key": name})  # fmt: skip
@@ -79,8 +78,8 @@ def teacher_in_the_loop(batch_size: int = 16, count: int = 10) -> list[Row]:
                 model, tokenizer = open_clip.create_model(name, output_dict=True), open_clip.get_tokenizer(name)
                 source = BatchSource(pairs, tokenizer, teacher.prepare, batch_size, 0, targets)
             else:
-                model, config = random_model(name)
-                source = BatchSource(pairs, model.tokenizer, student_prepare(config), batch_size, 0, targets)
+                model, _ = random_model(name)
+                source = batches(model, pairs, batch_size, targets)
             paces.append(pairs_per_second(model, source, 512, settings))
         rows.append({"what": f"cached targets against an online ViT-B/32, student {name}", "value": paces[0] / paces[1],
                      "unit": "times", "bar": "at least 2", "pairs/s": paces})  # fmt: skip
@@ -111,14 +110,14 @@ def views(count: int = 24) -> list[Row]:
     for crops, online in ((Crops(0.6, 4, 0), False), (Crops(0.6, 0, 0), True)):
         found = get_targets([teacher], pairs, online, crops, False)
         model, config = random_model("course")
-        source = BatchSource(pairs, model.tokenizer, student_prepare(config), 64, 0, found, crops)
+        source = batches(model, pairs, 64, found, crops)
         paces.append(pairs_per_second(model, source, config.embed_dim, settings, teacher.embed_dim))
     what = "steps on four cached crops against an online teacher, course, scenes"
     return [{"what": what, "unit": "times", "value": paces[0] / paces[1], "bar": "", "pairs/s": paces}]
 
 
 def loading(rounds: int = 3) -> list[Row]:
-    """Decode, crop at random and resize to 224 pixels: our batches against bare loops on as many threads."""
+    """Decode, crop at random and resize to 224 pixels: our batches against bare loops on as many threads, in turns."""
     scale, ratio = (0.5, 1.0), (3 / 4, 4 / 3)
 
     def with_pillow(file: str) -> np.ndarray:
@@ -151,15 +150,9 @@ def loading(rounds: int = 3) -> list[Row]:
             return loop
 
         loops = {"ours": ours, "Pillow": bare(with_pillow), "torchvision.io": bare(with_torchvision)}
-        paces = {name: [] for name in loops}
-        for _ in range(rounds):  # in turns, so that a slow moment meets all
-            for name, loop in loops.items():
-                begun = time.perf_counter()
-                loop()
-                paces[name].append(len(pairs) / (time.perf_counter() - begun))
-    best = {name: max(found) for name, found in paces.items()}
+        pace = {name: len(pairs) / seconds for name, seconds in in_turns(loops, rounds).items()}
     return [{"what": f"224 px JPEGs decoded, cropped and resized, against a bare loop of {name}", "unit": "times",
-             "value": best["ours"] / best[name], "bar": "at least 0.9", "pictures/s": [best["ours"], best[name]]}
+             "value": pace["ours"] / pace[name], "bar": "at least 0.9", "pictures/s": [pace["ours"], pace[name]]}
             for name in ("Pillow", "torchvision.io")]  # fmt: skip
 
 
@@ -180,7 +173,7 @@ def _peak_of_step(pieces: int, batch_size: int, preset: str) -> float:
     settings = TrainConfig(max_epochs=1, batch_size=batch_size, accumulate_grad_batches=pieces, progress=False)
     pairs = random_pairs(pieces * batch_size, PRESETS[preset].image.image_size)
     model, config = random_model(preset)
-    source = BatchSource(pairs, model.tokenizer, student_prepare(config), batch_size, 0, random_targets(len(pairs)))
+    source = batches(model, pairs, batch_size, random_targets(len(pairs)))
     pairs_per_second(model, source, config.embed_dim, settings)
     return peak_megabytes()
 
@@ -238,10 +231,11 @@ def bench(only: list[str] | None = None) -> None:
         only: parts to measure, all by default: steps, teacher, targets, views, loading, memory, million, distillation,
             existing, forms, evaluation.
     """
+    for name in only or ():
+        require(name in PARTS, "only", name, closest(name, PARTS))
     file = DATA / "results" / "bench.json"
     kept = read_json(file)["parts"] if file.exists() else {}
     for name in only or PARTS:
-        require(name in PARTS, "only", name, closest(name, PARTS))
         kept[name] = PARTS[name]()
         for row in kept[name]:
             print(f"{row['what']}: {row['value']:.2f} {row['unit']} ({row['bar']})", flush=True)

@@ -12,13 +12,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .batches import Batch, BatchSource
+from .batches import Batch, BatchSource, Targets
 from .config import DistillConfig
+from .data import Pairs
 from .embed import BATCH_SIZE, embed_images
 from .model import MobileCLIP
 from .noise import SENTENCE, random_model, random_pairs, random_targets
 from .objectives import Contrastive, Distillation
+from .pictures import Crops
 from .runs import BASE, student_prepare
+from .targets import OnlineTargets
 from .teacher import Teacher
 from .text_encoder import LightConv, TextEncoder, light_conv_reference, padding_mask
 
@@ -26,6 +29,14 @@ Row = dict[str, Any]
 Step = Callable[[], None]
 ALL_TERMS = DistillConfig(phases=(0.0, 0.0, 0.0), ramp=0.0)
 TERMS = ["original", "feature", "response"]
+
+
+def batches(
+    model: MobileCLIP, pairs: Pairs, batch_size: int, targets: Targets | OnlineTargets | None = None,
+    crops: Crops | None = None,
+) -> BatchSource:  # fmt: skip
+    """Batches of ``pairs`` as the student ``model`` reads them, in the order of seed 0."""
+    return BatchSource(pairs, model.tokenizer, student_prepare(model.config), batch_size, 0, targets, crops)
 
 
 def in_turns(forms: Mapping[str, Step], rounds: int) -> dict[str, float]:
@@ -69,8 +80,7 @@ def distillation(batch_size: int = 64, rounds: int = 12) -> list[Row]:
     """What cached distillation adds to a step of the course's student."""
     model, config = random_model("course")
     pairs, targets = random_pairs(batch_size, config.image.image_size), random_targets(batch_size)
-    source = BatchSource(pairs, model.tokenizer, student_prepare(config), batch_size, 0, targets)
-    batch = next(source.epoch(0))
+    batch = next(batches(model, pairs, batch_size, targets).epoch(0))
     all_terms = Distillation(ALL_TERMS, (config.embed_dim,) * 2, 512, 100.0)
     forms = {
         "base": _training_step(model, Contrastive(BASE), batch, ["original"]),
@@ -88,8 +98,7 @@ def existing_step(teacher: Teacher, batch_size: int = 16, rounds: int = 3, prese
     """
     model, config = random_model(preset)
     pairs, targets = random_pairs(batch_size, config.image.image_size), random_targets(batch_size, teacher.embed_dim)
-    source = BatchSource(pairs, model.tokenizer, student_prepare(config), batch_size, 0, targets)
-    batch = next(source.epoch(0))
+    batch = next(batches(model, pairs, batch_size, targets).epoch(0))
     objective = Distillation(ALL_TERMS, (config.embed_dim,) * 2, teacher.embed_dim, 100.0)
     captions = [own[0] for own in pairs.captions]
 
