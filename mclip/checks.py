@@ -79,8 +79,3 @@ def from_yaml(kind: type[Config], path: str | Path) -> Config:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     require(isinstance(values, dict), str(path), values, "the file must hold a mapping, one 'key: value' a line")
     return from_mapping(kind, values)
-
-
-def to_mapping(config: Any) -> dict[str, Any]:
-    """The plain-data form of a configuration, for JSON and YAML; ``from_mapping`` reads it back."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}

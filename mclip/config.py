@@ -13,7 +13,6 @@ from .checks import closest as closest
 from .checks import from_mapping as from_mapping
 from .checks import from_yaml as from_yaml
 from .checks import require as require
-from .checks import to_mapping as to_mapping
 from .settings import DistillConfig as DistillConfig
 from .settings import TrainConfig as TrainConfig
 

@@ -22,7 +22,6 @@ from .files import DATA, processes
 from .metrics import first_hit_ranks
 from .model import MobileCLIP
 from .objectives import Contrastive, Distillation
-from .profiles import PROFILES as PROFILES
 from .profiles import get_profile
 from .results import save_result
 from .scene_sets import evaluate_relation, scene_sets
