@@ -28,6 +28,7 @@ from .pictures import Crops, PictureError, Pictures, decode, decoded_once, finge
 from .pictures import square as square
 from .readers import DataError as DataError
 from .readers import OnError, Table, read_csv, read_json, reject
+from .rgb import DECODING_VERSION
 from .scenes import DRAWING_VERSION, SceneConfig, make_scenes
 
 SCENES = "scenes"
@@ -164,7 +165,7 @@ def _with_pictures(table: Table, name: str, size: int, on_error: OnError, decodi
 
     names = table.pictures
     prints = fingerprint(names)
-    key = content_key("pictures", names.digest(), prints, on_error)
+    key = content_key("pictures", DECODING_VERSION, names.digest(), prints, on_error)
     if decoding == "once" or (decoding == "auto" and len(names) * 3 * size * size <= DECODE_ONCE):
         images, kept = decoded_once(names, size, content_key(key, size), bad, progress)
         table = table.keep(kept)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from mclip.config import require
 from mclip.data import normalise
 from mclip.metrics import EvaluationError, require_finite
+from mclip.rgb import UNREADABLE, PictureError, as_rgb
 
 BATCH_SIZE = 128  # beyond it the feature maps leave a processor's cache: 256 is slower on two cores
 
@@ -88,11 +89,14 @@ class _Prepared(Dataset):
         try:
             item = self.images[index]
             picture, label = item if isinstance(item, tuple) else (item, -1)
-            return self.transform(picture.convert("RGB")), int(label)
-        except OSError as error:
+            picture = as_rgb(picture)
+        except PictureError as error:  # which names the file
+            raise EvaluationError(f"{error}.") from error
+        except UNREADABLE as error:
             samples = getattr(self.images, "samples", None)
             where = samples[index][0] if samples else f"picture {index}"
             raise EvaluationError(f"{where}: not readable as a picture ({error}).") from error
+        return self.transform(picture), int(label)
 
 
 @contextmanager

@@ -28,14 +28,10 @@ from torchvision.transforms.v2 import functional as VF
 from tqdm.auto import tqdm
 
 from .files import cache_dir, missing_folder, write_json
+from .rgb import UNREADABLE, PictureError, as_rgb
 
 IN_ARCHIVE = "::"
 RATIOS = (3 / 4, 4 / 3)  # width to height of a crop, before it is made square
-UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError)
-
-
-class PictureError(ValueError):
-    """A picture that cannot be read; the message names it."""
 
 
 @contextmanager
@@ -68,9 +64,9 @@ def _opened(name: str) -> tuple[bytes, Image.Image]:
 
 
 def open_picture(name: str) -> Image.Image:
-    """The picture ``name`` as RGB, for a teacher's own transform. Raises: PictureError."""
+    """The picture ``name`` as :func:`~mclip.rgb.as_rgb` makes it, for a model's own transform. Raises: PictureError."""
     try:
-        return _opened(name)[1].convert("RGB")
+        return as_rgb(_opened(name)[1])
     except UNREADABLE as error:
         raise PictureError(f"{name}: not readable as a picture ({error})") from error
 
@@ -81,8 +77,9 @@ def read_picture(name: str) -> Tensor:
         content, opened = _opened(name)
         if opened.format == "JPEG" and opened.mode in ("RGB", "L"):
             with suppress(RuntimeError):  # Pillow, below, reads it all the same or says what is wrong with it
-                return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-        return VF.pil_to_tensor(opened.convert("RGB"))
+                coded, turned = torch.frombuffer(bytearray(content), dtype=torch.uint8), "exif" in opened.info
+                return decode_jpeg(coded, ImageReadMode.RGB, apply_exif_orientation=turned)
+        return VF.pil_to_tensor(as_rgb(opened))
     except UNREADABLE as error:
         raise PictureError(f"{name}: not readable as a picture ({error})") from error
 

@@ -318,6 +318,40 @@ def test_image_folders(tmp_path, student):
         image_folder_set(tmp_path / "zoo" / "none")
 
 
+@pytest.mark.parametrize("kind", ["bomb", "chunk", "depth"])
+def test_a_picture_that_cannot_be_evaluated_is_named(tmp_path, student, monkeypatch, kind):
+    for name in ("cat", "dog"):
+        save_picture(tmp_path / name / "0.png", 9)
+    bad = tmp_path / "dog" / "0.png"
+    if kind == "bomb":
+        Image.new("1", (400, 300)).save(bad)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # stands in for one of 200 million pixels
+    elif kind == "chunk":
+        bad.write_bytes(bad.read_bytes().replace(b"IDAT", b"\1\2\3\4"))
+    else:
+        Image.new("F", (20, 30)).save(bad.with_suffix(".tiff"))
+        bad.unlink()
+    with pytest.raises(EvaluationError, match=r"^\S*dog/0\.\w+: not readable as a picture \([^:]*(: save it .*)?\)\.$"):
+        evaluate.embed_images(student, image_folder_set(tmp_path).images)
+
+
+def test_pictures_of_every_mode_are_evaluated_as_they_are_seen(student):
+    grey = np.linspace(0, 255, 64 * 64).reshape(64, 64).astype(np.uint8)
+    sixteen, eight = Image.fromarray(grey.astype(np.uint16) * 257), Image.fromarray(grey)
+    glass = Image.merge("RGBA", [eight, eight, eight, Image.new("L", (64, 64))])
+    found, _ = evaluate.embed_images(student, [sixteen, eight, glass, Image.new("RGB", (64, 64), "white")])
+    different = (found[1] - found[2]).norm()
+    assert (found[0] - found[1]).norm() < 0.01 * different
+    assert (found[2] - found[3]).norm() < 0.01 * different
+    with pytest.raises(EvaluationError, match=r"^picture 1: not readable .*mode F"):
+        evaluate.embed_images(student, [eight, Image.new("F", (64, 64))])
+
+
+def test_a_label_that_is_no_number_is_not_taken_for_a_bad_picture(student):
+    with pytest.raises(ValueError, match="invalid literal"):
+        evaluate.embed_images(student, [(Image.new("RGB", (64, 64)), "cat")])
+
+
 @pytest.mark.skipif(not REAL, reason="set MCLIP_REAL_DATA to a folder with cifar10-mini/test/<class>/*.jpg")
 def test_real_photographs_go_through_the_zero_shot_path(clip):
     model, tokenizer = clip
