@@ -112,10 +112,10 @@ def _naming_dead_workers() -> Iterator[None]:
 
 def _batches(model: nn.Module, images: Any, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
     size, mean, std, transform = input_of(model)
-    if not isinstance(images, Tensor | np.ndarray):
+    if not hasattr(images, "shape"):
         yield from DataLoader(_Prepared(images, transform), batch_size, num_workers=workers)
         return
-    valid = images.dtype in (torch.uint8, np.uint8) and images.ndim == 4 and images.shape[1] == 3
+    valid = images.dtype in (torch.uint8, np.uint8) and len(images.shape) == 4 and images.shape[1] == 3
     require(valid, "images", f"{images.dtype} {tuple(images.shape)}", "give uint8 pictures (N, 3, H, W)")
     for start in range(0, len(images), batch_size):
         batch = torch.tensor(np.asarray(images[start : start + batch_size]))  # a copy: the file may be mapped
@@ -127,8 +127,8 @@ def embed_images(
 ) -> tuple[Tensor, Tensor]:
     """Normalised float32 embeddings (N, d) on the CPU, and the labels (N,) that came with the pictures.
 
-    ``images`` as in :class:`~mclip.datasets.ZeroShotSet`; the model's own preparation is applied. A picture
-    without a label has -1.
+    ``images`` as in :class:`~mclip.datasets.ZeroShotSet`, or :class:`~mclip.pictures.Pictures`, which are decoded a
+    batch at a time; the model's own preparation is applied. A picture without a label has -1.
     """
     embeddings, labels = [], []
     with evaluating(model) as device, _naming_dead_workers():

@@ -21,10 +21,11 @@ from torchvision.transforms.v2 import functional as VF
 
 from mclip import datasets, evaluate
 from mclip.config import PRESETS, ConfigError
-from mclip.data import Pairs
+from mclip.data import Pairs, load_pairs
 from mclip.datasets import TORCHVISION_SETS, ZeroShotSet, image_folder_set, torchvision_set, zero_shot_set
 from mclip.metrics import EvaluationError, bootstrap_interval, first_hit_ranks, retrieval, zero_shot_metrics
 from mclip.model import MobileCLIP
+from mclip.pictures import Pictures
 from mclip.results import validate_result
 from mclip.text_encoder import clean_caption
 
@@ -234,6 +235,35 @@ def test_records_of_both_tasks(student):
     assert (found["n"], found["dataset"], found["split"]) == (6, "toy", "val")
     with pytest.raises(ConfigError, match="uint8"):
         evaluate.embed_images(student, pictures(2).float())
+
+
+def write_pairs(folder: Path, count: int) -> Path:
+    """A table of pictures that differ, with one caption each, or two."""
+    lines = ["file_name,caption"]
+    for number, picture in enumerate(pictures(count, 70, 80)):
+        VF.to_pil_image(picture).save(folder / f"{number}.png")
+        lines += [f"{number}.png,picture {number}", f"{number}.png,the {NAMES[number % 6]}"][: 1 + number % 2]
+    (folder / "pairs.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "pairs.csv"
+
+
+def test_pictures_decoded_on_the_fly_are_retrieved_as_those_of_the_cache(tmp_path, student, monkeypatch):
+    monkeypatch.setenv("MCLIP_CACHE", str(tmp_path / "cache"))
+    table, found, lengths = write_pairs(tmp_path, 10), [], []
+    read = Pictures.__getitem__
+
+    def watched(self, rows):
+        lengths.append(len(range(len(self))[rows]))
+        return read(self, rows)
+
+    monkeypatch.setattr(Pictures, "__getitem__", watched)
+    for decoding in ("once", "always"):
+        pairs = load_pairs(table, 64, decoding=decoding, progress=False)
+        record = evaluate.evaluate_retrieval(student, student.tokenizer, pairs, "base", batch_size=4)
+        found.append((record["metrics"], record["n"], record["dataset"]))
+    assert isinstance(pairs.images, Pictures)
+    assert found[0] == found[1]
+    assert lengths == [4, 4, 2], "a set that does not fit into memory is read a batch at a time"
 
 
 # Data sets
