@@ -31,7 +31,7 @@ from mclip.archives import extract
 from mclip.config import ConfigError, closest, require
 from mclip.downloads import DownloadError, fetch
 from mclip.files import atomic_path, cache_dir
-from mclip.pictures import open_picture
+from mclip.folders import VisibleFolder
 
 PHOTO_TEMPLATES = ["a photo of a {}"]
 
@@ -214,7 +214,7 @@ def image_folder_set(path: str | Path, templates: Sequence[str] = PHOTO_TEMPLATE
     """
     path = Path(path).expanduser()
     try:
-        data = datasets.ImageFolder(str(path), loader=open_picture)
+        data = VisibleFolder(path)
     except OSError as error:
         raise ConfigError(f"{path}: not a folder of pictures, one sub-folder per class ({error}).") from error
     named = path.name in ("train", "val", "test")

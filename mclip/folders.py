@@ -1,4 +1,7 @@
-"""Readers of folders: pictures by class or with a text file each, and WebDataset shards as img2dataset writes them."""
+"""Readers of folders: pictures by class or with a text file each, and WebDataset shards as img2dataset writes them.
+
+What is hidden in a folder of pictures is never read.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ import re
 import tarfile
 from pathlib import Path
 
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import is_image_file
 from tqdm.auto import tqdm
 
 from .files import cache_dir, content_key, missing_folder, write_json
-from .pictures import IN_ARCHIVE, fingerprint
+from .pictures import IN_ARCHIVE, fingerprint, open_picture
 from .readers import DataError, OnError, Table, TableBuilder
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
@@ -19,16 +24,20 @@ CLASS_CAPTION = "a photo of a {}"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
+def hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, as what tools keep for themselves is: ``.ipynb_checkpoints``, ``._1.jpg``."""
+    return name.startswith(".")
+
+
 def read_folder(path: Path, on_error: OnError) -> Table:
     """Pictures at any depth: the lines of the text file of the same name are captions; without one, the folder's
-    name is the class of "a photo of a ..."."""
+    name is the class of "a photo of a ...". What is hidden is left out."""
     builder = TableBuilder(path, on_error, "picture")
-    files = sorted(
-        os.path.join(folder, name)
-        for folder, _, names in os.walk(path, followlinks=True)
-        for name in names
-        if name.lower().endswith(PICTURES)
-    )
+    files = []
+    for folder, subfolders, names in os.walk(path, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not hidden(name)]
+        files += [os.path.join(folder, name) for name in names if name.lower().endswith(PICTURES) and not hidden(name)]
+    files.sort()
     for number, file in enumerate(files):
         text = Path(file).with_suffix(".txt")
         folder = Path(file).parent
@@ -45,6 +54,23 @@ def read_folder(path: Path, on_error: OnError) -> Table:
         for line in lines:
             builder.add(file, line, number)
     return builder.table()
+
+
+class VisibleFolder(ImageFolder):
+    """torchvision's ImageFolder without what is hidden, such as ``.ipynb_checkpoints``; pictures are read as ours."""
+
+    def __init__(self, root: Path) -> None:
+        def seen(file: str) -> bool:
+            return is_image_file(file) and not any(map(hidden, Path(file).relative_to(root).parts))
+
+        super().__init__(str(root), loader=open_picture, is_valid_file=seen)
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """The names of the sub-folders in order, and their numbers; FileNotFoundError if there are none."""
+        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and not hidden(entry.name))
+        if not names:
+            raise FileNotFoundError(f"it has no sub-folder: {directory}")
+        return names, {name: number for number, name in enumerate(names)}
 
 
 def shards_of(source: str) -> list[str]:

@@ -253,7 +253,7 @@ def test_pictures_decoded_on_the_fly_are_retrieved_as_those_of_the_cache(tmp_pat
     read = Pictures.__getitem__
 
     def watched(self, rows):
-        lengths.append(len(range(len(self))[rows]))
+        lengths.append(np.size(np.arange(len(self))[rows]))
         return read(self, rows)
 
     monkeypatch.setattr(Pictures, "__getitem__", watched)
@@ -346,6 +346,22 @@ def test_image_folders(tmp_path, student):
         evaluate.evaluate_zero_shot(student, student.tokenizer, zoo, "base")
     with pytest.raises(ConfigError, match="one sub-folder per class"):
         image_folder_set(tmp_path / "zoo" / "none")
+
+
+def test_hidden_folders_and_files_are_not_part_of_a_set(tmp_path):
+    root = tmp_path / ".data" / "zoo"  # what lies above the set may be hidden
+    for name in ("cat/1.png", "dog/1.png", ".ipynb_checkpoints/1.png", "cat/.ipynb_checkpoints/1.png", "dog/._1.png"):
+        save_picture(root / name, 9)
+    zoo = image_folder_set(root)
+    assert zoo.class_names == ["cat", "dog"]
+    assert [Path(file).relative_to(root).as_posix() for file, _ in zoo.images.samples] == ["cat/1.png", "dog/1.png"]
+    (root / "dog" / "1.png").unlink()
+    with pytest.raises(ConfigError, match="for the classes dog"):
+        image_folder_set(root)
+    (root / "dog").rename(root / ".dog")
+    (root / "cat").rename(root / ".cat")
+    with pytest.raises(ConfigError, match="no sub-folder"):
+        image_folder_set(root)
 
 
 @pytest.mark.parametrize("kind", ["bomb", "chunk", "depth"])

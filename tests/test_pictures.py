@@ -227,6 +227,14 @@ def test_a_folder_by_class_or_with_text_files(tmp_path):
         load_pairs(tmp_path, 32, progress=False)
 
 
+def test_hidden_folders_and_files_are_not_read(tmp_path):
+    root = tmp_path / ".data" / "zoo"
+    for name in ("cat/1.png", "cat/.ipynb_checkpoints/1.png", ".ipynb_checkpoints/2.png", "cat/._1.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        gradient().save(root / name)
+    assert load_pairs(root, 32, progress=False).captions == [["a photo of a cat"]]
+
+
 def test_a_table_with_tabs_and_named_columns(folder):
     (folder / "pairs.tsv").write_text("title\tfilepath\na red, red star\t0.png\n", encoding="utf-8")
     pairs = load_pairs(folder / "pairs.tsv", 32, image_key="filepath", caption_key="title", progress=False)
