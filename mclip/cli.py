@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, get_type_hints
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _report("interrupted", 130)
     except ArgumentError as error:
-        return _report(f"{error} (python -m mclip {arguments[0]} --help lists the options)", 2)
+        return _report(f"{_plain(error)} (python -m mclip {arguments[0]} --help lists the options)", 2)
     except (OSError, ValueError, RuntimeError) as error:
         ours = isinstance(error, OSError) or type(error).__module__.startswith("mclip.")
         if not ours:
@@ -153,6 +154,12 @@ def _add_course_options(parser: ArgumentParser) -> set[str]:
     parser.add_argument("--only", nargs="+", type=str, metavar="NN", help="numbers of notebooks, as in 04 08")
     parser.add_argument("--prepare", action="store_true", help="write the copies to be executed, run nothing")
     return {"parameters", "only", "prepare"}
+
+
+def _plain(error: ArgumentError) -> str:
+    """The message in words of the command line: Python's names of types mean nothing there."""
+    named = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", str(error))
+    return re.sub(r"a <class '(\w+)'>", r"\1", named)
 
 
 def _report(message: str, status: int) -> int:

@@ -61,6 +61,9 @@ def test_a_switch_may_stand_alone(words, expected):
         (["distill", "--img_distill_weight", "0", "--txt_distill_weight", "0"], "feature_weight=0"),
         (["train", "--data_size", "much"], "data_size"),
         (["train", "--max_epochs", "0"], "max_epochs=0"),
+        (["train", "--profile", "huge"], "Expected one of 'smoke', 'cpu', 'gpu'. Got value: huge"),
+        (["evaluate", "--profile", "huge"], "Expected one of 'smoke', 'cpu', 'gpu'. Got value: huge"),
+        (["evaluate", "--model_checkpoint", "kd", "--seed", "1.5"], "Expected int. Got value: 1.5"),
         (["distill", "--auto_kd_config", "missing.yaml"], "missing.yaml: no such file"),
     ],
 )
