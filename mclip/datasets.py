@@ -186,7 +186,8 @@ def torchvision_set(name: str, root_dir: str | Path | None = None, download: boo
         library = str(error.name).split(".")[0]
         raise ConfigError(f"dataset={name!r} needs {library}: pip install {library}.") from error
     except (RuntimeError, OSError, IndexError) as error:
-        advice = "pass download=True, or " if source.downloads and not download else ""
+        fetched = "let it be downloaded (download=True; in a command, --download true), or "
+        advice = fetched if source.downloads and not download else ""
         advice += "" if source.downloads else "it cannot be downloaded from here: "
         raise ConfigError(
             f"dataset={name!r} cannot be read below root_dir={str(root)!r} ({error}); "
@@ -212,13 +213,13 @@ def image_folder_set(path: str | Path, templates: Sequence[str] = PHOTO_TEMPLATE
 
     A last component train, val or test names the split, and the folder above it the set.
     """
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().resolve()  # "." has a name only as a whole path
     try:
         data = VisibleFolder(path)
     except OSError as error:
         raise ConfigError(f"{path}: not a folder of pictures, one sub-folder per class ({error}).") from error
     named = path.name in ("train", "val", "test")
-    name, split = (path.absolute().parent.name, path.name) if named else (path.name, "all")
+    name, split = (path.parent.name, path.name) if named else (path.name, "all")
     return ZeroShotSet(name, data, None, [_spaces(c) for c in data.classes], list(templates), split)
 
 
@@ -232,7 +233,7 @@ def zero_shot_set(
     embedded = embedded or {}
     if name in embedded:
         return embedded[str(name)]
-    if str(name) not in _SOURCES and Path(name).is_dir():
+    if str(name) not in _SOURCES and str(name) and Path(name).expanduser().is_dir():
         return image_folder_set(name)
     known = [*embedded, *_SOURCES]
     remedy = f"{closest(str(name), known)} (or name a folder of pictures)"

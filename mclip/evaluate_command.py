@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from .commands import ProfileName
-from .config import require
-from .data import load_pairs
-from .datasets import zero_shot_set
+from .config import closest, require
+from .data import SCENES, load_pairs
+from .datasets import TORCHVISION_SETS, zero_shot_set
 from .embed import image_size_of
 from .evaluate import evaluate_retrieval, evaluate_zero_shot
 from .paired import compare, describe
 from .results import save_result
-from .runs import device_for, get_profile, load_model
-from .scene_sets import RELATION, evaluate_relation, scene_sets
+from .runs import device_for, get_profile, load_model, model_name
+from .scene_sets import RELATION, SETS, evaluate_relation, scene_sets
 
 CAPTIONS = (".csv", ".tsv", ".json")
 
@@ -36,31 +36,30 @@ def evaluate(
         model_checkpoint: base, kd, clip, teacher, or a model folder.
         dataset: scenes (all its sets), one of its sets, a torchvision set such as cifar10, a folder of pictures in one
             sub-folder per class, or a .csv, .tsv or .json file of captions for retrieval.
-        prompt: replaces the set's own prompts, for example "a photo of a".
+        prompt: replaces the prompts of one set to classify, for example "a photo of a".
         root_dir: where torchvision's sets lie.
         save_results: a folder for the results files.
         profile: decides how many scenes are drawn.
         download: let torchvision download the set.
         seed: of the bootstrap.
-        compare_with: a second model, whose answers to the same pictures are compared with the first one's.
+        compare_with: a second model, whose classes of the same pictures are compared with the first one's.
     """
-    remedy = "the scenes sets have prompts of their own; name one set"
-    require(not (prompt and dataset == "scenes"), "prompt", prompt, remedy)
+    _require_options(model_checkpoint, dataset, prompt, seed, compare_with)
     names = [name for name in (model_checkpoint, compare_with) if name]
-    models = {_short(name): load_model(name, device_for("auto")) for name in names}
+    models = {model_name(name): load_model(name, device_for("auto")) for name in names}
     remedy = "give another model than model_checkpoint, in a folder of another name"
     require(len(models) == len(names), "compare_with", compare_with, remedy)
-    if Path(dataset).suffix in CAPTIONS:
-        for name, (model, tokenizer) in models.items():
-            record = evaluate_retrieval(model, tokenizer, load_pairs(dataset, image_size_of(model)), name, seed=seed)
-            for way, recalls in record["metrics"].items():
-                print(f"{name:10} {way.replace('_', ' '):14} {_shown(recalls)}  n={record['n']}")
-            _save(record, save_results, name)
+    if _is_captions(dataset):
+        ((name, (model, tokenizer)),) = models.items()
+        record = evaluate_retrieval(model, tokenizer, load_pairs(dataset, image_size_of(model)), name, seed=seed)
+        for way, recalls in record["metrics"].items():
+            print(f"{name:10} {way.replace('_', ' '):14} {_shown(recalls)}  n={record['n']}")
+        _save(record, save_results, name)
         return
     count = get_profile(profile).test_pictures
-    embedded = scene_sets(count=count)
-    for each in [*embedded, RELATION] if dataset == "scenes" else [dataset]:
-        data = None if each == RELATION else zero_shot_set(each, root_dir or None, download, embedded)
+    drawn = scene_sets(count=count) if dataset in (SCENES, *SETS) else {}
+    for each in [*drawn, RELATION] if dataset == SCENES else [dataset]:
+        data = None if each == RELATION else zero_shot_set(each, root_dir or None, download, drawn)
         records = []
         for name, (model, tokenizer) in models.items():
             if data is None:
@@ -77,9 +76,26 @@ def evaluate(
             _save(paired, save_results, "-".join(models))
 
 
-def _short(checkpoint: str) -> str:
-    path = Path(checkpoint)
-    return path.parent.name if path.name == "model" else path.name
+def _is_captions(dataset: str) -> bool:
+    return Path(dataset).suffix.lower() in CAPTIONS
+
+
+def _require_options(model_checkpoint: str, dataset: str, prompt: str, seed: int, compare_with: str) -> None:
+    """ConfigError for what cannot work, before anything is loaded or drawn: no option is left unheard."""
+    require(model_checkpoint != "", "model_checkpoint", "", "give base, kd, clip, teacher, or a model folder")
+    require(seed >= 0, "seed", seed, "give a whole number from 0")
+    known = (SCENES, *SETS, RELATION, *TORCHVISION_SETS)
+    there = dataset in known or _is_captions(dataset) or (dataset != "" and Path(dataset).expanduser().is_dir())
+    remedy = f"{closest(dataset, known)} (or name a folder of pictures, or a {', '.join(CAPTIONS)} file of captions)"
+    require(there, "dataset", dataset, remedy)
+    remedy = "the scenes sets have prompts of their own; name one set"
+    require(not (prompt and dataset == SCENES), "prompt", prompt, remedy)
+    remedy = "the set relation is a choice between two captions of its own; leave the prompt out"
+    require(not (prompt and dataset == RELATION), "prompt", prompt, remedy)
+    remedy = "retrieval reads the captions of the file; leave the prompt out"
+    require(not (prompt and _is_captions(dataset)), "prompt", prompt, remedy)
+    remedy = "only answers of a classification are compared; evaluate the second model by itself"
+    require(not (compare_with and _is_captions(dataset)), "compare_with", compare_with, remedy)
 
 
 def _shown(scores: dict[str, Any]) -> str:

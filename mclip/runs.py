@@ -180,10 +180,16 @@ def train_open_clip(
 def model_folder(name: str | Path) -> Path:
     """The folder of a model that ships ("base", "kd", "clip", "teacher"), or ``name`` itself if it is a folder."""
     ships = DATA / "teacher" if str(name) == "teacher" else DATA / "checkpoints" / str(name)
-    folder = ships if ships.is_dir() else Path(name)
     known = ("base", "kd", "clip", "teacher")
+    folder = ships if str(name) in known and ships.is_dir() else Path(name).expanduser()
     require(folder.is_dir(), "model", str(name), f"give a model folder or a name; {closest(str(name), known)}")
     return folder
+
+
+def model_name(name: str | Path) -> str:
+    """What records and their files call a model: its folder's name, or that of the run whose "model" it is."""
+    folder = model_folder(name).resolve()  # "." and "model" have a name only as whole paths
+    return folder.parent.name if folder.name == "model" else folder.name
 
 
 def device_for(accelerator: str) -> str:
