@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .config import require
 from .data import load_pairs
 from .evaluate import embed_images, embed_texts, evaluate_zero_shot
 from .files import DATA, write_json
@@ -33,6 +34,7 @@ def examples(pairs: int = 12, seed: int = 0, out_dir: str = "runs/examples") -> 
         seed: of the bootstrap.
         out_dir: where the file goes if it is not the one that ships.
     """
+    require(seed >= 0, "seed", seed, "give a whole number from 0")
     file = results_folder(FILE.parent, out_dir, (pairs, seed) == (12, 0)) / FILE.name
     validation = load_pairs("scenes", 64, scenes=SceneConfig(500, 64, "val"), progress=False)
     first = {own[0]: row for row, own in reversed(list(enumerate(validation.captions[: 5 * pairs])))}

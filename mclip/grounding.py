@@ -83,8 +83,9 @@ def phrase_maps(
 ) -> Tensor:
     """Maps (N, size, size) from 0 to 1 of pictures (N, 3, S, S), prepared, each for its own phrase, bilinear.
 
-    ConfigError for an empty phrase or an unknown ``layer``.
+    ConfigError for an empty phrase, an unknown ``layer``, or another number of phrases than of pictures.
     """
+    require(len(phrases) == len(images), "phrases", len(phrases), f"give one for each of {len(images)} pictures")
     layers = map_layers(model)
     require(layer in layers, "layer", layer, closest(layer, layers))
     require(all(phrase.strip() for phrase in phrases), "phrase", "", "write what to look for, such as: a red star")

@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .config import require
 from .data import normalise
 from .embed import input_of
 from .files import DATA
 from .grounding import map_layers, object_masks, object_phrases, overlap, phrase_maps, pointing
 from .metrics import bootstrap_interval
 from .results import describe_model, make_result, save_result
-from .runs import load_model
+from .runs import load_model, model_name
 from .scenes import SceneConfig, make_scenes
 
 RESULTS = DATA / "results" / "grounding"
 THRESHOLDS = tuple(round(0.1 * step, 1) for step in range(1, 10))
 MODELS = ("base", "kd", "teacher")
+BASELINES = ("random", "centre")
 Cases = tuple[Tensor, list[str], Tensor]
 
 
@@ -54,7 +56,8 @@ def baselines(masks: Tensor, seed: int = 0) -> dict[str, Tensor]:
     size, generator = masks.shape[-1], torch.Generator().manual_seed(seed)
     at = (torch.arange(size) + 0.5) / size - 0.5
     hill = torch.exp(-(at[:, None] ** 2 + at[None, :] ** 2) / (2 * 0.15**2))
-    return {"random": torch.rand(masks.shape, generator=generator), "centre": hill.expand(len(masks), -1, -1)}
+    maps = torch.rand(masks.shape, generator=generator), hill.expand(len(masks), -1, -1)
+    return dict(zip(BASELINES, maps, strict=True))
 
 
 def _best_threshold(maps: Tensor, masks: Tensor) -> float:
@@ -90,8 +93,8 @@ def score_model(name: str, tuning: Cases, test: Cases, seed: int = 0, bar: Any =
             bar.update()
     best = max(layers, key=lambda layer: layers[layer]["pointing"])
     found = scores(maps(test, best), test[2], layers[best]["threshold"])
-    described = describe_model(name, model)
-    return _record(name, found, described, seed, time.perf_counter() - start, layer=best, layers=layers)
+    described = describe_model(model_name(name), model)
+    return _record(described["name"], found, described, seed, time.perf_counter() - start, layer=best, layers=layers)
 
 
 def grounding(pictures: int = 500, seed: int = 0, models: Sequence[str] = MODELS) -> None:
@@ -102,6 +105,10 @@ def grounding(pictures: int = 500, seed: int = 0, models: Sequence[str] = MODELS
         seed: of the pictures and of the bootstrap.
         models: base, kd, clip, teacher, or model folders.
     """
+    require(seed >= 0, "seed", seed, "give a whole number from 0")
+    names = [model_name(name) for name in models]
+    remedy = f"give models of different names, and none called {' or '.join(BASELINES)}"
+    require(len({*names, *BASELINES}) == len(names) + len(BASELINES), "models", names, remedy)
     tuning, test = cases("val", max(2, pictures // 2), seed=seed), cases("test", pictures, seed=seed)
     area = 100 * test[2].float().mean().item()
     with tqdm(desc="grounding", unit="layer") as bar:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mclip import grounding_plots, grounding_run
+from mclip import examples, grounding_plots, grounding_run
 from mclip.cli import main
 from mclip.config import PRESETS, ConfigError
+from mclip.drawing import COLOURS, SHAPES, draw_objects
 from mclip.files import DATA
 from mclip.grounding import (
     grad_cam,
@@ -20,7 +23,6 @@ from mclip.grounding import (
     map_layers,
     map_of,
     object_masks,
-    object_phrases,
     overlap,
     phrase_maps,
     pointing,
@@ -28,7 +30,7 @@ from mclip.grounding import (
 from mclip.model import MobileCLIP
 from mclip.results import ResultError, load_results, weights_sha256
 from mclip.runs import load_model
-from mclip.scenes import SceneConfig, make_scenes
+from mclip.scenes import SceneConfig, Scenes, make_scenes
 
 
 class Channels(nn.Module):
@@ -56,6 +58,49 @@ def test_grad_cam_of_mean_channels_is_their_weighted_sum():
     expected = torch.stack([images[0, 0], (0.5 * images[1, 0] - 0.5 * images[1, 1]).relu()])
     expected = expected / expected.flatten(1).amax(1)[:, None, None]
     torch.testing.assert_close(grad_cam(model, model.map, images, texts), expected)
+
+
+class Tokens(nn.Module):
+    """A model whose layer has a transformer's shape: a class token, then a token for each place, row by row."""
+
+    def __init__(self, class_token: torch.Tensor) -> None:
+        super().__init__()
+        self.tokens, self.class_token = nn.Identity(), class_token
+
+    def encode_image(self, images: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        first = self.class_token.expand(len(images), 1, -1)
+        return self.tokens(torch.cat([first, images.flatten(2).transpose(1, 2)], 1)).mean(1)
+
+
+def test_a_map_of_tokens_is_that_of_the_same_places():
+    """The class token, here brighter than every place, is no place; rows stay rows and columns stay columns."""
+    images = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    texts = torch.tensor([[1.0, 0.0, 0.0], [0.5, -0.5, 0.0]])
+    grid, row = Channels(), Tokens(torch.tensor([9.0, -9.0, 9.0]))
+    expected = grad_cam(grid, grid.map, images, texts)
+    torch.testing.assert_close(grad_cam(row, row.tokens, images, texts), expected)
+
+
+def test_a_vision_transformers_map_agrees_with_loops_over_its_patches():
+    torch.manual_seed(0)
+    vision = {"layers": 3, "width": 32, "head_width": 16, "image_size": 32, "patch_size": 8}
+    text = {"context_length": 8, "vocab_size": 60, "width": 32, "heads": 2, "layers": 1}
+    model = open_clip.CLIP(16, vision, text).eval()
+    images, texts = torch.randn(2, 3, 32, 32), F.normalize(torch.randn(2, 16), dim=1)
+    assert list(map_layers(model)) == ["block1", "block2"]
+    for layer in map_layers(model).values():
+        held = []
+        handle = layer.register_forward_hook(lambda module, inputs, output, held=held: held.append(output))
+        similarity = (model.encode_image(images, normalize=True) * texts).sum()
+        handle.remove()
+        (gradient,) = torch.autograd.grad(similarity, held[0])
+        assert held[0].shape == (2, 1 + 4 * 4, 32)  # 32 pixels are four patches of 8
+        found = grad_cam(model, layer, images, texts)
+        for number in range(2):
+            weights = sum(gradient[number, 1 + patch] for patch in range(16)) / 16
+            places = [[(weights @ held[0][number, 1 + 4 * y + x]).item() for x in range(4)] for y in range(4)]
+            expected = torch.tensor(places).relu()
+            torch.testing.assert_close(found[number], expected / expected.max(), atol=1e-4, rtol=1e-4)
 
 
 def test_a_map_without_a_positive_place_is_zero():
@@ -123,22 +168,58 @@ def test_every_model_of_the_course_has_maps(name):
     assert len(sides) >= 3
 
 
-def test_masks_are_the_pixels_that_an_object_changes():
-    """The same scenes drawn with and without their second object differ inside its mask, shadow and outline apart."""
-    scenes = make_scenes(SceneConfig(24, 64, "val", two_objects=1.0, captions="clean"), progress=False)
+def painted(scenes: Scenes, row: int, slot: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels (S, S) that the object is sure to cover when it alone is painted, and those it may cover.
+
+    The rest of a pixel that is covered in part, or not at all, shows whether black or white lay below.
+    """
+    table, size = scenes.table, scenes.config.image_size
+    geometry = tuple(table[key][row : row + 1, slot] for key in ("cx", "cy", "radius", "angle"))
+    pictures = [np.full((1, size, size, 3), shade, np.float32) for shade in (0, 1)]
+    for picture in pictures:
+        draw_objects(picture, table["shape"][row, slot], np.zeros(1, int), np.ones((1, 3)), geometry)
+    black, white = (picture[0].max(-1) for picture in pictures)
+    return np.abs(white - black) < 1e-6, black > 0
+
+
+@pytest.mark.parametrize("one_on_the_other", [False, True])
+def test_masks_are_the_pixels_that_an_object_paints(one_on_the_other):
+    scenes = make_scenes(SceneConfig(60, 64, "val", two_objects=1.0, captions="clean"), progress=False)
+    if one_on_the_other:
+        places = {key: scenes.table[key].mean(1, keepdims=True).repeat(2, 1) for key in ("cx", "cy")}
+        scenes = dataclasses.replace(scenes, table={**scenes.table, **places})
     masks = object_masks(scenes)
-    assert masks.shape == (24, 2, 64, 64)
-    assert not (masks[:, 0] & masks[:, 1]).any()
-    palette_words = [phrase.split()[1] for pair in object_phrases(scenes) for phrase in pair]
-    assert len(set(palette_words)) > 3
-    for row in range(24):
+    assert masks.shape == (60, 2, 64, 64)
+    assert set(scenes.table["shape"].ravel()) == set(range(len(SHAPES)))
+    hidden = 0
+    for row, (behind, front) in enumerate(masks):
+        (sure_behind, may_behind), (sure_front, may_front) = (painted(scenes, row, slot) for slot in (0, 1))
+        assert sure_front.sum() > 30
+        assert front[sure_front].all()
+        assert not front[~may_front].any()
+        assert behind[sure_behind & ~may_front].all()
+        assert not behind[~may_behind | sure_front].any()
+        hidden += (sure_behind & sure_front).any()
+    assert hidden == (60 if one_on_the_other else 0)
+
+
+def test_a_phrase_belongs_to_its_own_mask():
+    """Inside a mask the picture is nearer to the colour that the phrase names than to the other phrase's."""
+    images, phrases, masks = grounding_run.cases("val", 60)
+    assert images.shape == (120, 3, 64, 64)
+    assert masks.shape == (120, 64, 64)
+    nearer = []
+    for first in range(0, 120, 2):
+        assert torch.equal(images[first], images[first + 1])
+        words = [phrases[first + slot].split() for slot in (0, 1)]
+        assert words[0][1] != words[1][1]
+        assert words[0][2] != words[1][2]
+        named = [torch.tensor(COLOURS[word[1]]) for word in words]
         for slot in (0, 1):
-            shape = scenes.table["radius"][row, slot]
-            assert masks[row, slot].sum() < 4.2 * (shape * 64) ** 2, "larger than the square around the object"
-            ys, xs = np.nonzero(masks[row, slot])
-            if len(ys) > 60:
-                centre = np.array([scenes.table["cx"][row, slot], scenes.table["cy"][row, slot]]) * 64
-                assert np.hypot(*(np.array([xs.mean(), ys.mean()]) - centre)) < 64 * shape
+            assert masks[first + slot].sum() >= 30
+            seen = (images[first + slot].float() / 255)[:, masks[first + slot]].mean(1)
+            nearer.append(bool((seen - named[slot]).norm() < (seen - named[1 - slot]).norm()))
+    assert np.mean(nearer) > 0.9  # a dark texture may look like another colour
 
 
 def test_a_scene_of_one_object_has_one_mask():
@@ -184,6 +265,8 @@ def test_what_cannot_be_drawn_is_named(student):
         map_of(student, student.tokenizer, picture, "a star", "stag1")
     with pytest.raises(ConfigError, match="write what to look for"):
         map_of(student, student.tokenizer, picture, "  ", "stage1")
+    with pytest.raises(ConfigError, match="phrases=2 cannot work: give one for each of 1 pictures"):
+        phrase_maps(student, student.tokenizer, torch.zeros(1, 3, 64, 64), ["a star", "a circle"], "stage1", 64)
     with pytest.raises(ConfigError, match="square"):
         grounding_explorer(student, student.tokenizer, np.zeros((2, 3, 64, 32), np.uint8), "stage1")
 
@@ -215,6 +298,32 @@ def test_layer_and_threshold_are_not_chosen_on_the_test_pictures(monkeypatch, tm
     assert found["kd"]["details"]["layer"] == best
     again = grounding_run.score_model("kd", tuning, grounding_run.cases("val", 4, seed=1))
     assert again["details"]["layers"] == layers, "the test pictures took part in the choice"
+
+
+def test_a_run_is_called_by_its_own_name_and_its_record_lies_beside_the_others(monkeypatch, tmp_path):
+    load_model("kd")[0].save_pretrained(tmp_path / "runs" / "mine" / "model")
+    monkeypatch.setattr(grounding_run, "RESULTS", tmp_path / "out")
+    monkeypatch.setattr(grounding_run, "map_layers", lambda model: {"stage3": map_layers(model)["stage3"]})
+    monkeypatch.chdir(tmp_path / "runs")
+    assert main(["grounding", "--pictures", "4", "--models", "[mine/model]"]) == 0
+    files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.json")}
+    assert files == {f"grounding_{name}.json" for name in ("mine", "random", "centre")}
+    assert {record["model"]["name"] for record in load_results(tmp_path / "out")} == {"mine", "random", "centre"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["grounding", "--seed", "-1"], "seed=-1 cannot work: give a whole number from 0"),
+        (["examples", "--seed", "-1"], "seed=-1 cannot work: give a whole number from 0"),
+        (["grounding", "--models", "[kd, kd]"], "give models of different names, and none called random or centre"),
+    ],
+)
+def test_what_cannot_be_scored_is_said_before_anything_is_drawn(arguments, message, monkeypatch, capsys):
+    for module, name in ((grounding_run, "cases"), (examples, "load_pairs")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("scenes were drawn"))
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_figure_shows_the_committed_records():
