@@ -48,7 +48,9 @@ def embed_texts(model: nn.Module, tokenizer: Any, texts: Sequence[str], batch_si
     """Normalised float32 embeddings (N, d) on the CPU.
 
     ``tokenizer`` is the model's own: prompts must be cleaned as the captions that it was trained on.
+    ConfigError if there are none.
     """
+    require(len(texts) > 0, "texts", texts, "give at least one")
     embeddings = []
     with evaluating(model) as device:
         for start in range(0, len(texts), batch_size):
@@ -129,7 +131,10 @@ def embed_images(
 
     ``images`` as in :class:`~mclip.datasets.ZeroShotSet`, or :class:`~mclip.pictures.Pictures`, which are decoded a
     batch at a time; the model's own preparation is applied. A picture without a label has -1.
+
+    Raises: ConfigError for none, or arrays of another kind; EvaluationError, naming a picture that cannot be read.
     """
+    require(len(images) > 0, "images", len(images), "give at least one picture")
     embeddings, labels = [], []
     with evaluating(model) as device, _naming_dead_workers():
         for batch, label in _batches(model, images, batch_size, workers):

@@ -37,7 +37,9 @@ def first_hit_ranks(queries: Tensor, keys: Tensor, query_groups: Tensor, key_gro
     """How many keys (M, d) come before the best key of each query's (N, d) own group, (N,): 0 is a top-1 hit.
 
     Keys are ordered by falling similarity, equal ones by rising index. Works through CHUNK queries at a time.
+    ConfigError if there is no query or no key.
     """
+    require(len(queries) > 0 and len(keys) > 0, "queries, keys", (len(queries), len(keys)), "give at least one of each")
     require_finite(queries, "query")
     require_finite(keys, "key")
     index, ranks = torch.arange(len(keys)), []
@@ -111,9 +113,14 @@ def over_seeds(intervals: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def class_ranks(images: Tensor, classifier: Tensor, labels: Tensor) -> np.ndarray:
-    """How many classes come before the right one, (N,): embeddings (N, d), classifier (d, n_classes), labels (N,)."""
+    """How many classes come before the right one, (N,): embeddings (N, d), classifier (d, n_classes), labels (N,).
+
+    ConfigError for labels that are no whole numbers, or no classes.
+    """
     n, classes = len(images), classifier.shape[1]
     require(len(labels) == n > 0, "labels", tuple(labels.shape), f"give one for each of {n} pictures")
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    require(whole, "labels", str(labels.dtype), "give class numbers as whole numbers, for example labels.long()")
     bounds = int(labels.min()), int(labels.max())
     inside = bounds[0] >= 0 and bounds[1] < classes
     require(inside, "labels", bounds, f"class numbers are 0 to {classes - 1}")

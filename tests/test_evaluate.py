@@ -115,6 +115,29 @@ def test_a_picture_without_captions_and_bad_labels_are_named():
         zero_shot_metrics(eye, eye, torch.tensor([0, 1]), ["a", "b", "c"])
 
 
+def test_nothing_to_measure_is_a_clear_error(student):
+    eye, none = torch.eye(3), torch.zeros(0, 3)
+    with pytest.raises(ConfigError, match=r"texts=\[\] cannot work: give at least one"):
+        evaluate.embed_texts(student, student.tokenizer, [])
+    for nothing in ([], pictures(0), pictures(0).numpy(), Pictures([], 64)):
+        with pytest.raises(ConfigError, match="images=0 cannot work: give at least one picture"):
+            evaluate.embed_images(student, nothing)
+    for queries, keys in ((none, eye), (eye, none)):
+        with pytest.raises(ConfigError, match=r"queries, keys=\((0, 3|3, 0)\) cannot work: give at least one of each"):
+            first_hit_ranks(queries, keys, torch.arange(len(queries)), torch.arange(len(keys)))
+    with pytest.raises(ConfigError, match=r"queries, keys=\(0, 0\)"):
+        retrieval(none, none, torch.zeros(0, dtype=torch.long))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bool])
+def test_labels_are_whole_numbers(kind):
+    labels = torch.tensor([0, 1, 1])
+    with pytest.raises(ConfigError, match=rf"labels='{kind}' cannot work: give class numbers as whole numbers"):
+        zero_shot_metrics(torch.eye(3), torch.eye(3), labels.to(kind), ["a", "b", "c"])
+    small = zero_shot_metrics(torch.eye(3), torch.eye(3), labels.to(torch.uint8), ["a", "b", "c"])
+    assert small == zero_shot_metrics(torch.eye(3), torch.eye(3), labels, ["a", "b", "c"])
+
+
 def test_a_diverged_model_has_no_accuracy():
     embeddings = torch.full((4, 3), math.nan)
     assert not (embeddings @ torch.eye(3) > 0).any()  # why NaN would otherwise rank first and count as a hit
@@ -164,6 +187,29 @@ def test_retrieval_interval_allows_for_captions_that_fail_together():
     found = retrieval(images, texts, torch.arange(200).repeat_interleave(5))["text_to_image"]["r1"]
     assert found["value"] == pytest.approx(50)
     assert (found["high"] - found["low"]) / 2 == pytest.approx(196 * math.sqrt(0.25 / 200), rel=0.15)
+
+
+def test_the_interval_of_recall_is_that_of_classes_drawn_apart():
+    """The recalls of classes of n pictures are independent binomials, whose mean has the variance below."""
+    sizes, recalls = np.array([40, 160, 400]), np.array([0.5, 0.25, 0.8])
+    labels = np.repeat(np.arange(3), sizes)
+    hits = np.concatenate([np.arange(n) < p * n for n, p in zip(sizes, recalls, strict=True)])
+    answers = np.where(hits, labels, (labels + 1) % 3)
+    found = zero_shot_metrics(torch.eye(3)[answers], torch.eye(3), torch.tensor(labels), ["a", "b", "c"])
+    recall = found["mean_per_class_recall"]
+    half = 196 * math.sqrt((recalls * (1 - recalls) / sizes).sum()) / 3
+    assert recall["value"] == pytest.approx(100 * recalls.mean())
+    assert (recall["value"] - recall["low"], recall["high"] - recall["value"]) == pytest.approx((half, half), rel=0.15)
+
+
+def test_the_interval_of_image_to_text_is_that_of_its_pictures():
+    """Of 400 pictures with two captions each, three quarters are nearest to one of their own."""
+    images, owner = torch.eye(400), torch.arange(400).repeat_interleave(2)
+    texts = torch.where(owner % 4 == 0, -1, 1)[:, None] * images[owner]
+    found = retrieval(images, texts, owner)["image_to_text"]["r1"]
+    half = 196 * math.sqrt(0.25 * 0.75 / 400)
+    assert found["value"] == pytest.approx(75)
+    assert (found["value"] - found["low"], found["high"] - found["value"]) == pytest.approx((half, half), rel=0.15)
 
 
 # Models, prompts and pictures

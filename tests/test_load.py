@@ -48,7 +48,9 @@ def test_what_comes_back_has_open_clips_shape(name):
     torch.testing.assert_close(u.norm(dim=1), torch.ones(3))
     torch.testing.assert_close(out["image_features"], u)
     torch.testing.assert_close(out["text_features"], v)
-    assert model.logit_scale.exp() * u @ v.T is not None
+    assert 1 < out["logit_scale"].item() <= 100.001
+    logits = model.logit_scale.exp() * u @ v.T
+    torch.testing.assert_close(logits, out["logit_scale"] * out["image_features"] @ out["text_features"].T)
     assert model.encode_text(tokens).shape == u.shape
 
 

@@ -4,18 +4,23 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.path import Path as Polygon
+from torch import nn
 
 from mclip.config import ConfigError
 from mclip.data import load_pairs
 from mclip.drawing import SHAPES, _polygon, _regular, object_distance
-from mclip.scene_sets import PAIRS, relation_captions, scene_sets
+from mclip.paired import correct_of
+from mclip.scene_sets import PAIRS, evaluate_relation, relation_captions, scene_sets
 from mclip.scenes import (
     COLOUR_NAMES,
     COLOUR_WORDS,
     HELD_OUT,
+    RELATIONS,
     SHAPE_NAMES,
     SHAPE_WORDS,
     SPLITS,
@@ -147,11 +152,51 @@ def test_relation_captions_differ_in_the_relation_alone():
     scenes = make_scenes(small(split="test", two_objects=1.0))
     for row, (true, false) in enumerate(zip(*relation_captions(scenes), strict=True)):
         assert true != false
-        first, second = scenes.table["cx"][row], scenes.table["cy"][row]
-        if "left of" in true:
-            assert first[0] < first[1]
-        if "above" in true:
-            assert second[0] < second[1]
+        (cx, other_cx), (cy, other_cy) = scenes.table["cx"][row], scenes.table["cy"][row]
+        holds = {"to the left of": cx < other_cx, "to the right of": cx > other_cx,
+                 "above": cy < other_cy, "below": cy > other_cy}  # fmt: skip
+        opposite = {"to the left of": "to the right of", "above": "below"}
+        opposite |= {word: other for other, word in opposite.items()}
+        (named,) = (phrase for phrase in RELATIONS if phrase in true)
+        assert holds[named]
+        assert false == true.replace(named, opposite[named])
+
+
+class Oracle(nn.Module):
+    """Knows of each picture, in their order, its relation, and of each caption which one it names; sees ``wrong`` ones.
+
+    A caption without a relation, or with two, is an error.
+    """
+
+    def __init__(self, relations: np.ndarray, wrong: int) -> None:
+        super().__init__()
+        shown = torch.tensor(relations)
+        shown[:wrong] ^= 1  # left and right, above and below
+        self.pictures, self.visual = iter(F.one_hot(shown, 4).float()), nn.Identity()
+        self.visual.image_size = 64
+
+    def tokenizer(self, captions: list[str]) -> torch.Tensor:
+        named = [[phrase in caption for phrase in RELATIONS] for caption in captions]
+        assert all(sum(row) == 1 for row in named)
+        return torch.tensor(named).float()
+
+    def encode_text(self, tokens: torch.Tensor, normalize: bool) -> torch.Tensor:
+        return tokens
+
+    def encode_image(self, images: torch.Tensor, normalize: bool) -> torch.Tensor:
+        return torch.stack([next(self.pictures) for _ in images])
+
+
+@pytest.mark.parametrize(("wrong", "score"), [(0, 100.0), (10, 75.0), (40, 0.0)])
+def test_relation_counts_the_pictures_whose_true_caption_is_nearer(wrong, score):
+    config = SceneConfig(40, 64, "test", 0, captions="clean", two_objects=1.0)
+    oracle = Oracle(sample_table(config)["relation"], wrong)
+    record = evaluate_relation(oracle, oracle.tokenizer, "oracle", count=40)
+    assert record["metrics"]["top1"]["value"] == score
+    np.testing.assert_array_equal(correct_of(record), np.arange(40) >= wrong)
+    undecided = Oracle(np.zeros(40, int), 0)
+    undecided.pictures = iter(torch.ones(40, 4))
+    assert evaluate_relation(undecided, oracle.tokenizer, "none", count=40)["metrics"]["top1"]["value"] == 0
 
 
 @pytest.mark.parametrize(
