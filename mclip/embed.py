@@ -6,6 +6,7 @@ A model is anything with open_clip's ``encode_image(images, normalize=True)`` an
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mclip.config import require
+from mclip.config import ConfigError, require
 from mclip.data import normalise
 from mclip.metrics import EvaluationError, require_finite
 from mclip.rgb import UNREADABLE, PictureError, as_rgb
@@ -98,7 +99,11 @@ class _Prepared(Dataset):
             samples = getattr(self.images, "samples", None)
             where = samples[index][0] if samples else f"picture {index}"
             raise EvaluationError(f"{where}: not readable as a picture ({error}).") from error
-        return self.transform(picture), int(label)
+        try:
+            number = operator.index(label)
+        except TypeError:
+            raise ConfigError(f"labels={label!r} cannot work: give class numbers as whole numbers.") from None
+        return self.transform(picture), number
 
 
 @contextmanager

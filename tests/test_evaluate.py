@@ -439,9 +439,13 @@ def test_pictures_of_every_mode_are_evaluated_as_they_are_seen(student):
         evaluate.embed_images(student, [eight, Image.new("F", (64, 64))])
 
 
-def test_a_label_that_is_no_number_is_not_taken_for_a_bad_picture(student):
-    with pytest.raises(ValueError, match="invalid literal"):
-        evaluate.embed_images(student, [(Image.new("RGB", (64, 64)), "cat")])
+@pytest.mark.parametrize("label", ["cat", 1.5, torch.tensor(0.5)])
+def test_a_label_that_is_no_number_is_not_taken_for_a_bad_picture_nor_cut_off(student, label):
+    picture = Image.new("RGB", (64, 64))
+    with pytest.raises(ConfigError, match="cannot work: give class numbers as whole numbers"):
+        evaluate.embed_images(student, [(picture, label)])
+    labels = [3, np.int64(3), torch.tensor(3)]
+    assert evaluate.embed_images(student, [(picture, label) for label in labels])[1].tolist() == [3, 3, 3]
 
 
 @pytest.mark.skipif(not REAL, reason="set MCLIP_REAL_DATA to a folder with cifar10-mini/test/<class>/*.jpg")
