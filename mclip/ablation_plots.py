@@ -19,7 +19,7 @@ from mclip.style import PALETTE, NotebookFigure, figure, label, styled
 Records = Iterable[Mapping[str, Any]]
 Means = dict[str, dict[int, float]]
 VERDICTS = {"helps": (PALETTE[2], "^"), "hurts": (PALETTE[3], "v"), "undecided": (PALETTE[7], "o"),
-            "identical": ("black", "|")}  # fmt: skip
+            "identical": ("black", "x")}  # fmt: skip
 """Colour and marker of a difference whose interval lies above 0, below 0, or holds it, and of one that is no run."""
 
 
