@@ -96,7 +96,7 @@ def test_course_runs_in_order_and_summarises(notebooks, tmp_path, capsys, monkey
     assert (summary["schema"], summary["profile"]) == (1, "smoke")
     assert [notebook["name"] for notebook in summary["notebooks"]] == ["01_first", "02_second"]
     assert summary["seconds"] >= sum(notebook["seconds"] for notebook in summary["notebooks"]) - 0.2 > 0
-    assert 20 < summary["peak_rss_mb"] < 2000
+    assert 20 < summary["peak_rss_mb"] < execution.memory_mb() + 2000  # the process of the tests is part of it
     assert summary["parameters"] == COUNTS
     assert summary["zero_shot"] == {"shape": {"base": {"top1": 41.5, "low": 39.5, "high": 43.5, "n": 200}}}
     assert (out / "figures").is_dir()
