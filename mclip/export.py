@@ -41,28 +41,16 @@ GOLDEN_TEXTS = (
 CALIBRATION_BATCH = 64
 
 
-class ImageGraph(nn.Module):
-    """Prepared pictures "images" (B, 3, S, S) -> embeddings (B, d) of length 1."""
+class Half(nn.Module):
+    """One half of ``model`` as a graph: ``encode`` is "encode_image" or "encode_text"."""
 
-    def __init__(self, model: MobileCLIP) -> None:
+    def __init__(self, model: MobileCLIP, encode: str) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.encode = model, encode
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, d)."""
-        return self.model.encode_image(images, normalize=True)
-
-
-class TextGraph(nn.Module):
-    """Token ids "tokens" (B, T) -> embeddings (B, d) of length 1; any T up to the context length."""
-
-    def __init__(self, model: MobileCLIP) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, T) -> (B, d)."""
-        return self.model.encode_text(tokens, normalize=True)
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Prepared pictures (B, 3, S, S), or token ids (B, T) of any T that the model reads -> (B, d) of length 1."""
+        return getattr(self.model, self.encode)(inputs, normalize=True)
 
 
 def write_graphs(model: MobileCLIP, folder: Path) -> None:
@@ -73,9 +61,10 @@ def write_graphs(model: MobileCLIP, folder: Path) -> None:
     size, context = model.config.image.image_size, model.config.text.context_length
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=context)
     deployed, (image, text) = fused(model), GRAPHS["float32"]
+    pictures, tokens = torch.zeros(2, 3, size, size), model.tokenizer(["a small dog", "a cat"])
     jobs = (
-        (image, ImageGraph(deployed), torch.zeros(2, 3, size, size), ("images", {0: batch})),
-        (text, TextGraph(deployed), model.tokenizer(["a small dog", "a cat"]), ("tokens", {0: batch, 1: length})),
+        (image, Half(deployed, "encode_image"), pictures, ("images", {0: batch})),
+        (text, Half(deployed, "encode_text"), tokens, ("tokens", {0: batch, 1: length})),
     )
     for name, graph, example, (key, shape) in jobs:
         with _quiet():

@@ -183,6 +183,7 @@ def photographs(
 ) -> None:  # fmt: skip
     """Base against kd on real captions: a teacher from all pairs, students from a share; retrieval on the rest.
 
+    Records go to ``out_dir/results``; those of the README were copied to ``data/results/photographs`` from there.
     The students are trained as on scenes, crops included, and each with its own learning rate: the student alone
     does better with a third of the other's (the ablations say so).
 
@@ -213,7 +214,7 @@ def photographs(
     require(batch_size <= len(shares[0]), "batch_size", batch_size, remedy)
     train_open_clip(TEACHER_CONFIG, everything, validation, of_teacher, out / "teacher")
     teacher = out / "teacher" / "model"
-    _measure("teacher", teacher, validation, labelled, 0)
+    _measure("teacher", teacher, validation, labelled, 0, out / "results")
     rates = {"base": 1e-3, "kd": settings.learning_rate}
     for seed, share in enumerate(shares):
         for name, distill in (("base", BASE), ("kd", DistillConfig())):
@@ -221,15 +222,17 @@ def photographs(
             train_student(
                 PRESETS["course"], share, validation, own, folder, distill=distill, teacher_model=str(teacher)
             )
-            _measure(name, folder / "model", validation, labelled, seed)
+            _measure(name, folder / "model", validation, labelled, seed, out / "results")
 
 
-def _measure(name: str, folder: Path, validation: Pairs, labelled: ZeroShotSet | None, seed: int) -> None:
+def _measure(
+    name: str, folder: Path, validation: Pairs, labelled: ZeroShotSet | None, seed: int, results: Path
+) -> None:
     model, tokenizer = load_model(folder)
     if labelled is not None:
         record = evaluate_zero_shot(model, tokenizer, labelled, name, seed=seed)
-        save_result(RESULTS / "photographs" / f"zero_shot_{name}-{seed}.json", record)
+        save_result(results / f"zero_shot_{name}-{seed}.json", record)
     record = evaluate_retrieval(model, tokenizer, validation, name, seed=seed)
-    save_result(RESULTS / "photographs" / f"retrieval_{name}-{seed}.json", record)
+    save_result(results / f"retrieval_{name}-{seed}.json", record)
     both = {way: {k: round(v["value"], 1) for k, v in recalls.items()} for way, recalls in record["metrics"].items()}
     print(f"{name} seed {seed}: {json.dumps(both)}")

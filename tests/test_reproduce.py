@@ -36,7 +36,8 @@ def photographs(tmp_path_factory):
             *csvs, data_size=0.5, teacher_epochs=1, max_epochs=1, batch_size=16, teacher_batch_size=16, seeds=2,
             dataset=str(folder / "test"), out_dir=str(folder / "runs"),
         )  # fmt: skip
-    return folder / "results" / "photographs"
+    assert not (folder / "results").exists(), "what ships is overwritten"
+    return folder / "runs" / "results"
 
 
 def test_photographs_leave_a_record_of_each_model_seed_and_task(photographs):
