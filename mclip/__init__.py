@@ -38,11 +38,11 @@ def load(
     """
     import torch
 
-    from .config import ConfigError
-    from .embed import preprocess_of
-    from .model import MobileCLIP
-    from .runs import load_model
-    from .text_encoder import Tokenizer
+    from mclip.config import ConfigError
+    from mclip.evaluate import preprocess_of
+    from mclip.model import MobileCLIP
+    from mclip.recipes import load_model
+    from mclip.text_encoder import Tokenizer
 
     try:
         torch.empty(0, device=device)

@@ -2,7 +2,7 @@
 
 import sys
 
-from .cli import main
+from mclip.cli.main import main
 
 if __name__ == "__main__":  # not in the processes that execute notebooks
     sys.exit(main())

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import DistillConfig, closest, require
+from mclip.config import DistillConfig, closest, require
 
 Terms = Mapping[str, Tensor]  # scalar losses by name
 FIRST_PHASE = {"original": 1, "feature": 2, "similarity": 2, "response": 3, "icl": 3}
@@ -202,8 +202,13 @@ class Balancer(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """What ``state_dict()`` holds beside the log-variances: plain data, fit for weights-only loading."""
-        return {"strategies": list(self.strategies), "index": self.index, "best": self.best,
-                "stale": self.stale, "log_factors": dict(self.log_factors)}  # fmt: skip
+        return {
+            "strategies": list(self.strategies),
+            "index": self.index,
+            "best": self.best,
+            "stale": self.stale,
+            "log_factors": dict(self.log_factors),
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore :meth:`get_extra_state`; ConfigError if it was saved with other strategies."""

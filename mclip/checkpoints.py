@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import ConfigError, DistillConfig, TrainConfig
-from .data import BatchSource
-from .files import atomic_path, write_json
-from .results import weights_sha256
+from mclip.config import ConfigError, DistillConfig, TrainConfig
+from mclip.files import atomic_path, write_json
+from mclip.pairs import BatchSource
+from mclip.results import weights_sha256
 
 KEEP = 2
 LEFTOVERS = (".checkpoint-*.part", ".log.jsonl.*.part", ".settings.json.*.part", "model/.*.part")

@@ -1,20 +1,88 @@
-"""Typed settings: the model and its presets; training and distillation in :mod:`mclip.settings`.
-
-Every setting is a field of a frozen dataclass. A value that cannot work raises :class:`ConfigError`, which names
-the key, the value and what would be right; the same errors come from Python, YAML files and the command line.
-"""
+"""Checks that keep impossible values out: one error, one form, from Python, YAML files and the command line."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from .checks import ConfigError as ConfigError
-from .checks import closest as closest
-from .checks import from_mapping as from_mapping
-from .checks import from_yaml as from_yaml
-from .checks import require as require
-from .settings import DistillConfig as DistillConfig
-from .settings import TrainConfig as TrainConfig
+import yaml
+
+SHIPPED = "scenes"
+
+
+Config = TypeVar("Config")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the key, the value and what would be right."""
+
+
+def require(condition: bool, key: str, value: object, remedy: str) -> None:
+    """Raise :class:`ConfigError` naming ``key``, ``value`` and ``remedy`` unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(f"{key}={value!r} cannot work: {remedy}{'' if remedy.endswith('?') else '.'}")
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """A sentence that offers the names nearest to ``name``, for error messages."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+    return f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known names: {', '.join(known)}"
+
+
+def _check_type(value: Any, expected: Any, key: str) -> Any:
+    """``value`` as ``expected`` (int is a float, a list is a tuple, a mapping is a dataclass), or ConfigError."""
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if dataclasses.is_dataclass(expected):
+        require(isinstance(value, Mapping), key, value, "give a mapping of settings")
+        return from_mapping(typing.cast(type, expected), value, key + ".")
+    if origin is Literal:
+        require(value in arguments, key, value, closest(value, map(str, arguments)))
+        return value
+    if origin is types.UnionType:
+        if value is None and type(None) in arguments:
+            return None
+        return _check_type(value, next(a for a in arguments if a is not type(None)), key)
+    if origin is tuple:
+        require(isinstance(value, list | tuple), key, value, "give a list")
+        inner = arguments if arguments[-1] is not Ellipsis else (arguments[0],) * len(value)
+        require(len(inner) == len(value), key, value, f"give exactly {len(inner)} values")
+        return tuple(_check_type(v, t, key) for v, t in zip(value, inner, strict=True))
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    remedy = f"expected {expected.__name__}, got {type(value).__name__}"
+    if expected is float and isinstance(value, str):
+        remedy += " (YAML reads 1e-3 as text: write 1.0e-3)"
+    require(isinstance(value, expected) and (expected is bool or not isinstance(value, bool)), key, value, remedy)
+    return value
+
+
+def from_mapping(kind: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
+    """Build the dataclass ``kind`` from ``values``; unknown keys and wrong types raise :class:`ConfigError`."""
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        require(
+            key in hints, prefix + str(key), values[key], f"no such setting of {kind.__name__}; {closest(key, hints)}"
+        )
+    return kind(**{key: _check_type(value, hints[key], prefix + key) for key, value in values.items()})
+
+
+def from_yaml(kind: type[Config], path: str | Path) -> Config:
+    """Read ``kind`` from a YAML file; the error for a file that is not a YAML mapping names the file."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; give the path of a YAML file of settings.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    require(isinstance(values, dict), str(path), values, "the file must hold a mapping, one 'key: value' a line")
+    return from_mapping(kind, values)
 
 
 @dataclass(frozen=True)
@@ -46,8 +114,12 @@ class ImageConfig:
         )
         require(0 < self.bn_momentum <= 1, "image.bn_momentum", self.bn_momentum, "choose a share in (0, 1]")
         require(all(w > 0 for w in self.head), "image.head", self.head, "layer widths are positive")
-        require(not (self.pretrained and self.width != 1.0), "image.pretrained", self.pretrained,
-                f"ImageNet weights exist for width 1.0, not {self.width}")  # fmt: skip
+        require(
+            not (self.pretrained and self.width != 1.0),
+            "image.pretrained",
+            self.pretrained,
+            f"ImageNet weights exist for width 1.0, not {self.width}",
+        )
 
 
 @dataclass(frozen=True)
@@ -81,16 +153,28 @@ class TextConfig:
             self.width,
             "LSRA splits it in two, so it must be even",
         )
-        require(self.heads > 0 and (self.width // 2) % self.heads == 0, "text.heads", self.heads,
-                f"heads must divide half the width, {self.width // 2}")  # fmt: skip
+        require(
+            self.heads > 0 and (self.width // 2) % self.heads == 0,
+            "text.heads",
+            self.heads,
+            f"heads must divide half the width, {self.width // 2}",
+        )
         require(len(self.kernels) > 0, "text.kernels", self.kernels, "name one kernel size per block")
-        require(all(k > 0 and k % 2 == 1 for k in self.kernels), "text.kernels", self.kernels,
-                "kernel sizes are odd, so that each has a centre")  # fmt: skip
+        require(
+            all(k > 0 and k % 2 == 1 for k in self.kernels),
+            "text.kernels",
+            self.kernels,
+            "kernel sizes are odd, so that each has a centre",
+        )
         require(self.feed_forward > 0, "text.feed_forward", self.feed_forward, "use a positive width")
         require(self.context_length >= 3, "text.context_length", self.context_length, "start, one token and end need 3")
         require(self.vocab_size > 2, "text.vocab_size", self.vocab_size, "use 49408 for CLIP's vocabulary")
-        require(self.embedding_rank is None or 0 < self.embedding_rank <= self.width, "text.embedding_rank",
-                self.embedding_rank, f"choose 1 to {self.width}, or null for a full embedding")  # fmt: skip
+        require(
+            self.embedding_rank is None or 0 < self.embedding_rank <= self.width,
+            "text.embedding_rank",
+            self.embedding_rank,
+            f"choose 1 to {self.width}, or null for a full embedding",
+        )
         require(0 <= self.dropout < 1, "text.dropout", self.dropout, "choose a probability in [0, 1)")
 
 
@@ -110,18 +194,213 @@ class ModelConfig:
 MOBILE_TEXT = TextConfig(width=512, heads=8, kernels=(3, 7, 15, 15, 31, 31), feed_forward=512, embedding_rank=128)
 PRESETS: dict[str, ModelConfig] = {
     "course": ModelConfig(
-        "course", 256, ImageConfig(width=0.5, image_size=64, bn_momentum=0.1),
-        TextConfig(width=128, heads=4, kernels=(3, 7, 15, 15), feed_forward=128, context_length=32, embedding_rank=24)),
+        "course",
+        256,
+        ImageConfig(width=0.5, image_size=64, bn_momentum=0.1),
+        TextConfig(width=128, heads=4, kernels=(3, 7, 15, 15), feed_forward=128, context_length=32, embedding_rank=24),
+    ),
     "mobile-256": ModelConfig("mobile-256", 256, ImageConfig(pretrained=True), MOBILE_TEXT),
     "mobile-512": ModelConfig("mobile-512", 512, ImageConfig(pretrained=True), MOBILE_TEXT),
     "klmobile": ModelConfig(
-        "klmobile", 2048, ImageConfig(head=(1280, 1280)),
-        TextConfig(width=512, heads=8, kernels=(15,) * 2 + (31,) * 4 + (63,) * 6, feed_forward=1024,
-                   context_length=77, embedding_rank=None)),
-}  # fmt: skip
+        "klmobile",
+        2048,
+        ImageConfig(head=(1280, 1280)),
+        TextConfig(
+            width=512,
+            heads=8,
+            kernels=(15,) * 2 + (31,) * 4 + (63,) * 6,
+            feed_forward=1024,
+            context_length=77,
+            embedding_rank=None,
+        ),
+    ),
+}
 
 
 def preset(name: str) -> ModelConfig:
     """The model preset called ``name``; an unknown name raises :class:`ConfigError` with the nearest ones."""
     require(name in PRESETS, "preset", name, closest(name, PRESETS))
     return PRESETS[name]
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Loss terms, the phases in which they begin, and how they are balanced.
+
+    The weights of the terms are priors: 0 switches a term off, and the balancer multiplies them. Until the image
+    encoder has come near the teacher, any other term that pulls as hard as "feature" only slows it down.
+
+    Attributes:
+        task: the student's own loss on its pairs.
+        original_weight: prior of that loss.
+        feature_weight: prior of the distance from the teacher's embeddings.
+        img_distill_weight: share of the pictures in "feature".
+        txt_distill_weight: share of the captions in "feature".
+        response_weight: prior of the divergence from the teacher's softened similarities.
+        similarity_weight: prior of the squared difference of the cosine matrices.
+        icl_weight: prior of the interactive contrastive term.
+        feature_source: distil the final embedding, or the encoders' penultimate features.
+        feature_form: "cosine" is 1 - cos; "mse" is the mean squared error summed over dimensions.
+        aligner: "mlp" (Linear, ReLU, Dropout 0.1, Linear), "identity", which needs equal widths, or "auto":
+            identity where the widths agree, so that what is distilled is what inference uses.
+        online_teacher: embed each batch anew while training, in place of cached targets; slower, but every crop is new.
+        phases: start of phase 2 (feature), start of phase 3 (response), end of the temperature's descent; all
+            fractions of the run (at most 1) or all steps (above 1), in order.
+        ramp: a term that becomes active rises over this many steps (or this fraction of the run).
+        max_temperature: of the response term, before phase 2.
+        min_temperature: of the response term, from the last of the phases' bounds on.
+        balancers: strategies in order; the next one takes over when validation stops improving.
+        adaptation_rate: exponential smoothing of the balancer's weights, per update.
+        gradient_check_frequency: steps between updates of the balancer.
+        plateau_patience: evaluations without improvement before the next balancer takes over.
+    """
+
+    task: Literal["info_nce", "siglip", "jsd"] = "info_nce"
+    original_weight: float = 1.0
+    feature_weight: float = 20.0
+    img_distill_weight: float = 1.0
+    txt_distill_weight: float = 1.0
+    response_weight: float = 1.0
+    similarity_weight: float = 0.0
+    icl_weight: float = 0.0
+    feature_source: Literal["embedding", "penultimate"] = "embedding"
+    feature_form: Literal["cosine", "mse"] = "cosine"
+    aligner: Literal["auto", "mlp", "identity"] = "auto"
+    online_teacher: bool = False
+    phases: tuple[float, float, float] = (0.02, 0.5, 0.9)
+    ramp: float = 0.02
+    max_temperature: float = 8.0
+    min_temperature: float = 4.0
+    balancers: tuple[Literal["fixed", "magnitude", "gradient_norm", "uncertainty"], ...] = (
+        "gradient_norm",
+        "magnitude",
+    )
+    adaptation_rate: float = 0.1
+    gradient_check_frequency: int = 10
+    plateau_patience: int = 3
+
+    def __post_init__(self) -> None:
+        def check(key: str, good: bool, remedy: str) -> None:
+            require(good, key, getattr(self, key), remedy)
+
+        for key in ("original", "feature", "img_distill", "txt_distill", "response", "similarity", "icl"):
+            check(f"{key}_weight", getattr(self, f"{key}_weight") >= 0, "weights are 0 (off) or positive")
+        check("original_weight", self.original_weight > 0, "phase 1 has no other term; use a positive weight")
+        both = self.img_distill_weight + self.txt_distill_weight
+        check(
+            "img_distill_weight",
+            both > 0,
+            "one of img_distill_weight and txt_distill_weight must be positive; feature_weight=0 switches the term off",
+        )
+        fractions, steps = all(0 <= p <= 1 for p in self.phases), all(p == 0 or p > 1 for p in self.phases)
+        check("phases", fractions or steps, "give three fractions in [0, 1] or three step numbers above 1")
+        check("phases", list(self.phases) == sorted(self.phases), "the bounds must be in rising order")
+        check("ramp", self.ramp >= 0, "use 0 or more")
+        cooling = self.max_temperature >= self.min_temperature > 0
+        check("min_temperature", cooling, f"choose a positive value, at most max_temperature={self.max_temperature}")
+        check("balancers", len(self.balancers) > 0, "name at least one strategy, for example ('fixed',)")
+        check("adaptation_rate", 0 < self.adaptation_rate <= 1, "choose a share in (0, 1]")
+        for key in ("gradient_check_frequency", "plateau_patience"):
+            check(key, getattr(self, key) >= 1, "use 1 or more")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimiser and the loop.
+
+    A step takes ``accumulate_grad_batches`` batches of ``batch_size`` pairs, over all processes together; whatever
+    their number, each pair sees all others of the step.
+
+    Attributes:
+        max_epochs: passes over the pictures.
+        batch_size: pairs that are embedded together, over all processes.
+        learning_rate: peak of the schedule.
+        weight_decay: of AdamW, on matrices.
+        warmup: share of the run in which the learning rate rises.
+        clip_grad_norm: bound of the gradient's norm, against explosions: a healthy norm is 1 or 2 here, and a bound
+            that cuts into it slows the image encoder down.
+        accumulate_grad_batches: batches of one step, with all their pairs as in-batch negatives.
+        ema_decay: keep a moving average of the weights with this decay, and use it.
+        early_stopping_patience: evaluations without improvement before training stops.
+        validate_every: epochs between evaluations.
+        checkpoint_minutes: minutes between checkpoints within an epoch; its end always writes one.
+        seed: of weights, order, captions and dropout.
+        accelerator: Lightning Fabric's name: auto, cpu, gpu.
+        precision: Lightning Fabric's name: 32-true, bf16-mixed, 16-mixed.
+        crop_scale: random crops of the pictures keep at least this share of the area; 1 shows the whole picture.
+        views: different crops of a picture in the whole run, taken in turns; 0: a new one in each epoch. Whole
+            pictures have none.
+        progress: show a progress bar.
+    """
+
+    max_epochs: int = 10
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.05
+    clip_grad_norm: float = 10.0
+    accumulate_grad_batches: int = 1
+    ema_decay: float | None = None
+    early_stopping_patience: int | None = None
+    validate_every: int = 1
+    checkpoint_minutes: float = 10.0
+    seed: int = 0
+    accelerator: str = "auto"
+    precision: str = "32-true"
+    crop_scale: float = 1.0
+    views: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        def check(key: str, good: bool, remedy: str) -> None:
+            require(good, key, getattr(self, key), remedy)
+
+        for key in ("max_epochs", "batch_size", "accumulate_grad_batches", "validate_every"):
+            check(key, getattr(self, key) >= 1, "use 1 or more")
+        check("batch_size", self.batch_size >= 2, "in-batch negatives need at least 2 pairs")
+        for key in ("learning_rate", "clip_grad_norm", "checkpoint_minutes"):
+            check(key, getattr(self, key) > 0, "use a positive number")
+        check("weight_decay", self.weight_decay >= 0, "use 0 or more")
+        check("crop_scale", 0 < self.crop_scale <= 1, "choose a share of the area in (0, 1]")
+        check("views", self.views >= 0, "use 0 or more")
+        check("warmup", 0 <= self.warmup < 1, "choose a fraction of the run in [0, 1)")
+        check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "choose a decay in (0, 1), or null")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much a run does: ``pictures`` of scenes, passes over them, and pictures in each test set.
+
+    Every run is shown ``views`` random crops of each picture; at equal samples they gain more than whole pictures do.
+    """
+
+    pictures: int
+    max_epochs: int
+    batch_size: int
+    test_pictures: int
+    learning_rate: float = 3e-3
+    crop_scale: float = 0.6
+    views: int = 4
+    preset: str = "course"
+    teacher: str = SHIPPED
+    teacher_pretrained: str | None = None
+
+    def training(self, **changes: Any) -> TrainConfig:
+        """The settings of a run of this size; ``changes`` replace some."""
+        return TrainConfig(**({key: getattr(self, key) for key in TRAINING} | changes))
+
+
+TRAINING = ("max_epochs", "batch_size", "learning_rate", "crop_scale", "views")
+"""What a profile decides of a run's settings."""
+
+PROFILES = {
+    "smoke": Profile(pictures=256, max_epochs=1, batch_size=64, test_pictures=128),
+    "cpu": Profile(pictures=10_000, max_epochs=7, batch_size=64, test_pictures=2000),
+    "gpu": Profile(100_000, 30, 512, 5000, 1e-3, preset="mobile-256", teacher="ViT-B-32", teacher_pretrained="openai"),
+}
+
+
+def get_profile(name: str) -> Profile:
+    """The profile called ``name``; ConfigError with the nearest names for another."""
+    require(name in PROFILES, "profile", name, closest(name, PROFILES))
+    return PROFILES[name]

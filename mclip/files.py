@@ -89,7 +89,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def read_json(path: str | Path) -> Any:
     """What a JSON file holds; ConfigError, with the file and the line, for one that is missing or damaged."""
-    from .config import ConfigError
+    from mclip.config import ConfigError
 
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -103,8 +103,15 @@ class DepthwiseConv(nn.Conv2d):
     @classmethod
     def of(cls, conv: nn.Conv2d) -> DepthwiseConv:
         """The depthwise ``conv`` in this form, with its weights."""
-        new = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
-                  groups=conv.groups, bias=False)  # fmt: skip
+        new = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            groups=conv.groups,
+            bias=False,
+        )
         new.weight = conv.weight
         return new
 

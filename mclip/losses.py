@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import require
+from mclip.config import require
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -91,9 +91,14 @@ def feature(student: Tensor, teacher: Tensor, form: Literal["cosine", "mse"] = "
 
 
 def response(
-    image: Tensor, text: Tensor, teacher_image: Tensor | Sequence[Tensor], teacher_text: Tensor | Sequence[Tensor],
-    logit_scale: Tensor | float, teacher_logit_scale: Tensor | float | Sequence[float], temperature: float = 1.0,
-) -> Tensor:  # fmt: skip
+    image: Tensor,
+    text: Tensor,
+    teacher_image: Tensor | Sequence[Tensor],
+    teacher_text: Tensor | Sequence[Tensor],
+    logit_scale: Tensor | float,
+    teacher_logit_scale: Tensor | float | Sequence[float],
+    temperature: float = 1.0,
+) -> Tensor:
     """KL(softmax(S U V^T / T) || softmax(s u v^T / T)) T^2, images to texts and texts to images averaged.
 
     Over the student's own similarity matrix, the one that inference uses. A true divergence, the teacher's
@@ -129,8 +134,11 @@ def similarity(image: Tensor, text: Tensor, teacher_image: Tensor, teacher_text:
     and captions of a batch lie to each other, not where, so the widths d and D may differ.
     """
     _same_batch(image, teacher_image)
-    pairs = ((image, image, teacher_image, teacher_image), (text, text, teacher_text, teacher_text),
-             (image, text, teacher_image, teacher_text))  # fmt: skip
+    pairs = (
+        (image, image, teacher_image, teacher_image),
+        (text, text, teacher_text, teacher_text),
+        (image, text, teacher_image, teacher_text),
+    )
     return torch.stack([F.mse_loss(cosines(a, b), cosines(A, B)) for a, b, A, B in pairs]).mean()
 
 
@@ -172,13 +180,17 @@ class Aligner(nn.Module):
         super().__init__()
         require(kind in ("mlp", "identity"), "aligner", kind, "use 'mlp' or 'identity'")
         if kind == "identity":
-            require(in_features == out_features, "aligner", kind,
-                    f"student width {in_features}, teacher width {out_features}; use 'mlp'")  # fmt: skip
+            require(
+                in_features == out_features,
+                "aligner",
+                kind,
+                f"student width {in_features}, teacher width {out_features}; use 'mlp'",
+            )
             self.layers = nn.Sequential()
         else:
             self.layers = nn.Sequential(
-                nn.Linear(in_features, out_features), nn.ReLU(), nn.Dropout(0.1),
-                nn.Linear(out_features, out_features))  # fmt: skip
+                nn.Linear(in_features, out_features), nn.ReLU(), nn.Dropout(0.1), nn.Linear(out_features, out_features)
+            )
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features)

@@ -102,14 +102,16 @@ class MobileCLIP(nn.Module):
     def preprocess(self) -> v2.Compose:
         """PIL picture -> tensor (3, S, S) for evaluation: shortest side resized, then the centre cut out."""
         size = self.config.image.image_size
-        return v2.Compose([
-            v2.RGB(),
-            v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC),
-            v2.CenterCrop(size),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(self.MEAN, self.STD),
-        ])  # fmt: skip
+        return v2.Compose(
+            [
+                v2.RGB(),
+                v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC),
+                v2.CenterCrop(size),
+                v2.PILToTensor(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(self.MEAN, self.STD),
+            ]
+        )
 
     @property
     def tokenizer(self) -> Tokenizer:

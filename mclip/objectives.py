@@ -7,9 +7,9 @@ from collections.abc import Collection, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import losses
-from .config import DistillConfig, require
-from .data import Batch
+from mclip import losses
+from mclip.config import DistillConfig, require
+from mclip.pairs import Batch
 
 Output = dict[str, Tensor]
 

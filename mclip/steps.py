@@ -20,10 +20,10 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from .balancing import Balancer, Schedule
-from .batches import Batch
-from .config import TrainConfig
-from .objectives import Contrastive, Output
+from mclip.balancing import Balancer, Schedule
+from mclip.config import TrainConfig
+from mclip.objectives import Contrastive, Output
+from mclip.pairs import Batch
 
 Record = dict[str, Any]
 
@@ -76,9 +76,14 @@ class Stepper:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {
-            "step": step, "phase": self.schedule.phase(step), "temperature": temperature, "loss": loss.item(),
-            "terms": values, "weights": weights, "strategy": self.balancer.strategy,
-        }  # fmt: skip
+            "step": step,
+            "phase": self.schedule.phase(step),
+            "temperature": temperature,
+            "loss": loss.item(),
+            "terms": values,
+            "weights": weights,
+            "strategy": self.balancer.strategy,
+        }
 
     def _embed(self, group: list[Batch], number: int, step: int, first_pass: bool = False) -> Output:
         self._seed(step, 1 + self.fabric.global_rank, number)  # the second pass repeats the first one's dropout
@@ -120,9 +125,14 @@ class Stepper:
         return torch.cat([rows[:n] for rows, n in zip(self.fabric.all_gather(padded), counts, strict=True)])
 
     def _pull_back(
-        self, group: list[Batch], outputs: list[Output], gradients: dict[str, Tensor | None], own_rows: slice,
-        step: int, heads: list[tuple[nn.Parameter, Tensor | None]],
-    ) -> None:  # fmt: skip
+        self,
+        group: list[Batch],
+        outputs: list[Output],
+        gradients: dict[str, Tensor | None],
+        own_rows: slice,
+        step: int,
+        heads: list[tuple[nn.Parameter, Tensor | None]],
+    ) -> None:
         """Backward through the encoders, from the loss's gradients at what they returned."""
         world, start = self.fabric.world_size, own_rows.start
         for number in range(len(group)):

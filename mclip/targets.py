@@ -19,12 +19,12 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .config import TrainConfig, require
-from .data import Pairs, Targets, join_targets
-from .files import atomic_path, cache_dir, content_key
-from .pictures import Crops, pool, square
-from .results import weights_sha256
-from .teacher import Teacher, TeacherError
+from mclip.config import TrainConfig, require
+from mclip.files import atomic_path, cache_dir, content_key
+from mclip.pairs import Pairs, Targets, join_targets
+from mclip.pictures import Crops, pool, square
+from mclip.results import weights_sha256
+from mclip.teacher import Teacher, TeacherError
 
 Compute = Callable[[range], dict[str, np.ndarray]]
 Report = Callable[[str], None]
@@ -54,8 +54,10 @@ def open_shards(files: list[Path], row_shape: tuple[int, ...], rows: int) -> np.
     """``files`` as one array of ``rows`` rows, memory-mapped; TeacherError names one that is damaged."""
     parts = [_load(file, row_shape) for file in files]
     if (found := sum(map(len, parts))) != rows:
-        raise TeacherError(f"{files[0]} and those after it hold {found} rows, not {rows}; delete the folder, and they "
-                           "are computed again.")  # fmt: skip
+        raise TeacherError(
+            f"{files[0]} and those after it hold {found} rows, not {rows}; delete the folder, and they "
+            "are computed again."
+        )
     return parts[0] if len(parts) == 1 else Shards(parts)
 
 
@@ -65,8 +67,10 @@ def _load(file: Path, row_shape: tuple[int, ...]) -> np.ndarray:
     except (OSError, ValueError, EOFError, SyntaxError) as error:
         raise TeacherError(f"{file}: damaged ({error}); delete it, and it is computed again.") from error
     if found.shape[1:] != row_shape or found.dtype not in (np.float16, np.uint64):
-        raise TeacherError(f"{file}: holds {found.dtype} of shape {found.shape}, not rows of {row_shape}; "
-                           "delete it, and it is computed again.")  # fmt: skip
+        raise TeacherError(
+            f"{file}: holds {found.dtype} of shape {found.shape}, not rows of {row_shape}; "
+            "delete it, and it is computed again."
+        )
     return found
 
 
@@ -222,8 +226,10 @@ def check_targets(targets: Targets) -> None:
     """TeacherError unless the text targets differ from caption to caption."""
     sample = torch.from_numpy(targets.texts[:: max(1, len(targets.texts) // 512)].astype(np.float32))
     if len(sample) > 1 and (sample - sample[0]).abs().max() < 1e-3:
-        raise TeacherError("the teacher's embeddings of all captions are equal, so they hold nothing to distil: "
-                           "it must be given the captions of the data, not one constant text.")  # fmt: skip
+        raise TeacherError(
+            "the teacher's embeddings of all captions are equal, so they hold nothing to distil: "
+            "it must be given the captions of the data, not one constant text."
+        )
 
 
 def get_crops(settings: TrainConfig, online: bool = False) -> Crops | None:

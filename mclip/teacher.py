@@ -23,11 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import closest, require
-from .data import normalise
-from .files import DATA, atomic_folder, atomic_path, cache_dir, write_json
+from mclip.config import SHIPPED, closest, require
+from mclip.files import DATA, atomic_folder, atomic_path, cache_dir, write_json
+from mclip.pairs import normalise
 
-SHIPPED = "scenes"
 MERGES_FILE, CONFIG_FILE, WEIGHTS_FILE = "merges.txt.gz", "open_clip_config.json", "open_clip_model.safetensors"
 SMALL_VOCABULARY_MERGES = 4096
 

@@ -26,13 +26,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from .balancing import Balancer, Schedule, make_balancer
-from .checkpoints import Checkpoints, run_identity
-from .config import TrainConfig, require
-from .data import Batch, BatchSource
-from .objectives import Contrastive
-from .steps import Record, Stepper
-from .steps import TrainError as TrainError
+from mclip.balancing import Balancer, Schedule, make_balancer
+from mclip.checkpoints import Checkpoints, run_identity
+from mclip.config import TrainConfig, require
+from mclip.objectives import Contrastive
+from mclip.pairs import Batch, BatchSource
+from mclip.steps import Record, Stepper, TrainError
 
 
 @dataclass
@@ -126,9 +125,14 @@ def train(
     run.begin(resume)
     fabric.barrier()
     stepper = Stepper(
-        fabric, fabric.setup_module(model), objective, modules["balancer"], fabric.setup_optimizers(optimizer),
-        Schedule(distill, total), config,
-    )  # fmt: skip
+        fabric,
+        fabric.setup_module(model),
+        objective,
+        modules["balancer"],
+        fabric.setup_optimizers(optimizer),
+        Schedule(distill, total),
+        config,
+    )
     start, state = time.perf_counter(), run.state
     hidden = not (config.progress and fabric.is_global_zero)
     bar = tqdm(total=total, initial=state["step"], desc="training", unit="step", disable=hidden, mininterval=0.5)

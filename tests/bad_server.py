@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from mclip.downloads import CHUNK, DownloadError
+from mclip.sources.downloads import CHUNK, DownloadError
 
 CONTENT = random.Random(0).randbytes(5 * CHUNK + 123)
 CUT = 2 * CHUNK  # where a connection breaks

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mclip.defects import DEFECTS
+from mclip.study.defects import DEFECTS
 
 
 @pytest.hookimpl(wrapper=True)

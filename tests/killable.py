@@ -21,11 +21,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mclip.cli import main, parse
+from mclip.cli.main import main, parse
 from mclip.text_encoder import _byte_pairs
 
 PLACES = {
-    "drawing": "mclip.scenes:captions_of",  # the cache's folder holds the pictures and lacks the captions
+    "drawing": "mclip.scenes.world:captions_of",  # the cache's folder holds the pictures and lacks the captions
     "targets": "mclip.targets:embed_pictures",  # it holds the teacher's captions and lacks the pictures
     "beginning": "mclip.checkpoints:atomic_path",  # settings are written, the log is not yet
     "between": "mclip.train:_train_step",  # two steps
@@ -34,7 +34,7 @@ PLACES = {
     "half": "torch:save",  # half of a checkpoint is written
     "whole": "torch:save",  # all of it, but it has no name yet
     "named": "mclip.checkpoints:Checkpoints._files",  # it has, but a third one is still there
-    "validation": "mclip.runs:embed_texts",
+    "validation": "mclip.recipes:embed_texts",
     "model": "mclip.model:write_json",  # weights are written, config.json is not
 }
 ANY_STEP = ("drawing", "targets", "beginning", "model")

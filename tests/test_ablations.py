@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mclip import ablation_plots, ablations, defect_runs, jobs
-from mclip.ablation_plots import effect, effects, means_of, pooled_deviation
-from mclip.ablations import ABLATIONS, TERMS, distinct, plan
-from mclip.cli import main
+from mclip.cli.main import main
 from mclip.config import ConfigError
-from mclip.defects import DEFECTS
 from mclip.files import DATA
-from mclip.jobs import Job, work_off
 from mclip.results import ResultError, load_results, make_result
+from mclip.show import ablations as ablation_figures
+from mclip.show.ablations import effect, effects, means_of, pooled_deviation
+from mclip.study import ablations, defect_runs, jobs
+from mclip.study.ablations import ABLATIONS, TERMS, distinct, plan
+from mclip.study.defects import DEFECTS
+from mclip.study.jobs import Job, work_off
 
 MODEL = {"name": "kd", "parameters": 1, "sha256": "0" * 64}
 
@@ -40,10 +41,16 @@ def test_all_see_equally_many_samples():
 def test_only_what_a_name_says_differs():
     """Terms change weights and phases, and nothing else; and so on for each question."""
     allowed = {
-        "terms": {"distill"}, "feature": {"distill"}, "phases": {"distill"}, "balancing": {"distill"},
-        "temperature": {"distill"}, "rate": {"train"}, "crops": {"train"}, "noise": {"noise"},
+        "terms": {"distill"},
+        "feature": {"distill"},
+        "phases": {"distill"},
+        "balancing": {"distill"},
+        "temperature": {"distill"},
+        "rate": {"train"},
+        "crops": {"train"},
+        "noise": {"noise"},
         "data": {"data_size", "train"},
-    }  # fmt: skip
+    }
     for name, one in ABLATIONS.items():
         own, other = plan(name).as_json(), plan(one.against).as_json()
         assert {key for key in own if own[key] != other[key]} <= allowed[one.group], name
@@ -217,14 +224,14 @@ def test_records_of_different_settings_are_not_pooled():
 
 def test_a_configuration_that_always_failed_has_its_row():
     records = toy_records(np.random.default_rng(3)) + [failure("magnitude", seed) for seed in range(3)]
-    row = next(line for line in ablation_plots.ablation_table(records).splitlines() if "| magnitude |" in line)
+    row = next(line for line in ablation_figures.ablation_table(records).splitlines() if "| magnitude |" in line)
     assert row == r"| balancing | magnitude | 0 | failed: diverged at step 3 \| nan |  |  |  |"
-    left = ablation_plots.ablation_figure(records).axes[0]
+    left = ablation_figures.ablation_figure(records).axes[0]
     names = [tick.get_text() for tick in left.get_yticklabels()]
     assert [(text.get_text().strip(), text.get_position()[1]) for text in left.texts] == [
         ("failed: diverged at step 3 | nan", names.index("magnitude"))
     ]
-    partly = ablation_plots.ablation_table([*records, record("magnitude", 3, 50.0)])
+    partly = ablation_figures.ablation_table([*records, record("magnitude", 3, 50.0)])
     assert "| magnitude | 1 | 50.0 |" in partly
 
 
@@ -233,12 +240,12 @@ def test_one_seed_gives_points_without_intervals():
     means = means_of(records)
     points = means["icl"][0] - means["base"][0]
     assert effect(means, "icl") == {"value": points, "n": 1, "verdict": "undecided"}
-    assert f"| student alone | {points:+.1f} | undecided |" in ablation_plots.ablation_table(records)
-    drawn = ablation_plots.ablation_figure(records).axes[1].containers
+    assert f"| student alone | {points:+.1f} | undecided |" in ablation_figures.ablation_table(records)
+    drawn = ablation_figures.ablation_figure(records).axes[1].containers
     assert points in [container.lines[0].get_xdata()[0] for container in drawn]
     assert not any(container.has_xerr for container in drawn)
     with pytest.raises(ResultError, match="mclip ablations"):
-        ablation_plots.ablation_figure([])
+        ablation_figures.ablation_figure([])
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +260,7 @@ def test_the_committed_records_are_of_the_plan(committed):
 
 
 def test_the_figure_shows_the_committed_records(committed):
-    left, right = ablation_plots.ablation_figure(committed[0]).axes
+    left, right = ablation_figures.ablation_figure(committed[0]).axes
     means = means_of(committed[0])
     diamonds = [line for line in left.get_lines() if line.get_marker() == "D"]
     names = [name for name in ABLATIONS if name in means]
@@ -266,9 +273,9 @@ def test_the_figure_shows_the_committed_records(committed):
 
 def test_every_defect_has_its_line(committed):
     means = means_of(committed[0])
-    lines = ablation_plots.defect_table(committed[1], means).splitlines()[2:]
+    lines = ablation_figures.defect_table(committed[1], means).splitlines()[2:]
     assert [int(line.split("|")[1]) for line in lines] == list(DEFECTS)
-    costs = ablation_plots.defect_costs(committed[1], means)
+    costs = ablation_figures.defect_costs(committed[1], means)
     for number, line in zip(DEFECTS, lines, strict=True):
         assert all(f"`{check}`" in line for check in DEFECTS[number].checks)
         if number in costs:
@@ -276,7 +283,7 @@ def test_every_defect_has_its_line(committed):
 
 
 def test_curves_of_the_defects_are_the_logs(committed):
-    fig = ablation_plots.defect_curves(committed[1], committed[0])
+    fig = ablation_figures.defect_curves(committed[1], committed[0])
     own = {
         r["details"]["configuration"]["defect"]: r for r in committed[1] if r["seed"] == 0 and "loss" in r["details"]
     }
@@ -287,19 +294,19 @@ def test_curves_of_the_defects_are_the_logs(committed):
         assert list(defective.get_ydata()) == [loss for _, loss in own[number]["details"]["loss"]]
     for records in ([], [failure("kd", 0)]):
         with pytest.raises(ResultError, match="seeds 1"):
-            ablation_plots.defect_curves(records, committed[0])
+            ablation_figures.defect_curves(records, committed[0])
 
 
 def test_a_healthy_run_that_diverged_takes_only_its_own_panels(committed):
     healthy = [r for r in committed[0] if (r["model"]["name"], r["seed"]) != ("kd", 0)] + [failure("kd", 0)]
-    axes = ablation_plots.defect_curves(committed[1], healthy).axes
+    axes = ablation_figures.defect_curves(committed[1], healthy).axes
     shown = [int((ax.get_title() or ax.get_title(loc="left")).split(":")[0]) for ax in axes]
     assert shown == [number for number, defect in DEFECTS.items() if defect.recipe not in ("", "kd")]
 
 
 def test_a_defect_costs_what_the_healthy_run_has_more():
     defective = [record("defect 1", seed, 20.0 + seed, configuration={"defect": 1}) for seed in range(2)]
-    assert ablation_plots.defect_costs(defective, {DEFECTS[1].recipe: {0: 50.0, 1: 45.0}}) == {1: [30.0, 24.0]}
+    assert ablation_figures.defect_costs(defective, {DEFECTS[1].recipe: {0: 50.0, 1: 45.0}}) == {1: [30.0, 24.0]}
 
 
 def test_jobs_share_what_is_left(tmp_path):

@@ -6,8 +6,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from mclip import app
-from mclip.course import NOTEBOOKS
+from mclip.cli import app
+from mclip.cli.course import NOTEBOOKS
 
 LISTED = [path for number in app.SERVED for path in NOTEBOOKS.glob(f"{number}_*.ipynb")]
 
@@ -31,13 +31,15 @@ def test_a_served_notebook_says_what_to_show(path):
 
 
 def test_page_hides_the_setup_and_is_small(monkeypatch, tmp_path):
-    notebook = nbformat.v4.new_notebook(cells=[
-        nbformat.v4.new_markdown_cell("left out"),
-        nbformat.v4.new_code_cell('profile: str = "cpu"', metadata={"tags": ["parameters", "app-setup"]}),
-        nbformat.v4.new_code_cell('print("hidden")', metadata={"tags": ["app-setup"]}),
-        nbformat.v4.new_markdown_cell("## Shown", metadata={"tags": ["app"]}),
-        nbformat.v4.new_code_cell("print(profile)", metadata={"tags": ["app"]}),
-    ])  # fmt: skip
+    notebook = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_markdown_cell("left out"),
+            nbformat.v4.new_code_cell('profile: str = "cpu"', metadata={"tags": ["parameters", "app-setup"]}),
+            nbformat.v4.new_code_cell('print("hidden")', metadata={"tags": ["app-setup"]}),
+            nbformat.v4.new_markdown_cell("## Shown", metadata={"tags": ["app"]}),
+            nbformat.v4.new_code_cell("print(profile)", metadata={"tags": ["app"]}),
+        ]
+    )
     nbformat.write(notebook, tmp_path / "11_shown.ipynb")
     nbformat.write(notebook, tmp_path / "12_not_listed.ipynb")
     monkeypatch.setattr(app, "NOTEBOOKS", tmp_path)

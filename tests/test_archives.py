@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from bad_server import CONTENT, fails
 
-from mclip import archives
-from mclip.archives import extract
+from mclip.sources import downloads
+from mclip.sources.downloads import extract
 
 
 def zipped(files: dict[str, bytes], path: Path, mode: int = 0) -> Path:
@@ -86,7 +86,7 @@ def test_bombs_are_refused(tmp_path, monkeypatch, name):
     archive = (zipped if name == "x.zip" else tarred)({"zeros": bytes(10**6)}, tmp_path / name)
     refused(archive, "'zeros'", "more than 200 times")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(archives.shutil, "disk_usage", lambda _: usage._replace(free=999_000))
+    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda _: usage._replace(free=999_000))
     shutil.rmtree(tmp_path / "inside")
     refused(archive, "'zeros'", "999.0 kB that are free")
 

@@ -404,8 +404,14 @@ def test_defect_06_a_new_term_starts_from_its_fair_share(strategy):
 
 def run_with_interruption(strategies, interrupt_at, rebuild):
     """What 60 steps give; ``rebuild`` is what a restart before one of them does to the balancer."""
-    config = DistillConfig(balancers=strategies, phases=(10, 20, 30), ramp=5, plateau_patience=2,
-                           adaptation_rate=0.2, gradient_check_frequency=3)  # fmt: skip
+    config = DistillConfig(
+        balancers=strategies,
+        phases=(10, 20, 30),
+        ramp=5,
+        plateau_patience=2,
+        adaptation_rate=0.2,
+        gradient_check_frequency=3,
+    )
     schedule, weigher, log = Schedule(config, 60), make_balancer(config), []
     for step in range(60):
         if step == interrupt_at:

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from mclip import bench, bench_forms, cli
-from mclip.noise import SENTENCE, random_model
+from mclip.cli import main
+from mclip.deploy.cost import random_model
+from mclip.study import bench, bench_forms
+from mclip.study.noise import SENTENCE
 from mclip.teacher import load_teacher
 
 
@@ -54,10 +56,10 @@ def test_the_parts_to_measure_are_named_one_after_the_other(monkeypatch, tmp_pat
     (tmp_path / "results").mkdir()
     row = {"what": "a thing", "value": 2.0, "unit": "times", "bar": ""}
     monkeypatch.setattr(bench, "PARTS", {name: lambda: [row] for name in ("steps", "forms", "memory")})
-    assert cli.main(["bench", "--only", "forms", "steps"]) == 0
+    assert main.main(["bench", "--only", "forms", "steps"]) == 0
     assert list(json.loads((tmp_path / "results" / "bench.json").read_text())["parts"]) == ["forms", "steps"]
     monkeypatch.setitem(bench.PARTS, "steps", lambda: pytest.fail("measured before the names were looked at"))
-    assert cli.main(["bench", "--only", "steps", "form"]) == 2
+    assert main.main(["bench", "--only", "steps", "form"]) == 2
     assert "forms" in capsys.readouterr().err
 
 

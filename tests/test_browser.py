@@ -22,11 +22,11 @@ import nbformat
 import psutil
 import pytest
 
+from mclip.cli.course import NOTEBOOKS
 from mclip.config import DistillConfig
-from mclip.course import NOTEBOOKS
-from mclip.explorers import replay
 from mclip.files import DATA
-from mclip.plots import training_curves
+from mclip.show.figures import training_curves
+from mclip.show.widgets import replay
 from mclip.train import read_log
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -74,14 +74,28 @@ def serve(folder: Path, *command: str) -> Iterator[str]:
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = listener.getsockname()[1]
-    own = {name: str(folder / name.lower()) for name in
-           ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "JUPYTERLAB_SETTINGS_DIR",
-            "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")}  # fmt: skip
+    own = {
+        name: str(folder / name.lower())
+        for name in (
+            "JUPYTER_CONFIG_DIR",
+            "JUPYTER_RUNTIME_DIR",
+            "JUPYTER_DATA_DIR",
+            "JUPYTERLAB_SETTINGS_DIR",
+            "JUPYTERLAB_WORKSPACES_DIR",
+            "IPYTHONDIR",
+        )
+    }
     words, log = [word.replace("PORT", str(port)) for word in command], folder / "server.log"
     with log.open("w") as output:
         environment = os.environ | own | {"JUPYTER_PREFER_ENV_PATH": "1"}
-        server = subprocess.Popen([sys.executable, "-m", *words], cwd=folder, env=environment, stdout=output,
-                                  stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)  # fmt: skip
+        server = subprocess.Popen(
+            [sys.executable, "-m", *words],
+            cwd=folder,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        )
     try:
         wait_for_port(server, port, log)
         yield f"http://localhost:{port}"
@@ -135,8 +149,14 @@ def test_a_click_in_jupyterlab_changes_the_schedule_explorer(page, tmp_path):
     news = tmp_path / "jupyterlab_settings_dir/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     news.parent.mkdir(parents=True)
     news.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
-    options = ("--no-browser", "--allow-root", "--ServerApp.port=PORT", "--ServerApp.port_retries=0",
-               "--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path}")  # fmt: skip
+    options = (
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.port=PORT",
+        "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=",
+        f"--ServerApp.root_dir={tmp_path}",
+    )
     with serve(tmp_path, "jupyterlab", *options) as address:
         page.goto(f"{address}/lab/tree/scratch.ipynb", wait_until="commit")
         page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()

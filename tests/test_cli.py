@@ -2,7 +2,7 @@
 
 import pytest
 
-from mclip.cli import main, parse
+from mclip.cli.main import main, parse
 from mclip.config import DistillConfig
 
 THEIR_TRAINING = (

@@ -12,9 +12,9 @@ import nbformat
 import psutil
 import pytest
 
-from mclip import cli, course, execution
+from mclip.cli import course, main
+from mclip.cli.course import parse_value, read_parameters
 from mclip.config import ConfigError
-from mclip.parameters import parse_value, read_parameters
 
 PARAMETERS = """\
 max_epochs: int = 10  # passes over the pictures
@@ -61,7 +61,7 @@ def notebooks(tmp_path, monkeypatch) -> Path:
 
 
 def run(out: Path, *options: str) -> int:
-    return cli.main(["course", "--out", str(out), *options])
+    return main.main(["course", "--out", str(out), *options])
 
 
 def output_of(path: Path) -> str:
@@ -96,7 +96,7 @@ def test_course_runs_in_order_and_summarises(notebooks, tmp_path, capsys, monkey
     assert (summary["schema"], summary["profile"]) == (1, "smoke")
     assert [notebook["name"] for notebook in summary["notebooks"]] == ["01_first", "02_second"]
     assert summary["seconds"] >= sum(notebook["seconds"] for notebook in summary["notebooks"]) - 0.2 > 0
-    assert 20 < summary["peak_rss_mb"] < execution.memory_mb() + 2000  # the process of the tests is part of it
+    assert 20 < summary["peak_rss_mb"] < course.memory_mb() + 2000  # the process of the tests is part of it
     assert summary["parameters"] == COUNTS
     assert summary["zero_shot"] == {"shape": {"base": {"top1": 41.5, "low": 39.5, "high": 43.5, "n": 200}}}
     assert (out / "figures").is_dir()
@@ -167,9 +167,9 @@ def test_two_at_a_time_share_the_cores_and_wait_for_what_they_read(notebooks, tm
 
 def test_notebooks_that_others_wait_for_come_first():
     paths = [Path(f"{number:02}_x.ipynb") for number in range(10)]
-    assert execution.in_turn(paths[::-1], jobs=1) == paths
-    assert [path.name[:2] for path in execution.in_turn(paths, jobs=2)][:4] == ["04", "08", "00", "01"]
-    assert [path.name[:2] for path in execution.in_turn(paths[5:], jobs=2)] == ["08", "05", "06", "07", "09"]
+    assert course.in_turn(paths[::-1], jobs=1) == paths
+    assert [path.name[:2] for path in course.in_turn(paths, jobs=2)][:4] == ["04", "08", "00", "01"]
+    assert [path.name[:2] for path in course.in_turn(paths[5:], jobs=2)] == ["08", "05", "06", "07", "09"]
 
 
 def test_lines_printed_one_by_one_are_one_output(notebooks, tmp_path):
@@ -193,10 +193,10 @@ def test_interrupt_exits_130(notebooks, tmp_path):
     wait = f"import pathlib, time\npathlib.Path({str(flag)!r}).touch()\ntime.sleep(60)"
     write_notebook(notebooks / "01_first.ipynb", wait)
     code = (
-        "import sys, pathlib, signal; from mclip import cli, course\n"
+        "import sys, pathlib, signal; from mclip.cli import course, main\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore Ctrl-C
         f"course.NOTEBOOKS = pathlib.Path({str(notebooks)!r})\n"
-        f"sys.exit(cli.main(['course', '--out', {str(tmp_path / 'out')!r}]))"
+        f"sys.exit(main.main(['course', '--out', {str(tmp_path / 'out')!r}]))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -209,30 +209,33 @@ def test_interrupt_exits_130(notebooks, tmp_path):
     assert (tmp_path / "out" / "notebooks" / "01_first.ipynb").exists()
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    (["-p", "max_epoch", "3"], ["max_epoch", "did you mean 'max_epochs'?"]),
-    (["-p", "max_epochs", "ten"], ["max_epochs", "'ten'", "expected int"]),
-    (["-p", "max_epochs", "2.5"], ["max_epochs", "expected int, got float"]),
-    (["-p", "max_epochs", "-1"], ["max_epochs=-1", "1 or more"]),
-    (["-p", "max_epochs", "[1"], ["max_epochs", "'[1'"]),
-    (["-p", "data_size", "1e-3"], ["data_size", "1.0e-3"]),
-    (["-p", "data_size", "0"], ["data_size=0.0", "(0, 1]"]),
-    (["-p", "data_size", "1.5"], ["data_size=1.5", "(0, 1]"]),
-    (["-p", "data_size", ".nan"], ["data_size=nan", "(0, 1]"]),
-    (["-p", "use_swa", "1"], ["use_swa", "expected bool"]),
-    (["-p", "seed", "-1"], ["seed=-1", "0 or more"]),
-    (["-p", "train_data_path", "nowhere/train.csv"], ["nowhere/train.csv", "no such file"]),
-    (["-p", "model_checkpoint", "teacher"], ["model_checkpoint='teacher'", "kd or base"]),
-    (["-p", "model_checkpoint", "nowhere"], ["model_checkpoint='nowhere'", "folder of a student"]),
-    (["-p", "preset", "ViT-B-32"], ["preset='ViT-B-32'", "mobile-256"]),
-    (["-p", "rounds", "-1"], ["rounds=-1", "0 for the number"]),
-    (["-p", "profile", "gpu"], ["--profile"]),
-    (["-p", "max_epochs"], ["expected 2 arguments", "--help"]),
-    (["--profile", "huge"], ["huge", "smoke"]),
-    (["--only", "03"], ["'03'", "'01'"]),
-    (["--onyl", "01"], ["--onyl"]),
-    (["--jobs", "0"], ["jobs=0", "1 or more"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["-p", "max_epoch", "3"], ["max_epoch", "did you mean 'max_epochs'?"]),
+        (["-p", "max_epochs", "ten"], ["max_epochs", "'ten'", "expected int"]),
+        (["-p", "max_epochs", "2.5"], ["max_epochs", "expected int, got float"]),
+        (["-p", "max_epochs", "-1"], ["max_epochs=-1", "1 or more"]),
+        (["-p", "max_epochs", "[1"], ["max_epochs", "'[1'"]),
+        (["-p", "data_size", "1e-3"], ["data_size", "1.0e-3"]),
+        (["-p", "data_size", "0"], ["data_size=0.0", "(0, 1]"]),
+        (["-p", "data_size", "1.5"], ["data_size=1.5", "(0, 1]"]),
+        (["-p", "data_size", ".nan"], ["data_size=nan", "(0, 1]"]),
+        (["-p", "use_swa", "1"], ["use_swa", "expected bool"]),
+        (["-p", "seed", "-1"], ["seed=-1", "0 or more"]),
+        (["-p", "train_data_path", "nowhere/train.csv"], ["nowhere/train.csv", "no such file"]),
+        (["-p", "model_checkpoint", "teacher"], ["model_checkpoint='teacher'", "kd or base"]),
+        (["-p", "model_checkpoint", "nowhere"], ["model_checkpoint='nowhere'", "folder of a student"]),
+        (["-p", "preset", "ViT-B-32"], ["preset='ViT-B-32'", "mobile-256"]),
+        (["-p", "rounds", "-1"], ["rounds=-1", "0 for the number"]),
+        (["-p", "profile", "gpu"], ["--profile"]),
+        (["-p", "max_epochs"], ["expected 2 arguments", "--help"]),
+        (["--profile", "huge"], ["huge", "smoke"]),
+        (["--only", "03"], ["'03'", "'01'"]),
+        (["--onyl", "01"], ["--onyl"]),
+        (["--jobs", "0"], ["jobs=0", "1 or more"]),
+    ],
+)
 def test_wrong_settings_stop_before_anything_runs(notebooks, tmp_path, capsys, options, words):
     write_notebook(notebooks / "01_first.ipynb", "1 / 0")
     assert run(tmp_path / "out", *options) == 2
@@ -252,17 +255,17 @@ def test_unwritable_folder_stops_before_anything_runs(notebooks, tmp_path, capsy
 
 
 def test_unknown_command_and_help(capsys):
-    assert cli.main(["corse"]) == 2
+    assert main.main(["corse"]) == 2
     assert "did you mean 'course'" in capsys.readouterr().err
-    assert cli.main(["--help"]) == 0
+    assert main.main(["--help"]) == 0
     help_text = capsys.readouterr().out
-    assert all(command in help_text for command in cli.COMMANDS)
+    assert all(command in help_text for command in main.COMMANDS)
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", main.COMMANDS)
 def test_every_command_has_a_parser(command, capsys):
     with pytest.raises(SystemExit, match="0"):
-        cli.parse(command, ["--help"])
+        main.parse(command, ["--help"])
     assert "--config" in capsys.readouterr().out
 
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mclip.config import ConfigError
-from mclip.data import BatchSource, DataError, Pairs, Targets, load_pairs, normalise
+from mclip.pairs import BatchSource, Pairs, Targets, normalise
+from mclip.sources.loading import load_pairs
+from mclip.sources.readers import DataError
 from mclip.text_encoder import Tokenizer
 
 

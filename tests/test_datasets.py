@@ -21,12 +21,18 @@ from torchvision import datasets as theirs
 from torchvision.datasets import mnist
 
 from mclip.config import ConfigError
-from mclip.datasets import TORCHVISION_SETS, ZeroShotSet, torchvision_set
+from mclip.evaluate import ZeroShotSet
 from mclip.metrics import zero_shot_metrics
+from mclip.sources.zero_shot import TORCHVISION_SETS, torchvision_set
 
 GREY = np.full((20, 30), 90, np.uint8)
-OTHER_NAMES = {"flowers102": "flowers", "oxford_pets": "pets", "rendered_sst2": "renderedsst2",
-               "stanford_cars": "cars", "imagenet": "imagenet1k"}  # fmt: skip
+OTHER_NAMES = {
+    "flowers102": "flowers",
+    "oxford_pets": "pets",
+    "rendered_sst2": "renderedsst2",
+    "stanford_cars": "cars",
+    "imagenet": "imagenet1k",
+}
 OWN_PROMPTS = {"pcam", "clevr_counts", "caltech256"}  # clip_benchmark has prompts of its own, or none
 
 
@@ -149,7 +155,9 @@ def test_labels_meet_the_names_of_their_classes(made, name):
 
 def test_names_and_prompts_are_those_that_others_published(made):
     prompts, names = published("zeroshot_classification_templates"), published("classnames")
-    stored = json.loads(Path(sys.modules["mclip.datasets"].__file__).with_name("zero_shot_sets.json").read_text())
+    stored = json.loads(
+        Path(sys.modules["mclip.sources.zero_shot"].__file__).with_name("zero_shot_sets.json").read_text()
+    )
     imagenet = made("imagenet")
     stored["templates"]["imagenet"], stored["class_names"]["imagenet"] = imagenet.templates, imagenet.class_names
     assert set(stored["templates"]) == set(TORCHVISION_SETS)
@@ -206,5 +214,5 @@ def test_mnist_is_read_from_what_was_downloaded(tmp_path, monkeypatch):
     def fetch(url: str, filename: str) -> None:
         Path(filename).write_bytes(dict(archives)[url.rsplit("/", 1)[1]])
 
-    monkeypatch.setattr("mclip.datasets.fetch", fetch)
+    monkeypatch.setattr("mclip.sources.zero_shot.fetch", fetch)
     assert len(torchvision_set("mnist", tmp_path, download=True).images) == 2

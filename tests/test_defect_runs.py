@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from mclip import defect_runs, train
+from mclip import train
 from mclip.config import TrainConfig
-from mclip.defects import DEFECTS
 from mclip.files import DATA
 from mclip.results import load_results
+from mclip.study import defect_runs
+from mclip.study.defects import DEFECTS
 
 BETTER_WITHOUT = {9: 1, 10: 1, 12: -1, 13: -1, 14: -1}
 """Whether a measurement is larger without the defect (1) or smaller (-1)."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mclip import balancing, losses, text_encoder, train
-from mclip.defects import DEFECTS, left_and_right_swapped
+from mclip.study.defects import DEFECTS, left_and_right_swapped
 
 TESTS = Path(__file__).parent
 each_defect = pytest.mark.parametrize("defect", DEFECTS.values(), ids=lambda defect: f"{defect.number:02}")
@@ -42,8 +42,20 @@ def outcomes(tmp_path_factory) -> dict[str, list[str]]:
     """Of each check: what every case of it says with the defect on; an empty text where it passes."""
     where, report = files_of_tests(), tmp_path_factory.mktemp("defects") / "report.xml"
     nodes = [f"{where[check]}::{check}" for defect in DEFECTS.values() for check in defect.checks]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "defects_on", "-p", "no:cacheprovider", "-o", "addopts=",
-               f"--junitxml={report}", *nodes]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "defects_on",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=",
+        f"--junitxml={report}",
+        *nodes,
+    ]
     path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     subprocess.run(command, cwd=TESTS.parent, env=os.environ | {"PYTHONPATH": path}, capture_output=True, check=False)
     found: dict[str, list[str]] = {}
@@ -74,7 +86,6 @@ def test_a_defect_is_gone_when_it_is_switched_off(defect):
 
 
 def test_a_function_is_replaced_wherever_it_was_imported():
-    from mclip.train import learning_rate  # noqa: F401 (this name, in this module)
 
     globals()["learning_rate"] = train.learning_rate
     with DEFECTS[8].switched_on():

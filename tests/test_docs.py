@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mclip.cli import COMMANDS
+from mclip.cli.main import COMMANDS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HEART = ("image_encoder", "text_encoder", "model", "losses", "balancing", "steps", "train")

@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 from bad_server import CONTENT, CUT, Server, fails, serving
 
-from mclip import downloads
+from mclip.sources import downloads
 
 MD5 = "md5:" + hashlib.md5(CONTENT).hexdigest()
 fetch = partial(downloads.fetch, progress=False, timeout=0.3)

@@ -17,19 +17,28 @@ from timm.layers import BatchNormAct2d
 from timm.utils import reparameterize_model
 from torch import nn
 
-from mclip import efficiency, efficiency_run, tables
-from mclip.cli import main
+from mclip.cli.main import main
 from mclip.config import ConfigError
-from mclip.cost_plots import cost_of_models, pareto_front
-from mclip.efficiency import candidate, checkpoint_megabytes, latency, multiply_adds, parameter_parts, time_by_part
-from mclip.efficiency_run import peak_memory
+from mclip.deploy import cost
+from mclip.deploy.cost import (
+    candidate,
+    checkpoint_megabytes,
+    latency,
+    multiply_adds,
+    parameter_parts,
+    random_model,
+    time_by_part,
+)
+from mclip.deploy.fused import fold_batch_norm, fused
+from mclip.deploy.quantise import int8_image, int8_text
 from mclip.files import DATA
-from mclip.fused import fold_batch_norm, fused
 from mclip.image_encoder import stage_names
-from mclip.noise import random_model
-from mclip.quantise import int8_image, int8_text
+from mclip.recipes import load_model
 from mclip.results import ResultError, describe_model, weights_sha256
-from mclip.runs import load_model
+from mclip.show import tables
+from mclip.show.cost import cost_of_models, pareto_front
+from mclip.study import efficiency
+from mclip.study.efficiency import peak_memory
 
 
 @settings(deadline=None, max_examples=20)
@@ -174,8 +183,8 @@ def test_calibration_needs_pictures(shipped):
 def test_latency_is_of_turns_and_knows_its_percentiles(monkeypatch):
     now, order = [0.0], []
     clock = {"a": iter(range(1, 100)), "b": iter([2.0] * 99)}
-    monkeypatch.setattr(efficiency.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(efficiency.time, "process_time", lambda: now[0] / 2)
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(cost.time, "process_time", lambda: now[0] / 2)
 
     def call(name):
         def work():
@@ -235,7 +244,7 @@ def record():
 def test_the_figure_shows_the_committed_numbers(record):
     left, right = cost_of_models(record).axes
     drawn = {text.get_text(): text.xy for text in left.texts}
-    assert drawn.keys() == {name for name, form in efficiency_run.MODELS if form == "deployed"}
+    assert drawn.keys() == {name for name, form in efficiency.MODELS if form == "deployed"}
     for name, (x, y) in drawn.items():
         halves = record["models"][name]["latency"]["1 thread, batch 1"]
         assert x == pytest.approx(halves["image"]["median"] + halves["text"]["median"])
@@ -258,9 +267,9 @@ def test_the_aims_are_judged_by_the_numbers(record):
 
 
 def test_parts_are_kept_one_by_one(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(efficiency_run, "FILE", tmp_path / "efficiency.json")
-    parts = {name: lambda name=name: {"of": name} for name in efficiency_run.PARTS}
-    monkeypatch.setattr(efficiency_run, "PARTS", parts)
+    monkeypatch.setattr(efficiency, "FILE", tmp_path / "efficiency.json")
+    parts = {name: lambda name=name: {"of": name} for name in efficiency.PARTS}
+    monkeypatch.setattr(efficiency, "PARTS", parts)
     assert main(["efficiency", "--only", "stages"]) == 0
     assert main(["efficiency", "--only", "int8", "blocks"]) == 0
     kept = json.loads((tmp_path / "efficiency.json").read_text())

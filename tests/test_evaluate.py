@@ -19,14 +19,17 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from torchvision.transforms.v2 import functional as VF
 
-from mclip import datasets, evaluate
+from mclip import evaluate
 from mclip.config import PRESETS, ConfigError
-from mclip.data import Pairs, load_pairs
-from mclip.datasets import TORCHVISION_SETS, ZeroShotSet, image_folder_set, torchvision_set, zero_shot_set
+from mclip.evaluate import ZeroShotSet
 from mclip.metrics import EvaluationError, bootstrap_interval, first_hit_ranks, retrieval, zero_shot_metrics
 from mclip.model import MobileCLIP
+from mclip.pairs import Pairs
 from mclip.pictures import Pictures
 from mclip.results import validate_result
+from mclip.sources import zero_shot
+from mclip.sources.loading import load_pairs
+from mclip.sources.zero_shot import TORCHVISION_SETS, image_folder_set, torchvision_set, zero_shot_set
 from mclip.text_encoder import clean_caption
 
 NAMES = ["red circle", "blue square", "green star", "red star", "blue circle", "green square"]
@@ -329,8 +332,8 @@ def test_missing_files_say_where_they_go(name, tmp_path):
     with pytest.raises(ConfigError) as raised:
         torchvision_set(name, tmp_path)
     assert name in str(raised.value)
-    assert str(tmp_path / datasets._SOURCES[name].layout) in str(raised.value)
-    assert ("download=True" in str(raised.value)) == datasets._SOURCES[name].downloads
+    assert str(tmp_path / zero_shot._SOURCES[name].layout) in str(raised.value)
+    assert ("download=True" in str(raised.value)) == zero_shot._SOURCES[name].downloads
 
 
 def test_a_failed_download_is_a_clear_error(tmp_path, monkeypatch):
@@ -338,7 +341,7 @@ def test_a_failed_download_is_a_clear_error(tmp_path, monkeypatch):
         raise requests.ConnectTimeout("timed out")
 
     monkeypatch.setattr("requests.get", refuse)
-    monkeypatch.setattr("mclip.downloads.BACK_OFF", 0.0)
+    monkeypatch.setattr("mclip.sources.downloads.BACK_OFF", 0.0)
     with pytest.raises(ConfigError, match=r"cifar100.*no answer for 30 s.*cifar-100-python"):
         torchvision_set("cifar100", tmp_path, download=True)
 

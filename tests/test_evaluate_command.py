@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mclip import evaluate_command
-from mclip.cli import main
+from mclip.cli import evaluate as evaluate_command
+from mclip.cli.main import main
 from mclip.config import ConfigError
-from mclip.datasets import TORCHVISION_SETS, image_folder_set
+from mclip.recipes import load_model, model_name
 from mclip.results import load_results
-from mclip.runs import load_model, model_name
-from mclip.scene_sets import RELATION, SETS
+from mclip.scenes.test_sets import RELATION, SETS
+from mclip.sources.zero_shot import TORCHVISION_SETS, image_folder_set
 
 EVALUATE = ("evaluate", "--profile", "smoke")
 

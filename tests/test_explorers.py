@@ -8,10 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mclip import explorers, losses
+from mclip import losses
 from mclip.balancing import STRATEGIES, Balancer
 from mclip.config import ConfigError, DistillConfig
-from mclip.explorers import (
+from mclip.files import DATA
+from mclip.show import widgets
+from mclip.show.figures import training_curves
+from mclip.show.style import figure
+from mclip.show.widgets import (
     TEMPERATURES,
     loss_chart,
     loss_explorer,
@@ -20,9 +24,6 @@ from mclip.explorers import (
     response_and_gradient,
     schedule_explorer,
 )
-from mclip.files import DATA
-from mclip.plots import training_curves
-from mclip.style import figure
 from mclip.train import read_log
 
 CAPTIONS = ["a red star", "a $ heart", "a blue ring", "a thing"]
@@ -165,7 +166,7 @@ def test_a_log_without_gradient_norms_is_named():
 
 def test_schedule_explorer_draws_the_replay_of_its_controls(log, monkeypatch):
     drawn = []
-    monkeypatch.setattr(explorers, "training_curves", lambda replayed: drawn.append(replayed) or figure(1, 1))
+    monkeypatch.setattr(widgets, "training_curves", lambda replayed: drawn.append(replayed) or figure(1, 1))
     controls, message, _ = controls_of(schedule_explorer(log))
     assert drawn == [replay(log, DistillConfig())]
     changes = {

@@ -19,18 +19,19 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import basic_clean
 from PIL import Image
 
-from mclip import deployed, export
-from mclip.cli import main
+from mclip.cli.main import main
 from mclip.config import ConfigError
-from mclip.deployed import Deployed, DeployError, prepare
+from mclip.deploy import export
+from mclip.deploy import reader as deploy_reader
+from mclip.deploy.cost import random_model
+from mclip.deploy.reader import Deployed, DeployError, prepare
+from mclip.deploy.tokenizer import portable_tokenizer
 from mclip.evaluate import build_classifier, evaluate_deployed, evaluate_zero_shot
 from mclip.model import MobileCLIP
-from mclip.noise import random_model
+from mclip.recipes import load_model
 from mclip.results import describe_model
-from mclip.runs import load_model
-from mclip.scene_sets import scene_sets
+from mclip.scenes.test_sets import scene_sets
 from mclip.text_encoder import Tokenizer
-from mclip.tokenizer_file import portable_tokenizer
 
 WORDS = ("a", "small", "red", "star", "dog's", "crème", "10", "on", "green", "grass,", "beside", "the", "of", "photo")
 ODD = ("’", "Σ", "ΟΔΟΣ", "İ", "½", "ﬁ", "\u3000", "...", "!")
@@ -94,12 +95,14 @@ STRAIGHT = str.maketrans("\u02bc\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f
 
 
 @settings(deadline=None, max_examples=400)
-@given(st.one_of(
-    st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=80),
-    st.text(st.characters(min_codepoint=32, max_codepoint=0x24F).filter(known_to_all), max_size=40),
-    st.text(st.characters().filter(known_to_all), max_size=20),
-    st.lists(st.sampled_from([*WORDS, *ODD]), max_size=60).map(" ".join),
-))  # fmt: skip
+@given(
+    st.one_of(
+        st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=80),
+        st.text(st.characters(min_codepoint=32, max_codepoint=0x24F).filter(known_to_all), max_size=40),
+        st.text(st.characters().filter(known_to_all), max_size=20),
+        st.lists(st.sampled_from([*WORDS, *ODD]), max_size=60).map(" ".join),
+    )
+)
 def test_tokenizer_file_gives_the_same_ids(text):
     """For every text that ftfy and html.unescape leave as it is, but for curly quotes."""
     plain = unicodedata.normalize("NFKC", text).translate(STRAIGHT).strip()
@@ -159,7 +162,7 @@ def test_records_of_an_export_are_those_of_the_student(student, reader):
 
 def test_int8_is_small_and_near(folder, reader):
     small = Deployed(folder, "int8", threads=1)
-    for name, whole in zip(deployed.GRAPHS["int8"], deployed.GRAPHS["float32"], strict=True):
+    for name, whole in zip(deploy_reader.GRAPHS["int8"], deploy_reader.GRAPHS["float32"], strict=True):
         assert (folder / name).stat().st_size < 0.35 * (folder / whole).stat().st_size
     texts = ["a red star", "a small blue ring on grass", "a tree"]
     assert (small.encode_texts(texts) * reader.encode_texts(texts)).sum(1).min() > 0.99
@@ -179,7 +182,7 @@ print(*found[0])
 
 
 def test_the_reader_alone_needs_no_torch_and_no_mclip(folder, reader, tmp_path):
-    shutil.copy(deployed.__file__, tmp_path / "deployed.py")
+    shutil.copy(deploy_reader.__file__, tmp_path / "deployed.py")
     picture = np.random.default_rng(1).integers(0, 256, (90, 70, 3), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "picture.png")
     command = [sys.executable, "-c", ALONE, str(folder), str(tmp_path / "picture.png")]
@@ -237,13 +240,17 @@ def change_graph(folder: Path) -> str:
     return "text.onnx"
 
 
-@pytest.mark.parametrize("change", [
-    lambda folder: change_preparation(folder, channels="BGR"),
-    lambda folder: change_preparation(folder, interpolation="nearest"),
-    lambda folder: change_preparation(folder, mean=[0.5, 0.5, 0.5]),
-    change_tokenizer,
-    change_graph,
-], ids=["channels", "filter", "mean", "length", "graph"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: change_preparation(folder, channels="BGR"),
+        lambda folder: change_preparation(folder, interpolation="nearest"),
+        lambda folder: change_preparation(folder, mean=[0.5, 0.5, 0.5]),
+        change_tokenizer,
+        change_graph,
+    ],
+    ids=["channels", "filter", "mean", "length", "graph"],
+)
 def test_what_computes_something_else_is_found_and_named(copied, change):
     name = change(copied)
     with pytest.raises(DeployError, match=f"{name}: not the file that was exported"):
@@ -292,7 +299,7 @@ def test_only_students_are_exported_and_nothing_is_overwritten(student, tmp_path
 
 def test_an_export_that_computes_something_else_leaves_nothing(folder, tmp_path, monkeypatch):
     def graphs_of_another_student(model: MobileCLIP, new: Path) -> None:
-        for name in deployed.GRAPHS["float32"]:
+        for name in deploy_reader.GRAPHS["float32"]:
             shutil.copy(folder / name, new)
 
     monkeypatch.setattr(export, "write_graphs", graphs_of_another_student)

@@ -7,12 +7,12 @@ import pytest
 from matplotlib.cbook import is_math_text
 from matplotlib.text import Text
 
-from mclip import plots, style
 from mclip.files import DATA
-from mclip.grounding_plots import grounding_scores
-from mclip.reproduce import scene_results
 from mclip.results import ResultError, load_results, make_result
-from mclip.widgets import prompt_chart
+from mclip.show import figures, style
+from mclip.show.grounding import grounding_scores
+from mclip.show.tables import scene_results
+from mclip.show.widgets import prompt_chart
 
 CAPTIONS = ["tickets for $5 and $6 \\ each", "price 5_$ off", "from $1^ to $2", "100% $x & $y", "$5 #1 $"]
 MODEL = {"name": "kd", "parameters": 1, "sha256": "0" * 64}
@@ -38,23 +38,23 @@ def test_a_model_of_ones_own_is_shown_under_its_name(scenes):
     mine = renamed(scenes, "runs/mine") + renamed(scenes, "a/very/long/path/of/another/model")
     expected = [record["metrics"]["top1"]["value"] for record in renamed(scenes, "")]
     for records in (scenes + mine, mine):
-        shown = widths(plots.performance_comparison(records, published=None).axes[0])
+        shown = widths(figures.performance_comparison(records, published=None).axes[0])
         assert list(shown) == [*style.LABELS.values(), "runs/mine", "a/very/long/path/of/ano…"]
         assert shown["runs/mine"] == expected
-    assert list(widths(plots.per_class_recall(mine, "shape").axes[0])) == ["runs/mine", "a/very/long/path/of/ano…"]
-    assert list(widths(plots.per_class_recall(scenes + mine, "shape").axes[0]))[:4] == list(style.LABELS.values())
+    assert list(widths(figures.per_class_recall(mine, "shape").axes[0])) == ["runs/mine", "a/very/long/path/of/ano…"]
+    assert list(widths(figures.per_class_recall(scenes + mine, "shape").axes[0]))[:4] == list(style.LABELS.values())
 
 
 def test_what_cannot_be_drawn_is_said(scenes, tmp_path):
     with pytest.raises(ResultError, match="'relation' has no recall of single classes"):
-        plots.per_class_recall(scenes, "relation")
+        figures.per_class_recall(scenes, "relation")
     with pytest.raises(ResultError, match="no training step"):
-        plots.training_curves([])
+        figures.training_curves([])
     failures = [make_result("retrieval", "x", "val", None, MODEL, error="out of memory")] * 3
     with pytest.raises(ResultError, match=r"^results=3 records hold no zero-shot record; evaluate a model first\.$"):
-        plots.performance_comparison(failures)
+        figures.performance_comparison(failures)
     with pytest.raises(ResultError, match=str(tmp_path)):
-        plots.performance_comparison(tmp_path)
+        figures.performance_comparison(tmp_path)
 
 
 def test_a_failed_grounding_is_left_out():
@@ -72,9 +72,9 @@ def test_a_dollar_starts_no_formula(caption):
     """Matplotlib parses what stands between two dollars, drops its spaces, and fails where that is no formula."""
     pictures = np.zeros((2, 3, 8, 8), np.uint8)
     for fig in (
-        plots.image_grid(pictures, [caption, "b"]),
-        plots.similarity_matrices({"kd": np.eye(2)}, [caption, "b"]),
-        plots.temperature_effect([1.0, 2.0], [1], [caption, "b"]),
+        figures.image_grid(pictures, [caption, "b"]),
+        figures.similarity_matrices({"kd": np.eye(2)}, [caption, "b"]),
+        figures.temperature_effect([1.0, 2.0], [1], [caption, "b"]),
         prompt_chart(pictures[0], [caption, "b"], [0.1, 0.2], [0.5, 0.5]),
     ):
         assert fig._repr_png_().startswith(b"\x89PNG")

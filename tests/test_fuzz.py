@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mclip.config import ConfigError, DistillConfig, ImageConfig, ModelConfig, TextConfig, from_yaml
-from mclip.data import DataError, load_pairs
 from mclip.model import MobileCLIP, ModelError
 from mclip.results import ResultError, load_results
+from mclip.sources.loading import load_pairs
+from mclip.sources.readers import DataError
 
 TINY = ModelConfig(
     "tiny", 8, ImageConfig(0.25, 32), TextConfig(width=8, heads=2, kernels=(3,), feed_forward=8, embedding_rank=2)
@@ -65,10 +66,15 @@ def folder(tmp_path_factory) -> Path:
 
 
 CSV = b'file_name,image_path,caption\na.jpg,.,a red star\nb.jpg,.,"a ring, blue"\nc.jpg,,the moon\n'
-COCO = json.dumps({
-    "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}],
-    "annotations": [{"id": 7, "image_id": 1, "caption": "a red star"}, {"id": 8, "image_id": 2, "caption": "a ring"}],
-}).encode()  # fmt: skip
+COCO = json.dumps(
+    {
+        "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}],
+        "annotations": [
+            {"id": 7, "image_id": 1, "caption": "a red star"},
+            {"id": 8, "image_id": 2, "caption": "a ring"},
+        ],
+    }
+).encode()
 YAML = b"phases: [0.1, 0.4, 0.9]\nbalancers: [gradient_norm, fixed]\nfeature_weight: 3.0\naligner: mlp\n"
 
 

@@ -12,12 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mclip import examples, grounding_plots, grounding_run
-from mclip.cli import main
+from mclip.cli.main import main
 from mclip.config import PRESETS, ConfigError
-from mclip.drawing import COLOURS, SHAPES, draw_objects
 from mclip.files import DATA
-from mclip.grounding import (
+from mclip.model import MobileCLIP
+from mclip.recipes import load_model
+from mclip.results import ResultError, load_results, weights_sha256
+from mclip.scenes.drawing import COLOURS, SHAPES, draw_objects
+from mclip.scenes.world import SceneConfig, Scenes, make_scenes
+from mclip.show import grounding
+from mclip.show.grounding import (
     grad_cam,
     grounding_explorer,
     map_layers,
@@ -27,10 +31,8 @@ from mclip.grounding import (
     phrase_maps,
     pointing,
 )
-from mclip.model import MobileCLIP
-from mclip.results import ResultError, load_results, weights_sha256
-from mclip.runs import load_model
-from mclip.scenes import SceneConfig, Scenes, make_scenes
+from mclip.study import examples
+from mclip.study import grounding as study_grounding
 
 
 class Channels(nn.Module):
@@ -205,7 +207,7 @@ def test_masks_are_the_pixels_that_an_object_paints(one_on_the_other):
 
 def test_a_phrase_belongs_to_its_own_mask():
     """Inside a mask the picture is nearer to the colour that the phrase names than to the other phrase's."""
-    images, phrases, masks = grounding_run.cases("val", 60)
+    images, phrases, masks = grounding.cases("val", 60)
     assert images.shape == (120, 3, 64, 64)
     assert masks.shape == (120, 64, 64)
     nearer = []
@@ -255,7 +257,7 @@ def test_the_middle_of_a_plateau_counts():
 
 def test_noise_points_as_often_as_the_area_says():
     masks = torch.rand(4000, 16, 16, generator=torch.Generator().manual_seed(3)) < 0.2
-    hits = pointing(grounding_run.baselines(masks)["random"], masks).float().mean().item()
+    hits = pointing(grounding.baselines(masks)["random"], masks).float().mean().item()
     assert hits == pytest.approx(0.2, abs=4 * (0.2 * 0.8 / 4000) ** 0.5)
 
 
@@ -288,22 +290,22 @@ def test_the_explorer_follows_its_controls(student):
 
 
 def test_layer_and_threshold_are_not_chosen_on_the_test_pictures(monkeypatch, tmp_path):
-    monkeypatch.setattr(grounding_run, "RESULTS", tmp_path)
+    monkeypatch.setattr(study_grounding, "RESULTS", tmp_path)
     assert main(["grounding", "--pictures", "6", "--models", "[kd]"]) == 0
     found = {record["model"]["name"]: record for record in load_results(tmp_path)}
     assert found.keys() == {"kd", "random", "centre"}
-    tuning = grounding_run.cases("val", 3)
+    tuning = grounding.cases("val", 3)
     layers = found["kd"]["details"]["layers"]
     best = max(layers, key=lambda name: layers[name]["pointing"])
     assert found["kd"]["details"]["layer"] == best
-    again = grounding_run.score_model("kd", tuning, grounding_run.cases("val", 4, seed=1))
+    again = study_grounding.score_model("kd", tuning, study_grounding.cases("val", 4, seed=1))
     assert again["details"]["layers"] == layers, "the test pictures took part in the choice"
 
 
 def test_a_run_is_called_by_its_own_name_and_its_record_lies_beside_the_others(monkeypatch, tmp_path):
     load_model("kd")[0].save_pretrained(tmp_path / "runs" / "mine" / "model")
-    monkeypatch.setattr(grounding_run, "RESULTS", tmp_path / "out")
-    monkeypatch.setattr(grounding_run, "map_layers", lambda model: {"stage3": map_layers(model)["stage3"]})
+    monkeypatch.setattr(study_grounding, "RESULTS", tmp_path / "out")
+    monkeypatch.setattr(study_grounding, "map_layers", lambda model: {"stage3": map_layers(model)["stage3"]})
     monkeypatch.chdir(tmp_path / "runs")
     assert main(["grounding", "--pictures", "4", "--models", "[mine/model]"]) == 0
     files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.json")}
@@ -320,7 +322,7 @@ def test_a_run_is_called_by_its_own_name_and_its_record_lies_beside_the_others(m
     ],
 )
 def test_what_cannot_be_scored_is_said_before_anything_is_drawn(arguments, message, monkeypatch, capsys):
-    for module, name in ((grounding_run, "cases"), (examples, "load_pairs")):
+    for module, name in ((study_grounding, "cases"), (examples, "load_pairs")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("scenes were drawn"))
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
@@ -329,7 +331,7 @@ def test_what_cannot_be_scored_is_said_before_anything_is_drawn(arguments, messa
 def test_the_figure_shows_the_committed_records():
     records = load_results(DATA / "results" / "grounding")
     found = {record["model"]["name"]: record for record in records}
-    ax, other, layers = grounding_plots.grounding_scores(records).axes
+    ax, other, layers = grounding.grounding_scores(records).axes
     for axis, key in ((ax, "pointing"), (other, "iou")):
         widths = [bar.get_width() for bar in axis.patches]
         assert widths == [found[name]["metrics"][key]["value"] for name in ("base", "kd", "teacher")]
@@ -339,7 +341,7 @@ def test_the_figure_shows_the_committed_records():
     for name in ("base", "kd", "teacher"):
         assert drawn[name] == [scores["pointing"] for scores in found[name]["details"]["layers"].values()]
     with pytest.raises(ResultError, match="mclip grounding"):
-        grounding_plots.grounding_scores([])
+        grounding.grounding_scores([])
 
 
 def test_the_committed_records_are_of_the_models_that_ship():

@@ -46,9 +46,12 @@ def test_same_output_as_torchvision_with_its_weights(width):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    batch=st.integers(1, 3), channels=st.integers(1, 5), size=st.integers(1, 6), kernel=st.sampled_from([3, 5]),
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 5),
+    size=st.integers(1, 6),
+    kernel=st.sampled_from([3, 5]),
     stride=st.integers(1, 2),
-)  # fmt: skip
+)
 def test_depthwise_convolution_is_torchs_forward_and_backward(batch, channels, size, kernel, stride):
     conv = torch.nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=channels, bias=False).double()
     ours = DepthwiseConv.of(conv)

@@ -31,9 +31,14 @@ plateau_patience: 2
 PER_EPOCH, EPOCHS = 4, 6
 STEPS = PER_EPOCH * EPOCHS
 OPTIONS = {
-    "profile": "smoke", "data_size": "0.125", "batch_size": "8", "max_epochs": str(EPOCHS), "learning_rate": "0.003",
-    "progress": "false", "accelerator": "cpu",
-}  # fmt: skip
+    "profile": "smoke",
+    "data_size": "0.125",
+    "batch_size": "8",
+    "max_epochs": str(EPOCHS),
+    "learning_rate": "0.003",
+    "progress": "false",
+    "accelerator": "cpu",
+}
 INSIDE = ("between", "gradient", "line")
 WITH_CHECKPOINT = ("half", "whole", "named")
 
@@ -48,9 +53,13 @@ class Killable:
         environment["PYTHONPATH"] = str(script.parents[1])
         self.errors = (folder / "errors.txt").open("w+", encoding="utf-8")
         self.process = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
-            text=True, env=environment,
-        )  # fmt: skip
+            [sys.executable, str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env=environment,
+        )
         assert self._answer() == "ready"
 
     def _answer(self) -> Any:

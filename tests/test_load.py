@@ -20,11 +20,12 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 import mclip
 from mclip.config import ConfigError
-from mclip.data import Pairs, load_pairs
 from mclip.evaluate import embed_texts, evaluate_retrieval, evaluate_zero_shot
 from mclip.model import ModelError
-from mclip.scene_sets import scene_sets
-from mclip.scenes import SceneConfig
+from mclip.pairs import Pairs
+from mclip.scenes.test_sets import scene_sets
+from mclip.scenes.world import SceneConfig
+from mclip.sources.loading import load_pairs
 
 COUNT = 120
 

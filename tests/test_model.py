@@ -15,9 +15,11 @@ from mclip.config import ImageConfig, ModelConfig, TextConfig, preset
 from mclip.model import CLIP_VIT_B32_PARAMETERS, MobileCLIP, ModelError, ProjectionHead, parameter_counts
 
 SMALL = ModelConfig(
-    "small", 16, ImageConfig(width=0.25, image_size=64),
+    "small",
+    16,
+    ImageConfig(width=0.25, image_size=64),
     TextConfig(width=16, heads=2, kernels=(3,), feed_forward=16, context_length=16, embedding_rank=4),
-)  # fmt: skip
+)
 
 
 @pytest.fixture
@@ -64,9 +66,14 @@ def test_clip_vit_b32_is_counted_right():
 def test_parts_add_up(model):
     counts = parameter_counts(model)
     assert list(counts) == [
-        "image_encoder", "text_encoder", "token_embedding",
-        "image_projection", "text_projection", "other", "total",
-    ]  # fmt: skip
+        "image_encoder",
+        "text_encoder",
+        "token_embedding",
+        "image_projection",
+        "text_projection",
+        "other",
+        "total",
+    ]
     total = counts.pop("total")
     assert sum(counts.values()) == total == sum(p.numel() for p in model.parameters())
     assert counts["token_embedding"] == 49408 * 4 + 4 * 16

@@ -6,8 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from mclip.course import NOTEBOOKS
-from mclip.parameters import INPUTS, check_value, read_parameters
+from mclip.cli.course import INPUTS, NOTEBOOKS, check_value, read_parameters
 
 CHAPTERS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.ipynb"))

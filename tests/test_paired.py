@@ -11,15 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from mclip import reproduce
-from mclip.cli import main
+from mclip.cli.main import main
 from mclip.config import PRESETS
-from mclip.datasets import ZeroShotSet
-from mclip.evaluate import evaluate_zero_shot
+from mclip.evaluate import ZeroShotSet, evaluate_zero_shot
+from mclip.metrics import answers, compare, compare_all, correct_of, describe, mcnemar
 from mclip.model import MobileCLIP
-from mclip.paired import answers, compare, compare_all, correct_of, describe, mcnemar
 from mclip.results import ResultError, load_results, make_result, validate_result
-from mclip.tables import paired_table, zero_shot_table
+from mclip.show.tables import paired_table, zero_shot_table
+from mclip.study import reproduce
 
 NAMES = ["red circle", "blue square", "green star"]
 

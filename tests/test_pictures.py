@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mclip.columns import Captions, Texts
-from mclip.data import DataError, load_pairs
 from mclip.pictures import RATIOS, Crops, PictureError, Pictures, crop_box, decode, open_picture, square
+from mclip.sources.loading import load_pairs
+from mclip.sources.readers import Captions, DataError, Texts
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,10 @@ from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from mclip import plots, style
 from mclip.files import DATA
 from mclip.results import ResultError, make_result, save_result
-from mclip.tables import zero_shot_table
+from mclip.show import figures, style
+from mclip.show.tables import zero_shot_table
 
 SETS = {"shape": 12.5, "colour": 10.0, "relation": 50.0}
 VALUES = {
@@ -53,7 +53,7 @@ def whiskers(ax) -> list[tuple[float, float]]:
 def test_performance_bars_are_the_results_and_the_published_table(records, tmp_path):
     for i, one in enumerate(records):
         save_result(tmp_path / f"{i:02}.json", one)
-    fig = plots.performance_comparison(tmp_path)
+    fig = figures.performance_comparison(tmp_path)
     ours, published = fig.axes
     assert bars(ours) == {style.LABELS[m]: list(values) for m, values in VALUES.items()}
     expected = [(max(0.0, v - 3), min(100.0, v + 2)) for values in VALUES.values() for v in values]
@@ -76,7 +76,7 @@ def test_performance_over_seeds_is_the_table(records):
         for d, v in zip(SETS, values, strict=True)
     ]
     table = zero_shot_table(three)
-    fig = plots.performance_comparison(three, published=None)
+    fig = figures.performance_comparison(three, published=None)
     assert len(fig.axes) == 1
     for model, label in style.LABELS.items():
         assert bars(fig.axes[0])[label] == [table[dataset][model]["top1"] for dataset in SETS]
@@ -88,13 +88,13 @@ def test_a_failure_is_shown_as_missing_not_as_zero(records):
     kept = [r for r in records if (r["model"]["name"], r["dataset"]) != ("clip", "colour")]
     model = {"name": "clip", "parameters": 1, "sha256": "0" * 64}
     failed = make_result("zero_shot", "colour", "test", None, model, error="out of memory")
-    ax = plots.performance_comparison([*kept, failed], published=None).axes[0]
+    ax = figures.performance_comparison([*kept, failed], published=None).axes[0]
     assert bars(ax)[style.LABELS["clip"]] == [25.0, 50.0]
     assert [text.get_text() for text in ax.texts].count("no result") == 1
-    only_failures = plots.performance_comparison([failed], published=None).axes[0]
+    only_failures = figures.performance_comparison([failed], published=None).axes[0]
     assert [text.get_text() for text in only_failures.texts] == ["no result"] * 4
     with pytest.raises(ResultError, match="no zero-shot record"):
-        plots.performance_comparison([])
+        figures.performance_comparison([])
 
 
 def test_published_table_names_its_sources():
@@ -106,7 +106,7 @@ def test_published_table_names_its_sources():
 
 
 def test_per_class_bars(records):
-    ax = plots.per_class_recall(records, "shape", limit=2).axes[0]
+    ax = figures.per_class_recall(records, "shape", limit=2).axes[0]
     shown = [tick.get_text() for tick in ax.get_yticklabels()]
     assert len(shown) == 2
     for one in records:
@@ -114,7 +114,7 @@ def test_per_class_bars(records):
             expected = [one["metrics"]["per_class"][name]["value"] for name in shown]
             assert bars(ax)[style.LABELS[one["model"]["name"]]] == expected
     with pytest.raises(ResultError, match="did you mean 'shape'"):
-        plots.per_class_recall(records, "shapes")
+        figures.per_class_recall(records, "shapes")
 
 
 def training_log() -> list[dict]:
@@ -133,7 +133,7 @@ def training_log() -> list[dict]:
 
 def test_training_curves_are_the_log():
     log = training_log()
-    fig = plots.training_curves(log)
+    fig = figures.training_curves(log)
     terms, weights, temperature, validation = fig.axes
     for ax, key in ((terms, "terms"), (weights, "weights")):
         for line in ax.get_lines():
@@ -146,22 +146,22 @@ def test_training_curves_are_the_log():
     for ax in fig.axes:
         assert [(patch.get_x(), patch.get_width()) for patch in ax.patches] == [(0, 10), (10, 30), (40, 19)]
     without = [{k: v for k, v in r.items() if k not in ("weights", "temperature")} for r in log]
-    assert len(plots.training_curves(without).axes) == 2
+    assert len(figures.training_curves(without).axes) == 2
     base = [
         {**r, "phase": 1, "terms": {"original": 1.0}, "weights": {"original": 1.0}} if "terms" in r else r for r in log
     ]
-    assert [ax.get_ylabel() for ax in plots.training_curves(base).axes] == ["loss (log scale)", "recall at 1 (%)"]
+    assert [ax.get_ylabel() for ax in figures.training_curves(base).axes] == ["loss (log scale)", "recall at 1 (%)"]
 
 
 def test_negative_losses_get_a_linear_axis():
     log = [{"step": s, "phase": 1, "terms": {"original": 1.0 - s}} for s in range(4)]
-    assert plots.training_curves(log).axes[0].get_yscale() == "linear"
-    assert plots.training_curves(training_log()).axes[0].get_yscale() == "log"
+    assert figures.training_curves(log).axes[0].get_yscale() == "linear"
+    assert figures.training_curves(training_log()).axes[0].get_yscale() == "log"
 
 
 def test_similarity_matrices_share_one_scale():
     matrices = {"base": np.full((3, 3), 0.1), "teacher": np.eye(3)}
-    fig = plots.similarity_matrices(matrices, ["a", "b", "c"])
+    fig = figures.similarity_matrices(matrices, ["a", "b", "c"])
     for ax, matrix in zip(fig.axes, matrices.values(), strict=False):
         np.testing.assert_array_equal(ax.images[0].get_array(), matrix)
         assert ax.images[0].get_clim() == (0, 1)
@@ -170,13 +170,13 @@ def test_similarity_matrices_share_one_scale():
 
 def test_image_grid_and_temperatures():
     images = np.random.default_rng(0).integers(0, 256, (5, 3, 8, 8), dtype=np.uint8)
-    fig = plots.image_grid(images, [f"caption {i}" for i in range(5)], columns=3)
+    fig = figures.image_grid(images, [f"caption {i}" for i in range(5)], columns=3)
     shown = [ax for ax in fig.axes if ax.images]
     assert len(shown) == 5
     for ax, image in zip(shown, images, strict=True):
         np.testing.assert_array_equal(ax.images[0].get_array(), image.transpose(1, 2, 0))
     logits = np.array([30.0, 25.0, 10.0])
-    fig = plots.temperature_effect(logits, [1, 8])
+    fig = figures.temperature_effect(logits, [1, 8])
     for ax, temperature in zip(fig.axes, (1, 8), strict=True):
         expected = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
         np.testing.assert_allclose([bar.get_width() for bar in ax.patches], expected)
@@ -185,17 +185,17 @@ def test_image_grid_and_temperatures():
 def every_figure(records):
     similarity = np.random.default_rng(0).uniform(-1, 1, (9, 9))
     captions = [f"a large striped shape number {i} on a grey background" for i in range(9)]
-    yield plots.performance_comparison(records)
-    yield plots.per_class_recall(records, "shape")
-    yield plots.training_curves(training_log())
-    yield plots.similarity_matrices({"base": similarity, "kd": similarity, "teacher": similarity}, captions)
-    yield plots.image_grid(np.zeros((7, 3, 8, 8), np.uint8), captions[:7])
-    yield plots.temperature_effect(10 * similarity[0], [1, 4, 8], captions)
+    yield figures.performance_comparison(records)
+    yield figures.per_class_recall(records, "shape")
+    yield figures.training_curves(training_log())
+    yield figures.similarity_matrices({"base": similarity, "kd": similarity, "teacher": similarity}, captions)
+    yield figures.image_grid(np.zeros((7, 3, 8, 8), np.uint8), captions[:7])
+    yield figures.temperature_effect(10 * similarity[0], [1, 4, 8], captions)
 
 
 def test_figures_are_reproducible_readable_and_do_not_overlap(records, tmp_path):
     for i, (fig, again) in enumerate(zip(every_figure(records), every_figure(records), strict=True)):
-        first = plots.save_figure(fig, tmp_path / f"{i}.png").read_bytes()
+        first = style.save_figure(fig, tmp_path / f"{i}.png").read_bytes()
         assert first == again._repr_png_()  # what a notebook shows is what the file holds
         assert imread(tmp_path / f"{i}.png").shape[1] == pytest.approx(150 * fig.get_figwidth(), abs=1)
         texts = [t for t in fig.findobj(Text) if t.get_text().strip() and t.get_visible()]

@@ -4,18 +4,17 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from mclip import examples, reproduce
-from mclip.config import ConfigError
-from mclip.data import load_pairs as load_scenes
-from mclip.defect_runs import MEASURES
-from mclip.examples import prompt_sensitivity
+from mclip.config import PROFILES, ConfigError
 from mclip.files import DATA, read_json
-from mclip.profiles import PROFILES
-from mclip.reproduce import README
+from mclip.recipes import load_model
 from mclip.results import ResultError, load_results, weights_sha256
-from mclip.runs import load_model
-from mclip.scenes import SceneConfig, export_scenes, make_scenes
-from mclip.tables import markdown_table, replace_block, retrieval_table, zero_shot_table
+from mclip.scenes.world import SceneConfig, export_scenes, make_scenes
+from mclip.show.tables import markdown_table, replace_block, retrieval_table, zero_shot_table
+from mclip.sources.loading import load_pairs as load_scenes
+from mclip.study import examples, reproduce
+from mclip.study.defect_runs import MEASURES
+from mclip.study.examples import prompt_sensitivity
+from mclip.study.reproduce import README
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +32,16 @@ def photographs(tmp_path_factory):
             source.write_bytes(sorted((folder / "val").rglob("*.jpg"))[index].read_bytes())
         csvs = [str(next((folder / split).glob("*.csv"))) for split in ("train", "val")]
         reproduce.photographs(
-            *csvs, data_size=0.5, teacher_epochs=1, max_epochs=1, batch_size=16, teacher_batch_size=16, seeds=2,
-            dataset=str(folder / "test"), out_dir=str(folder / "runs"),
-        )  # fmt: skip
+            *csvs,
+            data_size=0.5,
+            teacher_epochs=1,
+            max_epochs=1,
+            batch_size=16,
+            teacher_batch_size=16,
+            seeds=2,
+            dataset=str(folder / "test"),
+            out_dir=str(folder / "runs"),
+        )
     assert not (folder / "results").exists(), "what ships is overwritten"
     return folder / "runs" / "results"
 

@@ -11,8 +11,9 @@ import torch
 from scipy import stats
 from torch import nn
 
-from mclip import results, tables
+from mclip import results
 from mclip.results import ResultError, load_results, make_result, save_result, validate_result, weights_sha256
+from mclip.show import tables
 
 MODEL = {"name": "kd", "parameters": 10, "sha256": "0" * 64}
 TOP1 = {"value": 50.0, "low": 40.0, "high": 60.0}

@@ -8,20 +8,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mclip.data import load_pairs
-from mclip.datasets import image_folder_set
-from mclip.pictures import PictureError, open_picture, read_picture
-from mclip.rgb import as_rgb
+from mclip.pictures import PictureError, as_rgb, open_picture, read_picture
+from mclip.sources.loading import load_pairs
+from mclip.sources.zero_shot import image_folder_set
 
 ROW, COLUMN = np.mgrid[0:48, 0:64]
 GREY = (2 * ROW + COLUMN).astype(np.uint8)
 COLOURS = np.stack([4 * COLUMN, 5 * ROW, np.full_like(ROW, 40)], -1).astype(np.uint8)  # no two corners alike
 # What a camera held in each of the eight ways stores of an upright picture (EXIF 2.32, tag 0x0112).
 STORED = {
-    1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-    5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, 1),
-    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2), 8: lambda a: np.rot90(a, -1),
-}  # fmt: skip
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, 1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, -1),
+}
 
 
 def every_way(path: Path) -> list[np.ndarray]:
@@ -126,5 +130,5 @@ def test_pictures_that_were_decoded_otherwise_are_decoded_again(place, monkeypat
     monkeypatch.setenv("MCLIP_CACHE", str(tmp_path / "cache"))
     Image.fromarray(COLOURS).save(place / "picture.png")
     before = load_pairs(place.parent, 32, progress=False).key
-    monkeypatch.setattr("mclip.data.DECODING_VERSION", 1)
+    monkeypatch.setattr("mclip.sources.loading.DECODING_VERSION", 1)
     assert load_pairs(place.parent, 32, progress=False).key != before

@@ -10,21 +10,13 @@ import pytest
 import torch
 import yaml
 
-from mclip.cli import main
-from mclip.config import PRESETS, ConfigError, DistillConfig
+from mclip.cli.main import main
+from mclip.config import PRESETS, ConfigError, DistillConfig, get_profile
 from mclip.evaluate import evaluate_zero_shot
 from mclip.files import atomic_folder, atomic_path, missing_folder, write_json
+from mclip.recipes import evaluate_all, get_model_config, load_data, load_model, train_open_clip, train_student
 from mclip.results import load_results
-from mclip.runs import (
-    evaluate_all,
-    get_model_config,
-    get_profile,
-    load_data,
-    load_model,
-    train_open_clip,
-    train_student,
-)
-from mclip.scene_sets import scene_sets
+from mclip.scenes.test_sets import scene_sets
 from mclip.teacher import PLAIN_CLIP_CONFIG
 
 SMOKE = get_profile("smoke").training(progress=False, accelerator="cpu")

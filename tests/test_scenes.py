@@ -12,24 +12,12 @@ from matplotlib.path import Path as Polygon
 from torch import nn
 
 from mclip.config import ConfigError
-from mclip.data import load_pairs
-from mclip.drawing import SHAPES, _polygon, _regular, object_distance
-from mclip.paired import correct_of
-from mclip.scene_sets import PAIRS, evaluate_relation, relation_captions, scene_sets
-from mclip.scenes import (
-    COLOUR_NAMES,
-    COLOUR_WORDS,
-    HELD_OUT,
-    RELATIONS,
-    SHAPE_NAMES,
-    SHAPE_WORDS,
-    SPLITS,
-    SceneConfig,
-    captions_of,
-    export_scenes,
-    make_scenes,
-    sample_table,
-)
+from mclip.metrics import correct_of
+from mclip.scenes.captions import COLOUR_NAMES, COLOUR_WORDS, RELATIONS, SHAPE_NAMES, SHAPE_WORDS
+from mclip.scenes.drawing import SHAPES, _polygon, _regular, object_distance
+from mclip.scenes.test_sets import PAIRS, evaluate_relation, relation_captions, scene_sets
+from mclip.scenes.world import HELD_OUT, SPLITS, SceneConfig, captions_of, export_scenes, make_scenes, sample_table
+from mclip.sources.loading import load_pairs
 
 
 @pytest.fixture(autouse=True)
@@ -153,8 +141,12 @@ def test_relation_captions_differ_in_the_relation_alone():
     for row, (true, false) in enumerate(zip(*relation_captions(scenes), strict=True)):
         assert true != false
         (cx, other_cx), (cy, other_cy) = scenes.table["cx"][row], scenes.table["cy"][row]
-        holds = {"to the left of": cx < other_cx, "to the right of": cx > other_cx,
-                 "above": cy < other_cy, "below": cy > other_cy}  # fmt: skip
+        holds = {
+            "to the left of": cx < other_cx,
+            "to the right of": cx > other_cx,
+            "above": cy < other_cy,
+            "below": cy > other_cy,
+        }
         opposite = {"to the left of": "to the right of", "above": "below"}
         opposite |= {word: other for other, word in opposite.items()}
         (named,) = (phrase for phrase in RELATIONS if phrase in true)

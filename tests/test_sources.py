@@ -18,13 +18,13 @@ from bad_server import Server, serving
 from PIL import Image
 from torchvision.datasets import utils
 
-from mclip import datasets, downloads, sources
-from mclip.cli import main
+from mclip.cli.main import main
 from mclip.config import ConfigError
-from mclip.data import load_pairs
-from mclip.datasets import TORCHVISION_SETS, torchvision_set
-from mclip.downloads import DownloadError
-from mclip.sources import caption_set
+from mclip.sources import caption_sets, downloads, zero_shot
+from mclip.sources.caption_sets import caption_set
+from mclip.sources.downloads import DownloadError
+from mclip.sources.loading import load_pairs
+from mclip.sources.zero_shot import TORCHVISION_SETS, torchvision_set
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ ARCHIVES = {
 def small(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     """The same sources with tiny archives, served locally."""
 
-    def local(archive: sources.Archive) -> sources.Archive:
+    def local(archive: downloads.Archive) -> downloads.Archive:
         content = ARCHIVES[archive.name]
         server.files[f"/{archive.name}"] = content
         checksum, size = "md5:" + hashlib.md5(content).hexdigest(), archive.size and len(content)
@@ -98,9 +98,9 @@ def small(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
 
     table = {
         name: {split: tuple(map(local, found)) for split, found in splits.items()}
-        for name, splits in sources.SOURCES.items()
+        for name, splits in caption_sets.SOURCES.items()
     }
-    monkeypatch.setattr(sources, "SOURCES", table)
+    monkeypatch.setattr(caption_sets, "SOURCES", table)
     return server
 
 
@@ -114,7 +114,7 @@ def test_a_set_is_fetched_unpacked_and_read(small, tmp_path, name, sizes):
         first = sum(list(sizes.values())[: list(sizes).index(split)])  # pictures are as red as their number
         assert pairs.images[:, 0].mean((1, 2)).tolist() == pytest.approx(range(first, first + size), abs=1)
     asked = len(small.requests)
-    assert asked == 1 + len({archive for found in sources.SOURCES[name].values() for archive in found})
+    assert asked == 1 + len({archive for found in caption_sets.SOURCES[name].values() for archive in found})
     for archive in (tmp_path / name).glob("*.zip"):
         archive.unlink()
     caption_set(name, tmp_path, download=True)
@@ -198,7 +198,7 @@ def test_hostile_and_broken_archives_leave_torchvision_nothing(server, tmp_path)
             bundle.addfile(member, io.BytesIO(bytes(range(250)) * 20))
         server.files["/x.tgz"] = buffer.getvalue() if name == "../evil" else buffer.getvalue()[:100]
         folder = tmp_path / "in"
-        with datasets._our_downloads(), pytest.raises(DownloadError, match=match):
+        with zero_shot._our_downloads(), pytest.raises(DownloadError, match=match):
             utils.download_and_extract_archive(f"{server.url}/x.tgz", str(folder))
         assert [path.name for path in folder.iterdir() if not path.name.startswith(".x")] == ["x.tgz"]
         (folder / "x.tgz").unlink()
@@ -207,7 +207,7 @@ def test_hostile_and_broken_archives_leave_torchvision_nothing(server, tmp_path)
 def test_two_archives_of_a_set_are_merged(server, tmp_path):
     for number in (1, 2):
         server.files[f"/{number}.zip"] = zipped({f"GTSRB/part{number}/{number}.txt": b"1", "readme": b"%d" % number})
-        with datasets._our_downloads():
+        with zero_shot._our_downloads():
             utils.download_and_extract_archive(f"{server.url}/{number}.zip", str(tmp_path))
     assert sorted(p.name for p in (tmp_path / "GTSRB").rglob("*.txt")) == ["1.txt", "2.txt"]
     assert (tmp_path / "readme").read_bytes() == b"2"
@@ -217,7 +217,9 @@ def test_a_link_to_google_drive_names_gdown(tmp_path, monkeypatch):
     def through_drive(root, download, **_):
         utils.download_url("https://drive.google.com/file/d/137RyRjvTBkBiIfeYBNZBtViDHQ6_Ewsp/view", root)
 
-    monkeypatch.setitem(datasets._SOURCES, "caltech101", replace(datasets._SOURCES["caltech101"], build=through_drive))
+    monkeypatch.setitem(
+        zero_shot._SOURCES, "caltech101", replace(zero_shot._SOURCES["caltech101"], build=through_drive)
+    )
     monkeypatch.setitem(sys.modules, "gdown", None)
     with pytest.raises(ConfigError, match=r"pip install gdown.*place its files there"):
         torchvision_set("caltech101", tmp_path, download=True)
@@ -228,9 +230,9 @@ def test_what_is_there_is_opened_without_the_network(name, tmp_path, monkeypatch
     def refuse(url: str, *_: object, **__: object) -> None:
         pytest.fail(f"{url} was asked for")
 
-    monkeypatch.setattr(datasets, "fetch", refuse)
+    monkeypatch.setattr(zero_shot, "fetch", refuse)
     monkeypatch.setattr("socket.create_connection", refuse)
-    source = datasets._SOURCES[name]
+    source = zero_shot._SOURCES[name]
     if source.downloads:
         [check] = {"_check_exists", "_check_integrity"} & {key for kind in source.build.__mro__ for key in vars(kind)}
         monkeypatch.setattr(source.build, check, lambda self: True)
@@ -240,7 +242,7 @@ def test_what_is_there_is_opened_without_the_network(name, tmp_path, monkeypatch
 
 
 def test_a_whole_set_is_opened_with_download(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "fetch", lambda *_, **__: pytest.fail("the network was asked"))
+    monkeypatch.setattr(zero_shot, "fetch", lambda *_, **__: pytest.fail("the network was asked"))
     for i, name in enumerate(CLASSES.split()):
         folder = tmp_path / "eurosat" / "2750" / name
         folder.mkdir(parents=True)

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 from toy_run import CASES, FIXED, SETTINGS, Toy, run
 
-from mclip.batches import BatchSource
 from mclip.config import ConfigError
-from mclip.data import Pairs
+from mclip.pairs import BatchSource, Pairs
 from mclip.steps import statistics_at_rest
 from mclip.train import read_log
 
@@ -144,12 +143,23 @@ def test_two_machines_equal_one(tmp_path):
     meet = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
     machines = [
         subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *meet, "--node-rank", str(rank), str(script),
-             str(tmp_path / "two"), "all_terms"],
-            env=environment, stderr=subprocess.PIPE, text=True,
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                *meet,
+                "--node-rank",
+                str(rank),
+                str(script),
+                str(tmp_path / "two"),
+                "all_terms",
+            ],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     for machine in machines:
         assert machine.wait(timeout=300) == 0, machine.stderr.read()[-2000:]
     run(tmp_path / "one", CASES["all_terms"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mclip.results import ResultError, make_result
-from mclip.tables import bench_table, reached, retrieval_table
+from mclip.show.tables import bench_table, reached, retrieval_table
 
 MODEL = {"name": "kd", "parameters": 1, "sha256": "0" * 64}
 

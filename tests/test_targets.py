@@ -14,9 +14,9 @@ from test_train import TINY
 
 from mclip import targets as module
 from mclip.config import ConfigError, DistillConfig, TrainConfig
-from mclip.data import BatchSource, Pairs
+from mclip.pairs import BatchSource, Pairs
 from mclip.pictures import Crops, square
-from mclip.runs import load_model, train_student
+from mclip.recipes import load_model, train_student
 from mclip.targets import OnlineTargets, Shards, get_targets, teacher_targets
 from mclip.teacher import Teacher, TeacherError, load_teacher
 
@@ -53,8 +53,9 @@ def test_small_shards_hold_what_one_large_one_holds(teacher, own_cache, monkeypa
     monkeypatch.setattr(module, "CAPTIONS_IN_SHARD", 6)
     parts = teacher_targets(teacher, toy(), progress=False)
     assert sorted(p.name for p in Path(str(own_cache) + "2").rglob("*.npy")) == [
-        *(f"images-{n:05d}.npy" for n in range(3)), *(f"texts-{n:05d}.npy" for n in range(4)),
-    ]  # fmt: skip
+        *(f"images-{n:05d}.npy" for n in range(3)),
+        *(f"texts-{n:05d}.npy" for n in range(4)),
+    ]
     np.testing.assert_allclose(parts.images[:], images, atol=2e-3)
     np.testing.assert_allclose(parts.texts[:], texts, atol=2e-3)
     assert parts.images[:].dtype == np.float16

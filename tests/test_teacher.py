@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mclip.config import ConfigError, DistillConfig
-from mclip.data import Batch, Pairs, join_targets
 from mclip.files import DATA
 from mclip.losses import response
 from mclip.objectives import Distillation
+from mclip.pairs import Batch, Pairs, join_targets
 from mclip.targets import check_targets, teacher_targets
 from mclip.teacher import (
     TEACHER_CONFIG,

@@ -121,9 +121,13 @@ def test_padding_with_end_tokens_is_padding_too():
 
 
 @given(
-    batch=st.integers(1, 3), length=st.integers(1, 12), heads=st.integers(1, 3), each=st.integers(1, 3),
-    half=st.integers(0, 7), seed=st.integers(0, 1000),
-)  # fmt: skip
+    batch=st.integers(1, 3),
+    length=st.integers(1, 12),
+    heads=st.integers(1, 3),
+    each=st.integers(1, 3),
+    half=st.integers(0, 7),
+    seed=st.integers(0, 1000),
+)
 @settings(max_examples=60, deadline=None)
 def test_light_conv_equals_the_definition_and_conv1d(batch, length, heads, each, half, seed):
     torch.manual_seed(seed)

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from mclip.config import ConfigError, DistillConfig, ImageConfig, ModelConfig, TextConfig, TrainConfig
-from mclip.data import Batch, BatchSource, Pairs, Targets
 from mclip.model import MobileCLIP
 from mclip.objectives import Contrastive, Distillation
-from mclip.runs import BASE, student_prepare
-from mclip.train import TrainError, learning_rate, read_log, train
+from mclip.pairs import Batch, BatchSource, Pairs, Targets
+from mclip.recipes import BASE, student_prepare
+from mclip.steps import TrainError
+from mclip.train import learning_rate, read_log, train
 
 TINY = ModelConfig(
     "tiny",
@@ -41,8 +42,17 @@ def toy_pairs(pictures=24):
     return Pairs(rng.integers(0, 256, (pictures, 3, 32, 32), dtype=np.uint8), captions, "toy", "toy")
 
 
-def run(tmp_path, distill=BASE, settings=SETTINGS, resume=True, validate=None, stop_after=None, pairs=None,
-        config=TINY, teacher="teacher"):  # fmt: skip
+def run(
+    tmp_path,
+    distill=BASE,
+    settings=SETTINGS,
+    resume=True,
+    validate=None,
+    stop_after=None,
+    pairs=None,
+    config=TINY,
+    teacher="teacher",
+):
     torch.manual_seed(settings.seed)
     model, pairs = MobileCLIP(config), pairs or toy_pairs()
     targets, objective = None, Contrastive(distill)

@@ -13,7 +13,7 @@ from torch import nn
 from mclip.config import PRESETS, ConfigError
 from mclip.metrics import EvaluationError
 from mclip.model import MobileCLIP
-from mclip.widgets import MAX_PROMPTS, compare_prompts, make_update, prompt_chart, prompt_explorer, read_prompts
+from mclip.show.widgets import MAX_PROMPTS, compare_prompts, make_update, prompt_chart, prompt_explorer, read_prompts
 
 PNG = b"\x89PNG"
 

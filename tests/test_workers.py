@@ -78,10 +78,10 @@ def test_a_killed_course_leaves_no_notebook_that_trains_on(tmp_path):
     wait = f"import os, pathlib, time\npathlib.Path({str(started)!r}).write_text(str(os.getpid()))\ntime.sleep(120)"
     write_notebook(tmp_path / "notebooks" / "01_first.ipynb", wait)
     code = (
-        "import sys, pathlib, signal; from mclip import cli, course\n"
+        "import sys, pathlib, signal; from mclip.cli import course, main\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # as in a background job of a shell
         f"course.NOTEBOOKS = pathlib.Path({str(tmp_path / 'notebooks')!r})\n"
-        f"sys.exit(cli.main(['course', '--out', {str(tmp_path / 'out')!r}]))"
+        f"sys.exit(main.main(['course', '--out', {str(tmp_path / 'out')!r}]))"
     )
     course = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (started.exists() and started.read_text()) and time.monotonic() < ended:

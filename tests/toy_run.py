@@ -10,17 +10,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from mclip.config import DistillConfig, TrainConfig
-from mclip.data import BatchSource, Pairs, Targets
 from mclip.objectives import Distillation
+from mclip.pairs import BatchSource, Pairs, Targets
 from mclip.train import TrainResult, train
 
 SETTINGS = TrainConfig(
     max_epochs=2, batch_size=9, learning_rate=0.01, progress=False, accelerator="cpu", clip_grad_norm=100.0
 )
 FIXED = DistillConfig(
-    aligner="mlp", phases=(0.0, 0.0, 0.5), ramp=0.0, balancers=("fixed",), feature_weight=1.0, icl_weight=1.0,
+    aligner="mlp",
+    phases=(0.0, 0.0, 0.5),
+    ramp=0.0,
+    balancers=("fixed",),
+    feature_weight=1.0,
+    icl_weight=1.0,
     similarity_weight=1.0,
-)  # fmt: skip
+)
 CASES = {
     "info_nce": dataclasses.replace(FIXED, feature_weight=0.0, icl_weight=0.0, similarity_weight=0.0),
     "siglip": dataclasses.replace(FIXED, task="siglip"),

@@ -1,0 +1,74 @@
+"""The course's explorers as one page without code, served by Voila: what ``make app`` opens.
+
+The page is a notebook put together from cells of the lessons: those tagged "app" are shown, those tagged "app-setup"
+run unseen before them. Each visitor gets a kernel of their own.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from mclip.cli.course import NOTEBOOKS
+from mclip.files import atomic_path
+
+SERVED = ("00", "11")
+"""Numbers of the notebooks on the page; one that is not there is left out."""
+WELCOME = """\
+# A small CLIP to play with
+
+CLIP is a pair of networks, one for pictures and one for sentences, that says how well a picture and a sentence fit.
+This one is small enough for a phone. It has learnt from drawn pictures, each of a shape or two on some ground, and
+from captions such as *a striped red star on grass*: about anything else it can only guess.
+
+**What to do:** change what stands in the boxes, then click outside: the chart below them answers. What you type stays
+on this machine. How all of this works is the subject of the course's notebooks; `make lab` opens them.
+"""
+LIMITS = (
+    "--VoilaExecutor.startup_timeout=60",  # seconds until a kernel has to answer
+    "--VoilaExecutor.timeout=300",  # seconds that a cell may take
+    "--MappingKernelManager.cull_idle_timeout=600",  # kernels of visitors who have gone are ended
+    "--MappingKernelManager.cull_interval=60",
+)
+
+
+def make_page() -> NotebookNode:
+    """The notebook behind the page: a welcome, then the tagged cells of each notebook in :data:`SERVED`.
+
+    They run in the profile "smoke", which has pictures enough to choose from, so that the page is there in seconds.
+    """
+    page = new_notebook(cells=[new_markdown_cell(WELCOME)])
+    for path in sorted(path for number in SERVED for path in NOTEBOOKS.glob(f"{number}_*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        page.metadata.update(notebook.metadata)
+        for cell in notebook.cells:
+            tags = cell.metadata.get("tags", [])
+            if "app" in tags:
+                make = new_markdown_cell if cell.cell_type == "markdown" else new_code_cell
+                page.cells.append(make(cell.source))
+            elif "app-setup" in tags:
+                page.cells.append(new_code_cell(f"%%capture\n{cell.source}"))
+            if "parameters" in tags:
+                page.cells.append(new_code_cell('profile = "smoke"'))
+    return page
+
+
+def app(out: str = "runs/app", port: int = 8866, open_browser: bool = True) -> None:
+    """Serve the page at http://localhost:PORT, to this machine alone, until Ctrl-C.
+
+    Args:
+        out: folder that the page's notebook is written to.
+        port: where to listen.
+        open_browser: show the page in the default browser.
+    """
+    from voila.app import Voila  # takes a second to import, which no other command should wait for
+
+    path = Path(out).resolve() / "mclip.ipynb"
+    with atomic_path(path) as temporary:
+        temporary.write_text(nbformat.writes(make_page()), encoding="utf-8")
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # a kernel of this Python, whatever others the user has
+    Voila.launch_instance([str(path), f"--port={port}", f"--Voila.open_browser={open_browser}", *LIMITS])

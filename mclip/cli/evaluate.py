@@ -1,0 +1,108 @@
+"""The command ``evaluate``: one model, or two side by side, on a set to classify or on captions to retrieve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mclip.cli.commands import ProfileName
+from mclip.config import closest, get_profile, require
+from mclip.evaluate import evaluate_retrieval, evaluate_zero_shot, image_size_of
+from mclip.metrics import compare, describe
+from mclip.recipes import device_for, load_model, model_name
+from mclip.results import save_result
+from mclip.scenes.test_sets import RELATION, SETS, evaluate_relation, scene_sets
+from mclip.sources.loading import SCENES, load_pairs
+from mclip.sources.zero_shot import TORCHVISION_SETS, zero_shot_set
+
+CAPTIONS = (".csv", ".tsv", ".json")
+
+
+def evaluate(
+    model_checkpoint: str,
+    dataset: str = "scenes",
+    prompt: str = "",
+    root_dir: str = "",
+    save_results: str = "",
+    profile: ProfileName = "cpu",
+    download: bool = False,
+    seed: int = 0,
+    compare_with: str = "",
+) -> None:
+    """Classify pictures zero-shot, or find them by their captions, and print the scores with 95 % intervals.
+
+    Args:
+        model_checkpoint: base, kd, clip, teacher, or a model folder.
+        dataset: scenes (all its sets), one of its sets, a torchvision set such as cifar10, a folder of pictures in one
+            sub-folder per class, or a .csv, .tsv or .json file of captions for retrieval.
+        prompt: replaces the prompts of one set to classify, for example "a photo of a".
+        root_dir: where torchvision's sets lie.
+        save_results: a folder for the results files.
+        profile: decides how many scenes are drawn.
+        download: let torchvision download the set.
+        seed: of the bootstrap.
+        compare_with: a second model, whose classes of the same pictures are compared with the first one's.
+    """
+    _require_options(model_checkpoint, dataset, prompt, seed, compare_with)
+    names = [name for name in (model_checkpoint, compare_with) if name]
+    models = {model_name(name): load_model(name, device_for("auto")) for name in names}
+    remedy = "give another model than model_checkpoint, in a folder of another name"
+    require(len(models) == len(names), "compare_with", compare_with, remedy)
+    if _is_captions(dataset):
+        ((name, (model, tokenizer)),) = models.items()
+        record = evaluate_retrieval(model, tokenizer, load_pairs(dataset, image_size_of(model)), name, seed=seed)
+        for way, recalls in record["metrics"].items():
+            print(f"{name:10} {way.replace('_', ' '):14} {_shown(recalls)}  n={record['n']}")
+        _save(record, save_results, name)
+        return
+    count = get_profile(profile).test_pictures
+    drawn = scene_sets(count=count) if dataset in (SCENES, *SETS) else {}
+    for each in [*drawn, RELATION] if dataset == SCENES else [dataset]:
+        data = None if each == RELATION else zero_shot_set(each, root_dir or None, download, drawn)
+        records = []
+        for name, (model, tokenizer) in models.items():
+            if data is None:
+                record = evaluate_relation(model, tokenizer, name, count=count // 2, seed=seed)
+            else:
+                record = evaluate_zero_shot(model, tokenizer, data, name, prompt=prompt or None, seed=seed)
+            scores = {key: record["metrics"][key] for key in dict.fromkeys(("top1", record["details"]["metric"]))}
+            print(f"{name:10} {record['dataset']:14} {_shown(scores)}  n={record['n']}")
+            _save(record, save_results, name)
+            records.append(record)
+        if compare_with:
+            paired, title = compare(*records), " - ".join(models)
+            print(f"{title}: {describe(paired)}")
+            _save(paired, save_results, "-".join(models))
+
+
+def _is_captions(dataset: str) -> bool:
+    return Path(dataset).suffix.lower() in CAPTIONS
+
+
+def _require_options(model_checkpoint: str, dataset: str, prompt: str, seed: int, compare_with: str) -> None:
+    """ConfigError for what cannot work, before anything is loaded or drawn: no option is left unheard."""
+    require(model_checkpoint != "", "model_checkpoint", "", "give base, kd, clip, teacher, or a model folder")
+    require(seed >= 0, "seed", seed, "give a whole number from 0")
+    known = (SCENES, *SETS, RELATION, *TORCHVISION_SETS)
+    there = dataset in known or _is_captions(dataset) or (dataset != "" and Path(dataset).expanduser().is_dir())
+    remedy = f"{closest(dataset, known)} (or name a folder of pictures, or a {', '.join(CAPTIONS)} file of captions)"
+    require(there, "dataset", dataset, remedy)
+    remedy = "the scenes sets have prompts of their own; name one set"
+    require(not (prompt and dataset == SCENES), "prompt", prompt, remedy)
+    remedy = "the set relation is a choice between two captions of its own; leave the prompt out"
+    require(not (prompt and dataset == RELATION), "prompt", prompt, remedy)
+    remedy = "retrieval reads the captions of the file; leave the prompt out"
+    require(not (prompt and _is_captions(dataset)), "prompt", prompt, remedy)
+    remedy = "only answers of a classification are compared; evaluate the second model by itself"
+    require(not (compare_with and _is_captions(dataset)), "compare_with", compare_with, remedy)
+
+
+def _shown(scores: dict[str, Any]) -> str:
+    words = {"top1": "top-1", "mean_per_class_recall": "mean per-class recall"}
+    parts = [(words.get(key, key.upper().replace("R", "R@")), value) for key, value in scores.items()]
+    return "  ".join(f"{key} {v['value']:5.1f} % [{v['low']:.1f}, {v['high']:.1f}]" for key, v in parts)
+
+
+def _save(record: dict[str, Any], folder: str, name: str) -> None:
+    if folder:
+        save_result(Path(folder) / f"{record['task']}_{record['dataset']}_{name}.json", record)

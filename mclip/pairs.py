@@ -1,0 +1,251 @@
+"""The batches of an epoch: tensors for the student, and the teacher's embeddings beside them."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as VF
+
+from mclip.config import require
+from mclip.pictures import Crops, pool
+
+if TYPE_CHECKING:
+    from mclip.targets import OnlineTargets
+from PIL import Image
+
+from mclip.files import content_key
+from mclip.pictures import Pictures, decode, met_late, open_picture, square
+from mclip.sources.readers import Captions, Texts
+
+READ_AHEAD = 2  # batches
+
+
+def normalise(images: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 pictures (B, 3, H, W) -> standardised float (B, 3, size, size).
+
+    The shortest side is resized (bicubic) and the centre cut out, as for PIL pictures: nothing is squashed.
+    """
+    pictures = images.float() / 255
+    if tuple(images.shape[-2:]) != (size, size):
+        pictures = VF.resize(pictures, [size], interpolation=InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+        pictures = VF.center_crop(pictures, [size, size])
+    # Convolutions on a CPU are a quarter to a third faster when the channels lie innermost.
+    return VF.normalize(pictures, list(mean), list(std)).contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """A frozen teacher's embeddings of every picture (N, D) and every caption (M, D), and its logit scale.
+
+    With crops, ``images`` is (N, K, D), of the K views of each picture that ``seeds`` (N, K) replay. ``key`` changes
+    with the teacher's weights, its view of the pictures and the data.
+    """
+
+    images: np.ndarray
+    texts: np.ndarray
+    logit_scale: float
+    key: str = ""
+    seeds: np.ndarray | None = None
+
+    def of(self, pictures: np.ndarray, captions: np.ndarray, view: np.ndarray, seeds: Any) -> tuple[Tensor, Tensor]:
+        """The embeddings (B, D) of these pictures, each in its view, and of these captions."""
+        rows = self.images[pictures]
+        rows = rows if self.seeds is None else rows[np.arange(len(rows)), view]
+        return tuple(torch.from_numpy(np.asarray(found, np.float32)) for found in (rows, self.texts[captions]))
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The rows of several arrays, each (N, ..., D), as one of (N, ..., sum of D): joined when they are asked for."""
+
+    parts: Sequence[np.ndarray]
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return np.concatenate([part[rows] for part in self.parts], -1) / math.sqrt(len(self.parts))
+
+
+def join_targets(several: Sequence[Targets]) -> Targets:
+    """The targets of several teachers side by side: (N, sum of D), shortened together to unit vectors.
+
+    The cosine of two such vectors is the mean of the teachers' cosines.
+    """
+    if len(several) == 1:
+        return several[0]
+    images, texts = (SideBySide([getattr(targets, kind) for targets in several]) for kind in ("images", "texts"))
+    scale = math.prod(targets.logit_scale for targets in several) ** (1 / len(several))
+    return Targets(images, texts, scale, "+".join(targets.key for targets in several), several[0].seeds)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step reads: token ids (B, T), the teacher's embeddings (B, D) if any, and pictures.
+
+    Pictures wait as uint8 ``pixels`` (B, 3, S, S), a quarter of what ``images``, ready for the model, take: of a step
+    in many pieces only one is ready at a time.
+    """
+
+    pixels: Tensor
+    tokens: Tensor
+    index: Tensor
+    teacher_image: Tensor | None = None
+    teacher_text: Tensor | None = None
+    prepare: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def images(self) -> Tensor:
+        """What the model reads, (B, 3, S', S')."""
+        return self.prepare(self.pixels) if self.prepare else self.pixels
+
+    def to(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        """All tensors through ``move``."""
+        return Batch(**{key: move(value) if isinstance(value, Tensor) else value for key, value in vars(self).items()})
+
+
+class BatchSource:
+    """The batches of each epoch: a function of (seed, epoch) alone, so that a resumed run sees the same ones.
+
+    Every epoch visits each picture once, in a new order, with one of its captions chosen at random; the last
+    incomplete batch is left out, since its pairs would have fewer in-batch negatives. While a batch is used, the
+    next one is read.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        tokenizer: Any,
+        prepare: Callable[[Tensor], Tensor],
+        batch_size: int,
+        seed: int,
+        targets: Targets | OnlineTargets | None = None,
+        crops: Crops | None = None,
+    ) -> None:
+        require(
+            batch_size <= len(pairs),
+            "batch_size",
+            batch_size,
+            f"there are {len(pairs)} pictures; choose a smaller batch",
+        )
+        self.pairs, self.prepare, self.batch_size, self.seed = pairs, prepare, batch_size, seed
+        self.tokenizer, self.targets, self.crops = tokenizer, targets, crops
+        self.first_caption = pairs.first_caption
+
+    def __len__(self) -> int:
+        return len(self.pairs) // self.batch_size
+
+    def epoch(self, epoch: int, start: int = 0, process: int = 0, processes: int = 1) -> Iterator[Batch]:
+        """The batches of ``epoch`` from number ``start`` on; of each, the part of one of several processes."""
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self.pairs))
+        counts = np.diff(self.first_caption)[order]
+        offset = (rng.random(len(order)) * counts).astype(np.int64)
+
+        def batch(number: int) -> Batch:
+            whole = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
+            rows = np.array_split(whole, processes)[process]
+            return self._batch(order[rows], offset[rows], epoch)
+
+        numbers = iter(range(start, len(self)))
+        with ThreadPoolExecutor(1, "batches") as reader:
+            waiting = deque(reader.submit(batch, number) for number in islice(numbers, READ_AHEAD))
+            try:
+                while waiting:
+                    ready = waiting.popleft().result()
+                    waiting.extend(reader.submit(batch, number) for number in islice(numbers, 1))
+                    yield ready
+            finally:
+                reader.shutdown(wait=True, cancel_futures=True)
+
+    def _batch(self, pictures: np.ndarray, offset: np.ndarray, epoch: int) -> Batch:
+        captions = self.first_caption[pictures] + offset
+        tokens = self.tokenizer([self.pairs.captions[p][o] for p, o in zip(pictures, offset, strict=True)])
+        view = seeds = None
+        if self.crops:
+            view = self.crops.view(pictures, epoch)
+            seeds = self.crops.seeds(pictures, view)
+        batch = Batch(
+            torch.from_numpy(self._pixels(pictures, seeds)), tokens, torch.from_numpy(pictures), prepare=self.prepare
+        )
+        if self.targets is None:
+            return batch
+        image, text = self.targets.of(pictures, captions, view, seeds)
+        return replace(batch, teacher_image=image, teacher_text=text)
+
+    def _pixels(self, pictures: np.ndarray, seeds: np.ndarray | None) -> np.ndarray:
+        images = self.pairs.images
+        if seeds is None:
+            return np.ascontiguousarray(images[pictures])
+        return np.stack(
+            list(pool().map(lambda p, s: self.pairs.cropped(p, images.shape[-1], s, self.crops), pictures, seeds))
+        )
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pictures with their captions.
+
+    Attributes:
+        images: (N, 3, S, S) uint8: an array, in memory or memory-mapped, or decoded whenever indexed.
+        captions: for each picture one caption or more.
+        key: changes whenever pictures or captions do; cached teacher targets are kept under it.
+        name: for messages and results files.
+        files: where the pictures came from, so that a teacher can read them at its own size; None for scenes.
+        skipped: number of rows left out by ``on_error="skip"``.
+    """
+
+    images: np.ndarray | Pictures
+    captions: Sequence[list[str]]
+    key: str
+    name: str
+    files: Sequence[str] | None = None
+    skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def first_caption(self) -> np.ndarray:
+        """(N + 1,) position of each picture's first caption in the flat list of all captions."""
+        if isinstance(self.captions, Captions):
+            return self.captions.first
+        return np.concatenate([[0], np.cumsum([len(own) for own in self.captions])])
+
+    def picture(self, row: int) -> Image.Image:
+        """The picture as it came, at its full size."""
+        if not self.files:
+            return Image.fromarray(self.images[row].transpose(1, 2, 0))
+        with met_late():
+            return open_picture(self.files[row])
+
+    def cropped(self, row: int, size: int, seed: int, crops: Crops) -> np.ndarray:
+        """The crop of a picture that ``seed`` decides, (3, size, size) uint8."""
+        if self.files:
+            with met_late():
+                return decode(self.files[row], size, seed, crops.smallest)
+        return square(torch.from_numpy(np.array(self.images[row])), size, seed, crops.smallest).numpy()
+
+    def fraction(self, data_size: float, seed: int = 0) -> Pairs:
+        """A random ``data_size`` of the pictures, chosen by ``seed``, in their old order; at least one."""
+        require(0 < data_size <= 1, "data_size", data_size, "choose a share of the pictures in (0, 1]")
+        if data_size == 1:
+            return self
+        count = max(1, round(data_size * len(self)))
+        rows = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
+        files = self.files and Texts(self.files[int(row)] for row in rows)
+        captions = self.captions
+        return replace(
+            self,
+            images=Pictures(files, self.images.size) if isinstance(self.images, Pictures) else self.images[rows],
+            captions=captions.subset(rows) if isinstance(captions, Captions) else [captions[row] for row in rows],
+            key=content_key(self.key, data_size, seed),
+            files=files,
+        )

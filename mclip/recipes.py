@@ -1,0 +1,288 @@
+"""The runs of the course, each one function: students, plain CLIP and teacher, and the evaluation of all.
+
+Notebooks and the command line call the same functions, so that equal settings give equal weights.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mclip.config import (
+    PRESETS,
+    SHIPPED,
+    DistillConfig,
+    ModelConfig,
+    TrainConfig,
+    closest,
+    from_yaml,
+    get_profile,
+    require,
+)
+from mclip.evaluate import embed_images, embed_texts, evaluate_zero_shot
+from mclip.files import DATA, atomic_path, processes
+from mclip.metrics import first_hit_ranks
+from mclip.model import MobileCLIP
+from mclip.objectives import Contrastive, Distillation
+from mclip.pairs import BatchSource, Pairs, normalise
+from mclip.results import save_result
+from mclip.scenes.test_sets import evaluate_relation, scene_sets
+from mclip.scenes.world import SceneConfig
+from mclip.sources.loading import load_pairs
+from mclip.steps import Record
+from mclip.targets import get_crops, get_targets
+from mclip.teacher import load_open_clip, load_teacher, load_teachers, save_weights, write_untrained
+from mclip.train import TrainResult, train
+
+BASE = DistillConfig(feature_weight=0.0, response_weight=0.0)
+"""The student's own loss and nothing else."""
+
+
+def get_model_config(name_or_path: str) -> ModelConfig:
+    """A preset by name, or a configuration from a YAML file."""
+    if name_or_path in PRESETS:
+        return PRESETS[name_or_path]
+    is_file = Path(name_or_path).suffix in (".yaml", ".yml")
+    require(is_file, "config_path", name_or_path, f"give a .yaml file or a name; {closest(name_or_path, PRESETS)}")
+    return from_yaml(ModelConfig, name_or_path)
+
+
+def load_data(
+    profile: str,
+    image_size: int,
+    *,
+    train_data_path: str = "",
+    val_data_path: str = "",
+    data_size: float = 1.0,
+    noise: float = 0.0,
+    seed: int = 0,
+    progress: bool = True,
+    **reading: Any,
+) -> tuple[Pairs, Pairs]:
+    """Training and validation pairs: scenes of the profile's size where both paths are empty.
+
+    ``reading`` is passed on to :func:`~mclip.data.load_pairs`: the keys of a CSV, and what to do with bad rows.
+    """
+    remedy = "pairs to train on need pairs of the same kind to validate with"
+    given = "{" in train_data_path or (train_data_path != "" and Path(train_data_path).exists())
+    require(bool(val_data_path) or not given, "val_data_path", val_data_path, remedy)
+    size = get_profile(profile).pictures
+    train_scenes = SceneConfig(size, image_size, "train", noise=noise)
+    val_scenes = SceneConfig(max(64, size // 20), image_size, "val")
+    reading |= {"progress": progress}
+    training = load_pairs(train_data_path, image_size, data_size=data_size, seed=seed, scenes=train_scenes, **reading)
+    return training, load_pairs(val_data_path, image_size, scenes=val_scenes, **reading)
+
+
+def student_prepare(config: ModelConfig) -> Callable[[Tensor], Tensor]:
+    """uint8 pictures -> what the student reads."""
+    return lambda images: normalise(images, config.image.image_size, MobileCLIP.MEAN, MobileCLIP.STD)
+
+
+def retrieval_validation(tokenizer: Any, pairs: Pairs, limit: int = 1000) -> Callable[[nn.Module], dict[str, float]]:
+    """A function from a model to R@1/5/10 in percent, both ways averaged, over one caption of each picture."""
+    images = torch.from_numpy(np.array(pairs.images[:limit]))
+    captions = [own[0] for own in pairs.captions[:limit]]
+    own = torch.arange(len(images))
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        image, text = embed_images(model, images)[0], embed_texts(model, tokenizer, captions)
+        ranks = torch.cat([first_hit_ranks(image, text, own, own), first_hit_ranks(text, image, own, own)])
+        return {f"r{k}": 100 * (ranks < k).float().mean().item() for k in (1, 5, 10)}
+
+    return validate
+
+
+def train_student(
+    config: ModelConfig,
+    training: Pairs,
+    validation: Pairs,
+    settings: TrainConfig,
+    out_dir: str | Path,
+    *,
+    distill: DistillConfig = BASE,
+    teacher_model: str = SHIPPED,
+    teacher_pretrained: str | None = None,
+    base_checkpoint: str = "",
+    resume: bool = True,
+    on_record: Callable[[Record], None] | None = None,
+) -> TrainResult:
+    """Train a student, from scratch or from ``base_checkpoint``; ``distill`` decides whether there is a teacher.
+
+    ``teacher_model`` and ``teacher_pretrained`` may name several teachers, separated by commas. ``base_checkpoint`` and
+    ``resume`` as in :func:`load_model` and :func:`~mclip.train.train`.
+
+    The model folder is ``out_dir/model``; log and checkpoints lie beside it.
+    """
+    torch.manual_seed(settings.seed)
+    model = MobileCLIP.from_pretrained(model_folder(base_checkpoint), config) if base_checkpoint else MobileCLIP(config)
+    objective, targets, crops = Contrastive(distill), None, get_crops(settings, distill.online_teacher)
+    if any((distill.feature_weight, distill.response_weight, distill.similarity_weight, distill.icl_weight)):
+        teachers = load_teachers(teacher_model, teacher_pretrained, device_for(settings.accelerator))
+        targets = get_targets(teachers, training, distill.online_teacher, crops, settings.progress)
+        penultimate = (model.image_encoder.features, model.text_encoder.features)
+        widths = penultimate if distill.feature_source == "penultimate" else (config.embed_dim,) * 2
+        teacher_widths, scales = zip(*((teacher.embed_dim, teacher.logit_scale) for teacher in teachers), strict=True)
+        objective = Distillation(distill, widths, teacher_widths, scales)
+        if not base_checkpoint:
+            # Where embeddings are to equal the teacher's, responses agree only at the teacher's scale.
+            nn.init.constant_(model.logit_scale, math.log(targets.logit_scale))
+    batches = BatchSource(
+        training, model.tokenizer, student_prepare(config), settings.batch_size, settings.seed, targets, crops
+    )
+    result = train(
+        model,
+        batches,
+        settings,
+        objective=objective,
+        out_dir=out_dir,
+        resume=resume,
+        on_record=on_record,
+        validate=retrieval_validation(model.tokenizer, validation),
+    )
+    if processes()[0] == 0:
+        model.save_pretrained(Path(out_dir) / "model")
+    return result
+
+
+def train_open_clip(
+    config: dict[str, Any],
+    training: Pairs,
+    validation: Pairs,
+    settings: TrainConfig,
+    out_dir: str | Path,
+    *,
+    resume: bool = True,
+    on_record: Callable[[Record], None] | None = None,
+) -> TrainResult:
+    """Train an open_clip model from scratch with the contrastive loss: the plain CLIP, or a teacher.
+
+    ``config`` is an open_clip configuration such as ``TEACHER_CONFIG``. The model folder, in open_clip's own
+    form and fp16, is ``out_dir/model``.
+    """
+    remedy = "a teacher or plain CLIP of this size is trained by one process; start it without torchrun"
+    require(processes()[1] == 1, "WORLD_SIZE", processes()[1], remedy)
+    folder = Path(out_dir) / "model"
+    write_untrained(folder, config, settings.seed)
+    model, tokenizer = load_open_clip(str(folder))
+    prepare = load_teacher(str(folder)).prepare
+    batches = BatchSource(training, tokenizer, prepare, settings.batch_size, settings.seed, crops=get_crops(settings))
+    result = train(
+        model,
+        batches,
+        settings,
+        objective=Contrastive(BASE),
+        out_dir=out_dir,
+        resume=resume,
+        on_record=on_record,
+        validate=retrieval_validation(tokenizer, validation),
+    )
+    save_weights(result.model, folder)
+    return result
+
+
+def model_folder(name: str | Path) -> Path:
+    """The folder of a model that ships ("base", "kd", "clip", "teacher"), or ``name`` itself if it is a folder."""
+    ships = DATA / "teacher" if str(name) == "teacher" else DATA / "checkpoints" / str(name)
+    known = ("base", "kd", "clip", "teacher")
+    folder = ships if str(name) in known and ships.is_dir() else Path(name).expanduser()
+    require(folder.is_dir(), "model", str(name), f"give a model folder or a name; {closest(str(name), known)}")
+    return folder
+
+
+def model_name(name: str | Path) -> str:
+    """What records and their files call a model: its folder's name, or that of the run whose "model" it is."""
+    folder = model_folder(name).resolve()  # "." and "model" have a name only as whole paths
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
+def device_for(accelerator: str) -> str:
+    """Where a run with Lightning's ``accelerator`` computes: "cuda" or "cpu"."""
+    return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def load_model(name: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Any]:
+    """A trained model and its tokenizer, in evaluation mode; ``name`` as in :func:`model_folder`."""
+    folder = model_folder(name)
+    if (folder / "open_clip_config.json").is_file():
+        model, tokenizer = load_open_clip(str(folder))
+        return model.eval().to(device), tokenizer
+    model = MobileCLIP.from_pretrained(folder).to(device)
+    return model, model.tokenizer
+
+
+def evaluate_all(
+    models: dict[str, tuple[nn.Module, Any]],
+    *,
+    profile: str = "cpu",
+    image_size: int = 64,
+    seed: int = 0,
+    save_results: str | Path | None = None,
+    relation: bool = True,
+) -> list[dict[str, Any]]:
+    """Results records of every model, given as name: (model, tokenizer), on every zero-shot set of scenes."""
+    count = get_profile(profile).test_pictures
+    records = []
+    for name, (model, tokenizer) in models.items():
+        sets, embedded = scene_sets(image_size, count).values(), {}
+        for dataset in sets:
+            key, start = id(dataset.images), time.perf_counter()
+            if key not in embedded:  # several sets ask about the same pictures
+                embedded[key] = embed_images(model, dataset.images)[0], time.perf_counter() - start
+            embeddings, seconds = embedded[key]
+            record = evaluate_zero_shot(model, tokenizer, dataset, name, seed=seed, embeddings=embeddings)
+            record["seconds"] = round(record["seconds"] + seconds, 3)
+            records.append(record)
+        if relation:
+            records.append(
+                evaluate_relation(model, tokenizer, name, image_size=image_size, count=count // 2, seed=seed)
+            )
+    for record in records if save_results else ():
+        save_result(Path(save_results) / f"{record['task']}_{record['dataset']}_{record['model']['name']}.json", record)
+    return records
+
+
+def write_card(
+    folder: str | Path, title: str, command: str, seconds: float, records: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write ``README.md`` into a model folder from results records of that model.
+
+    Args:
+        folder: the model's folder.
+        title: one sentence that says what the model is.
+        command: what to type to train it again.
+        seconds: how long that took.
+        records: results records, all of this model.
+    """
+    model = records[0]["model"]
+    lines = [
+        f"# {title}",
+        "",
+        f"Parameters: {model['parameters']:,}. Weights' SHA-256: `{model['sha256']}`.",
+        "",
+        f"Trained in {seconds:.0f} s on {records[0]['device']} by",
+        "",
+        f"    {command}",
+        "",
+        "| set | metric | percent | 95 % interval | n |",
+        "|---|---|---|---|---|",
+    ]
+    for record in records:
+        if record["task"] == "zero_shot":
+            top1 = record["metrics"]["top1"]
+            interval = f"{top1['low']:.1f} to {top1['high']:.1f}"
+            lines.append(f"| {record['dataset']} | top-1 | {top1['value']:.1f} | {interval} | {record['n']} |")
+    lines += [
+        "",
+        "Trained on drawn scenes alone: it knows their shapes, colours and words, and nothing of photographs.",
+        "",
+    ]
+    with atomic_path(Path(folder) / "README.md") as temporary:
+        temporary.write_text("\n".join(lines), encoding="utf-8")

@@ -1,0 +1,204 @@
+"""The embedded world: pictures of shapes with captions as people write them, and zero-shot sets drawn from it.
+
+Everything follows from :class:`SceneConfig`; the same settings give the same table and captions everywhere, and
+the same pixels on one machine (on another, rounding in ``sin`` and ``cos`` may move a pixel by one level of 255).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from mclip.config import closest, require
+from mclip.files import atomic_folder, cache_dir, content_key, missing_folder, write_json
+from mclip.scenes.captions import RELATIONS, Table, write_captions
+from mclip.scenes.drawing import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, draw_backgrounds, draw_clutter, draw_objects
+
+DRAWING_VERSION = 4
+SPLITS = ("train", "val", "test", "teacher")
+HELD_OUT = frozenset((shape, (3 * shape + 1) % len(COLOURS)) for shape in range(len(SHAPES)))
+"""(shape, colour) pairs that no training picture or caption holds: one colour of each shape."""
+
+
+@dataclass(frozen=True)
+class SceneConfig:
+    """All that decides a set of scenes.
+
+    Attributes:
+        size: number of pictures.
+        image_size: side in pixels.
+        split: "train", "val", "test" or "teacher"; no two splits share a picture.
+        seed: another seed gives other pictures.
+        two_objects: share of pictures with two objects and a spatial relation.
+        noise: share of captions that belong to another picture.
+        captions: "human" captions often leave the shape out; "clean" ones always name it, and paraphrase less.
+        pairs: "seen" leaves the held-out colour-shape pairs out; "held-out" draws nothing else.
+    """
+
+    size: int = 10_000
+    image_size: int = 64
+    split: Literal["train", "val", "test", "teacher"] = "train"
+    seed: int = 0
+    two_objects: float = 0.3
+    noise: float = 0.0
+    captions: Literal["human", "clean"] = "human"
+    pairs: Literal["seen", "held-out"] = "seen"
+
+    def __post_init__(self) -> None:
+        require(self.size >= 1, "size", self.size, "draw at least one picture")
+        require(16 <= self.image_size <= 1024, "image_size", self.image_size, "choose 16 to 1024 pixels")
+        require(self.split in SPLITS, "split", self.split, closest(self.split, SPLITS))
+        require(self.seed >= 0, "seed", self.seed, "use 0 or more")
+        for key in ("two_objects", "noise"):
+            require(0 <= getattr(self, key) <= 1, key, getattr(self, key), "choose a share in [0, 1]")
+        require(
+            self.captions in ("human", "clean"), "captions", self.captions, closest(self.captions, ("human", "clean"))
+        )
+        require(self.pairs in ("seen", "held-out"), "pairs", self.pairs, closest(self.pairs, ("seen", "held-out")))
+        held_out_training = self.pairs == "held-out" and self.split != "test"
+        require(not held_out_training, "pairs", self.pairs, "held-out pairs are drawn in the test split alone")
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Pictures ``images`` (N, 3, S, S) uint8, five ``captions`` each, and the ``table`` of what was drawn."""
+
+    config: SceneConfig
+    images: np.ndarray
+    captions: list[list[str]]
+    table: Table
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def _generator(config: SceneConfig, purpose: int, part: int = 0) -> np.random.Generator:
+    held_out = int(config.pairs == "held-out")
+    return np.random.default_rng([config.seed, SPLITS.index(config.split), held_out, purpose, part])
+
+
+def sample_table(config: SceneConfig) -> Table:
+    """What each picture holds; arrays of length N, those of objects (N, 2) with shape -1 where there is no second."""
+    rng, count = _generator(config, 0), config.size
+    pairs = [
+        (s, c)
+        for s in range(len(SHAPES))
+        for c in range(len(COLOURS))
+        if ((s, c) in HELD_OUT) == (config.pairs == "held-out")
+    ]
+    chosen = np.array(pairs)[rng.integers(len(pairs), size=(count, 2))]
+    two = rng.uniform(size=count) < config.two_objects
+    relation = rng.integers(len(RELATIONS), size=count)
+    large = rng.uniform(size=(count, 2)) < 0.5
+    radius = np.where(large, rng.uniform(0.32, 0.4, (count, 2)), rng.uniform(0.22, 0.27, (count, 2)))
+    radius = np.where(two[:, None], 0.18 + 0.25 * (radius - 0.22), radius)
+    place = rng.uniform(0, 1, (count, 2, 2)) * (1 - 2.2 * radius[..., None]) + 1.1 * radius[..., None]
+    # Two objects stand on opposite sides along the relation's axis, with a little play along the other.
+    along = np.stack([rng.uniform(0.24, 0.3, count), rng.uniform(0.7, 0.76, count)], 1)
+    along = np.where(np.isin(relation, (0, 2))[:, None], along, along[:, ::-1])
+    across = rng.uniform(0.3, 0.7, (count, 2))
+    horizontal = (relation < 2)[:, None]
+    apart = np.stack([np.where(horizontal, along, across), np.where(horizontal, across, along)], -1)
+    place = np.where(two[:, None, None], apart, place)
+    shape = np.where(np.stack([np.ones(count, bool), two], 1), chosen[..., 0], -1)
+    return {
+        "background": rng.integers(len(BACKGROUNDS), size=count),
+        "relation": np.where(two, relation, -1),
+        "shape": shape,
+        "colour": chosen[..., 1],
+        "texture": rng.integers(len(TEXTURES), size=(count, 2)),
+        "large": large,
+        "cx": place[..., 0],
+        "cy": place[..., 1],
+        "radius": radius,
+        "angle": rng.uniform(-0.3, 0.3, (count, 2)),
+        "light": rng.uniform(0.82, 1.08, count),
+    }
+
+
+def draw_table(table: Table, image_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw every row of ``table``: (N, 3, S, S) uint8."""
+    picture = draw_backgrounds(table["background"], rng, image_size)
+    draw_clutter(picture, rng)
+    palette = np.array(list(COLOURS.values()), dtype=np.float32)
+    colour = palette[table["colour"]] + rng.uniform(-0.05, 0.05, (*table["colour"].shape, 3)).astype(np.float32)
+    for slot in (0, 1):
+        for shape in range(len(SHAPES)):
+            rows = np.flatnonzero(table["shape"][:, slot] == shape)
+            if len(rows):
+                part = picture[rows]
+                geometry = tuple(table[k][rows, slot] for k in ("cx", "cy", "radius", "angle"))
+                draw_objects(part, shape, table["texture"][rows, slot], colour[rows, slot], geometry)
+                picture[rows] = part
+    picture *= table["light"].astype(np.float32)[:, None, None, None]
+    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(0, 3, 1, 2)
+
+
+def captions_of(config: SceneConfig, table: Table) -> list[list[str]]:
+    """The captions of ``table`` that ``config`` asks for, five a picture."""
+    return write_captions(table, config.captions, config.noise, _generator(config, 1))
+
+
+def _draw_all(config: SceneConfig, table: Table, progress: bool, chunk: int = 250) -> np.ndarray:
+    """All pictures, in chunks with a generator each, so that the number of threads changes nothing."""
+    images = np.empty((config.size, 3, config.image_size, config.image_size), np.uint8)
+    chunk = max(8, chunk * 64 * 64 // config.image_size**2)
+
+    def one(start: int) -> None:
+        rows = slice(start, min(start + chunk, config.size))
+        images[rows] = draw_table(
+            {k: v[rows] for k, v in table.items()}, config.image_size, _generator(config, 2, start)
+        )
+
+    starts = range(0, config.size, chunk)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in tqdm(
+            pool.map(one, starts),
+            total=len(starts),
+            desc=f"drawing {config.split} scenes",
+            disable=not progress,
+            leave=False,
+        ):
+            pass
+    return images
+
+
+def make_scenes(config: SceneConfig, progress: bool = True) -> Scenes:
+    """The scenes of ``config``, drawn once and kept in the cache under a key of all settings."""
+    folder = cache_dir() / "scenes" / content_key(DRAWING_VERSION, dataclasses.asdict(config))
+    with missing_folder(folder) as temporary:
+        if temporary:
+            table = sample_table(config)
+            np.save(temporary / "images.npy", _draw_all(config, table, progress))
+            np.savez(temporary / "table.npz", **table)
+            (temporary / "captions.json").write_text(json.dumps(captions_of(config, table)), encoding="utf-8")
+    with np.load(folder / "table.npz", allow_pickle=False) as stored:
+        table = dict(stored)
+    captions = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+    return Scenes(config, np.load(folder / "images.npy", mmap_mode="r"), captions, table)
+
+
+def export_scenes(scenes: Scenes, folder: str | Path, quality: int = 95) -> None:
+    """Write JPEGs, ``captions.csv`` (file_name,image_path,caption) and ``captions.json`` (COCO Captions)."""
+    folder = Path(folder)
+    with atomic_folder(folder) as temporary:
+        (temporary / "images").mkdir()
+        rows, pictures, annotations = ["file_name,image_path,caption"], [], []
+        for index, (image, captions) in enumerate(zip(scenes.images, scenes.captions, strict=True)):
+            name = f"{index:06d}.jpg"
+            Image.fromarray(image.transpose(1, 2, 0)).save(temporary / "images" / name, quality=quality)
+            pictures.append({"id": index, "file_name": name, "width": image.shape[2], "height": image.shape[1]})
+            for caption in captions:
+                rows.append(f'{name},images,"{caption}"')
+                annotations.append({"id": len(annotations), "image_id": index, "caption": caption})
+        (temporary / "captions.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        write_json(temporary / "captions.json", {"images": pictures, "annotations": annotations})

@@ -1,0 +1,134 @@
+"""Named sets of pictures with captions, and the command ``download``."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mclip.config import ConfigError, closest, require
+from mclip.files import atomic_path, cache_dir
+from mclip.sources.downloads import DownloadError, extract, fetch, human_size
+from mclip.sources.zero_shot import TORCHVISION_SETS, torchvision_set
+
+Split = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file to download, and the folder of it that is unpacked under the same name.
+
+    Attributes:
+        size: bytes; None where no number could be confirmed, and ``about`` says what people report.
+        whole: unpack all of it, as ``folder``; the archive has no such folder itself.
+    """
+
+    url: str
+    checksum: str
+    folder: str
+    size: int | None = None
+    about: str = ""
+    whole: bool = False
+
+    @property
+    def name(self) -> str:
+        """The file's own name."""
+        return self.url.rpartition("/")[2]
+
+    def __str__(self) -> str:
+        return f"{self.url} ({human_size(self.size) if self.size else self.about})"
+
+
+_COCO = "http://images.cocodataset.org"  # its certificate is of another name: the checksum guards the way
+_FLICKR8K = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
+_COCO_CAPTIONS = Archive(
+    f"{_COCO}/annotations/annotations_trainval2017.zip",
+    "md5:f4bbac642086de4f52a3fdda2de5fa2c",
+    "annotations",
+    252_907_541,
+)
+_COCO_PICTURES = {
+    "train": Archive(
+        f"{_COCO}/zips/train2017.zip", "md5:cced6f7f71b7629ddf16f17bbcfab6b2", "train2017", 19_336_861_798
+    ),
+    "val": Archive(f"{_COCO}/zips/val2017.zip", "md5:442b8da7639aecaf257c1dceb8ba8c80", "val2017", 815_585_330),
+}
+_FLICKR8K_TEXT = Archive(
+    f"{_FLICKR8K}/Flickr8k_text.zip",
+    "md5:bf6c1abcb8e4a833b7f922104de18627",
+    "Flickr8k_text",
+    about="about 2 MB",
+    whole=True,
+)
+_FLICKR8K_PICTURES = Archive(
+    f"{_FLICKR8K}/Flickr8k_Dataset.zip", "md5:f18a1e2920de5bd84dae7cf08ec78978", "Flicker8k_Dataset", about="about 1 GB"
+)
+SOURCES: dict[str, Mapping[str, tuple[Archive, ...]]] = {
+    "coco": {split: (_COCO_CAPTIONS, pictures) for split, pictures in _COCO_PICTURES.items()},
+    "flickr8k": dict.fromkeys(("train", "val", "test"), (_FLICKR8K_TEXT, _FLICKR8K_PICTURES)),
+}
+"""Set: split: archives. Publishers give no checksums: these are the ones on which projects that use the files agree."""
+
+
+def caption_set(name: str, root_dir: str | Path | None = None, download: bool = False, split: Split = "train") -> Path:
+    """The file of a named set that ``load_pairs`` reads: of "coco" (COCO 2017) JSON, of "flickr8k" CSV.
+
+    ``root_dir/name`` (default: in the cache folder) is looked at first. ``download`` fetches what is missing, and
+    unpacks archives that were placed there by hand; once unpacked, the archives may be deleted. COCO may also lie
+    as its zip files unpack: ``annotations/``, ``train2017/`` and ``val2017/``.
+
+    Raises: ConfigError where files are missing, which says how to get them; DownloadError.
+    """
+    require(name in SOURCES, "name", name, closest(name, SOURCES))
+    require(split in SOURCES[name], "split", split, f"{name} has {', '.join(SOURCES[name])}")
+    top = Path(root_dir or cache_dir()).expanduser()
+    root, archives = top / name, SOURCES[name][split]
+    missing = [archive for archive in archives if not (root / archive.folder).is_dir()]
+    if missing and not download:
+        raise ConfigError(
+            f"{name}, split {split!r}: no {' and no '.join(str(root / archive.folder) for archive in missing)}. "
+            f"Pass download=True, or run: python -m mclip download {name} --root_dir {top}. Or place "
+            f"{' and '.join(map(str, missing))} in {root} yourself, and run the command to unpack them."
+        )
+    for archive in missing:
+        file = fetch(archive.url, root / archive.name, checksum=archive.checksum, size=archive.size)
+        extract(file, root / archive.folder, only="" if archive.whole else archive.folder)
+    return root / "annotations" / f"captions_{split}2017.json" if name == "coco" else _flickr8k_csv(root, split)
+
+
+def _flickr8k_csv(root: Path, split: str) -> Path:
+    """Write, once, the captions of one official split as ``split``.csv; some pictures are in none."""
+    path, texts = root / f"{split}.csv", root / "Flickr8k_text"
+    if path.is_file():
+        return path
+    listed = texts / f"Flickr_8k.{'dev' if split == 'val' else split}Images.txt"
+    try:
+        names = set(listed.read_text(encoding="utf-8").split())
+        lines = (texts / "Flickr8k.token.txt").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DownloadError(
+            f"{texts}: not the captions of Flickr8k ({error}); delete it and fetch it again."
+        ) from error
+    parts = (line.partition("\t") for line in lines)  # picture.jpg#0<tab>caption
+    rows = [(key.rpartition("#")[0], "Flicker8k_Dataset", caption) for key, _, caption in parts]
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as handle:
+        csv.writer(handle).writerows([("file_name", "image_path", "caption"), *(r for r in rows if r[0] in names)])
+    return path
+
+
+def download(name: str, root_dir: str = "") -> None:
+    """Fetch a set, resume what was cut off, and print where it lies.
+
+    Args:
+        name: coco, flickr8k, or a test set of torchvision such as cifar10.
+        root_dir: where sets lie; the cache folder if empty.
+    """
+    require(name in SOURCES or name in TORCHVISION_SETS, "name", name, closest(name, [*SOURCES, *TORCHVISION_SETS]))
+    if name in TORCHVISION_SETS:
+        found = torchvision_set(name, root_dir or None, download=True)
+        print(f"{name}: {len(found.images)} pictures below {root_dir or cache_dir()}")
+        return
+    for split in SOURCES[name]:
+        print(caption_set(name, root_dir or None, True, split))
