@@ -17,7 +17,8 @@ from mclip.metrics import bootstrap_interval
 from mclip.pairs import normalise
 from mclip.recipes import load_model, model_name
 from mclip.results import describe_model, make_result, save_result
-from mclip.show.grounding import BASELINES, Cases, baselines, cases, map_layers, overlap, phrase_maps, scores
+from mclip.scenes.test_sets import Cases, cases
+from mclip.show.grounding import BASELINES, baselines, map_layers, overlap, phrase_maps, scores
 
 RESULTS = DATA / "results" / "grounding"
 THRESHOLDS = tuple(round(0.1 * step, 1) for step in range(1, 10))
