@@ -19,18 +19,10 @@ from mclip.model import MobileCLIP
 from mclip.recipes import load_model
 from mclip.results import ResultError, load_results, weights_sha256
 from mclip.scenes.drawing import COLOURS, SHAPES, draw_objects
+from mclip.scenes.test_sets import cases, object_masks
 from mclip.scenes.world import SceneConfig, Scenes, make_scenes
 from mclip.show import grounding
-from mclip.show.grounding import (
-    grad_cam,
-    grounding_explorer,
-    map_layers,
-    map_of,
-    object_masks,
-    overlap,
-    phrase_maps,
-    pointing,
-)
+from mclip.show.grounding import grad_cam, grounding_explorer, map_layers, map_of, overlap, phrase_maps, pointing
 from mclip.study import examples
 from mclip.study import grounding as study_grounding
 
@@ -207,7 +199,7 @@ def test_masks_are_the_pixels_that_an_object_paints(one_on_the_other):
 
 def test_a_phrase_belongs_to_its_own_mask():
     """Inside a mask the picture is nearer to the colour that the phrase names than to the other phrase's."""
-    images, phrases, masks = grounding.cases("val", 60)
+    images, phrases, masks = cases("val", 60)
     assert images.shape == (120, 3, 64, 64)
     assert masks.shape == (120, 64, 64)
     nearer = []
@@ -294,11 +286,11 @@ def test_layer_and_threshold_are_not_chosen_on_the_test_pictures(monkeypatch, tm
     assert main(["grounding", "--pictures", "6", "--models", "[kd]"]) == 0
     found = {record["model"]["name"]: record for record in load_results(tmp_path)}
     assert found.keys() == {"kd", "random", "centre"}
-    tuning = grounding.cases("val", 3)
+    tuning = cases("val", 3)
     layers = found["kd"]["details"]["layers"]
     best = max(layers, key=lambda name: layers[name]["pointing"])
     assert found["kd"]["details"]["layer"] == best
-    again = study_grounding.score_model("kd", tuning, study_grounding.cases("val", 4, seed=1))
+    again = study_grounding.score_model("kd", tuning, cases("val", 4, seed=1))
     assert again["details"]["layers"] == layers, "the test pictures took part in the choice"
 
 

@@ -27,9 +27,9 @@ from mclip.metrics import bootstrap_interval
 from mclip.pairs import BatchSource, normalise
 from mclip.recipes import evaluate_all, load_data, load_model, student_prepare, train_student
 from mclip.results import describe_model, make_result
-from mclip.scenes.test_sets import scene_sets
+from mclip.scenes.test_sets import Cases, cases, scene_sets
 from mclip.scenes.world import SceneConfig
-from mclip.show.grounding import Cases, baselines, cases, map_layers, overlap, phrase_maps, scores
+from mclip.show.grounding import baselines, map_layers, overlap, phrase_maps, scores
 from mclip.sources.loading import load_pairs
 from mclip.study.defects import DEFECTS, Defect, left_and_right_swapped
 from mclip.text_encoder import Tokenizer
