@@ -23,16 +23,10 @@ COMMANDS = {
     "evaluate": ("mclip.cli.evaluate:evaluate", "classify pictures zero-shot"),
     "export": ("mclip.cli.commands:export_student", "write a student into a folder that an app can carry"),
     "download": ("mclip.sources.caption_sets:download", "fetch captions or a test set; resumes"),
-    "reproduce": ("mclip.study.reproduce:reproduce", "the long run: several seeds, and the results that are committed"),
-    "photographs": ("mclip.study.reproduce:photographs", "base against kd on captions of real photographs"),
-    "views": ("mclip.study.reproduce:views", "whole pictures, cached crops and an online teacher side by side"),
-    "ablations": ("mclip.study.ablations:ablations", "what each part of the recipe is worth, over several seeds"),
-    "defects": ("mclip.study.defect_runs:defects", "what known defects cost, each switched on in turn"),
-    "examples": ("mclip.study.examples:examples", "similarity matrices and prompts of the shipped models"),
-    "grounding": ("mclip.study.grounding:grounding", "where the shipped models look, scored on drawn scenes"),
+    "study": ("mclip.study.run:study", "train or measure what data/results has no record of: studies by name"),
     "efficiency": ("mclip.study.efficiency:efficiency", "what presets and rivals cost, all measured in one run"),
     "bench": ("mclip.study.bench:bench", "measure speed and memory, in ratios of one run"),
-    "figures": ("mclip.study.reproduce:figures", "draw the figures from the results files"),
+    "figures": ("mclip.study.figures:figures", "draw the figures from the results files"),
     "app": ("mclip.cli.app:app", "serve the course's explorers as a page without code"),
     "course": ("mclip.cli.course:course", "execute the notebooks in order, and summarise what came out"),
 }
@@ -88,6 +82,10 @@ def parse(command: str, arguments: list[str]) -> tuple[Callable[..., None], dict
     if command in ("bench", "efficiency"):
         parser.add_argument("--only", nargs="+", type=str, metavar="PART", help="parts to measure, as in steps loading")
         own_form = {"only"}
+    if command == "study":
+        parser.add_argument("names", nargs="*", type=str, metavar="NAME", help="studies, or rows such as ablations/kd")
+        parser.add_argument("--list", action="store_true", help="show what there is, run nothing")
+        own_form = {"names", "list"}
     for kind in groups.values():
         parser.add_class_arguments(kind)
     in_place = command == "download"  # the one command whose argument needs no name
