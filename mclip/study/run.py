@@ -50,15 +50,12 @@ class Job:
     file: Path
     folder: Path
 
-    def is_finished(self) -> bool:
-        """Whether the file holds a record of just this job."""
-        for record in load_results(self.file) if self.file.exists() else []:
-            details = record.get("details", {})
-            if details.get("experiment", {}).get("name") == self.row.name:
-                kept = DEFAULTS | details["configuration"]
-                if all(key in kept and kept[key] == value for key, value in self.settings.items()):
-                    return True
-        return False
+    def made(self, record: dict[str, Any]) -> bool:
+        """Whether ``record`` is of just this job."""
+        details = record.get("details", {})
+        kept = DEFAULTS | details.get("configuration", {})
+        own = details.get("experiment", {}).get("name") == self.row.name
+        return own and all(key in kept and kept[key] == value for key, value in self.settings.items())
 
     @property
     def teacher(self) -> str:
@@ -183,7 +180,8 @@ def save(job: Job, records: Records) -> None:
 
 def work_off(jobs: list[Job], out_dir: Path) -> None:
     """Do what is not finished, in order, and show progress and the time left."""
-    left = [job for job in jobs if not job.is_finished()]
+    kept = {file: _records_of(file) for file in {job.file for job in jobs}}
+    left = [job for job in jobs if not any(map(job.made, kept[job.file]))]
     print(f"{len(jobs)} runs in all, {len(left)} left, {torch.get_num_threads()} threads")
     with tqdm(total=len(left), unit="run", smoothing=0.1) as bar:
         for job in _turns(left, out_dir, bar):
@@ -193,6 +191,10 @@ def work_off(jobs: list[Job], out_dir: Path) -> None:
             if not STUDIES[job.row.study].keeps_models:
                 shutil.rmtree(job.folder, ignore_errors=True)
             bar.write(f"{job.row.full_name}-{job.seed}: {records[0].get('error', 'done')}, {job.file}")
+
+
+def _records_of(file: Path) -> Records:
+    return load_results(file) if file.exists() else []
 
 
 def _turns(jobs: list[Job], out_dir: Path, bar: tqdm) -> Iterator[Job]:
@@ -205,7 +207,7 @@ def _turns(jobs: list[Job], out_dir: Path, bar: tqdm) -> Iterator[Job]:
                 continue
             try:
                 with FileLock(out_dir / f".{job.row.study}-{job.folder.name}.lock", timeout=patience):
-                    if not job.is_finished():  # another process may have been faster
+                    if not any(map(job.made, _records_of(job.file))):  # another process may have been faster
                         yield job
             except Timeout:
                 continue
