@@ -105,12 +105,12 @@ def efficiency_table(costs: Mapping[str, Any]) -> str:
     header = ("", *millions, "MB", "image, ms (p95)", "text, ms (p95)", "ViT-B/32 takes", "peak, MB")
     reference, rows = sum(milliseconds(costs["models"]["ViT-B-32"]).values()), []
     for name, model in costs["models"].items():
-        clock, adds = model["latency"]["1 thread, batch 1"], model.get("multiply_adds", {})
+        clock, adds = model["latency"].get("1 thread, batch 1", {}), model.get("multiply_adds", {})
         cells = [f"{model['parameters'][part] / 1e6:.1f}" for part in ("total", "token table")]
-        cells += [f"{adds[half] / 1e6:,.0f}" if adds else "" for half in clock]
+        cells += [f"{adds[half] / 1e6:,.0f}" if adds else "" for half in ("image", "text")]
         cells += [f"{model['megabytes']:,.0f}"]
-        cells += [f"{numbers['median']:.1f} ({numbers['p95']:.1f})" for numbers in clock.values()]
-        cells += [f"{reference / sum(milliseconds(model).values()):.1f} times"]
+        cells += [f"{numbers['median']:.1f} ({numbers['p95']:.1f})" for numbers in clock.values()] or ["", ""]
+        cells += [f"{reference / sum(milliseconds(model).values()):.1f} times" if clock else ""]
         cells += [f"{costs['memory'][name]:,.0f}" if name in costs.get("memory", {}) else ""]
         rows.append([name, *cells])
     return markdown(header, rows)
