@@ -267,8 +267,8 @@ def _card(manifest: dict[str, Any]) -> str:
     files = "\n".join(["| file | bytes | SHA-256 |", "|---|---|---|", *rows])
     return f"""# {model["name"]}, for a device
 
-Parameters: {model["parameters"]:,}. Weights' SHA-256: `{model["sha256"]}`. Embeddings of {manifest["embed_dim"]} numbers;
-captions of at most {manifest["context_length"]} tokens.
+Parameters: {model["parameters"]:,}. Weights' SHA-256: `{model["sha256"]}`.
+Embeddings of {manifest["embed_dim"]} numbers; captions of at most {manifest["context_length"]} tokens.
 
 `mclip/deploy/reader.py` reads this folder with numpy, Pillow, onnxruntime and tokenizers. An app in another language
 computes the examples of `golden.npz` first. For each file named under `pictures`, the prepared picture and the
