@@ -87,24 +87,13 @@ def write_graphs(model: MobileCLIP, folder: Path) -> None:
     """
     size, context = model.config.image.image_size, model.config.text.context_length
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=context)
-    deployed, (image, text) = fused(model), GRAPHS["float32"]
-    pictures, tokens = torch.zeros(2, 3, size, size), model.tokenizer(["a small dog", "a cat"])
-    jobs = (
-        (image, Half(deployed, "encode_image"), pictures, ("images", {0: batch})),
-        (text, Half(deployed, "encode_text"), tokens, ("tokens", {0: batch, 1: length})),
-    )
-    for name, graph, example, (key, shape) in jobs:
+    images, tokens = torch.zeros(2, 3, size, size), model.tokenizer(["a small dog", "a cat"])
+    inputs = (("encode_image", "images", images, {0: batch}), ("encode_text", "tokens", tokens, {0: batch, 1: length}))
+    deployed = fused(model)
+    for name, (encode, key, example, shape) in zip(GRAPHS["float32"], inputs, strict=True):
+        options = {"input_names": [key], "output_names": ["embeddings"], "dynamic_shapes": (shape,), "verbose": False}
         with quiet():
-            program = torch.onnx.export(
-                graph.eval(),
-                (example,),
-                input_names=[key],
-                output_names=["embeddings"],
-                dynamic_shapes=(shape,),
-                dynamo=True,
-                verbose=False,
-            )
-        proto = program.model_proto
+            proto = torch.onnx.export(Half(deployed, encode).eval(), (example,), dynamo=True, **options).model_proto
         inner = proto.graph
         for part in (proto, inner, *inner.node, *inner.value_info, *inner.input, *inner.output, *inner.initializer):
             part.ClearField("metadata_props")
@@ -131,7 +120,6 @@ def write_int8(folder: Path, images: np.ndarray) -> None:
         images: (N, 3, S, S) float32, prepared pictures of the training set. Pictures of a test set would make its
             result look better than it is.
     """
-    require(len(images) > 0, "calibration", images.shape, "give some pictures of the training set")
     (image, text), (image8, text8) = GRAPHS["float32"], GRAPHS["int8"]
     simplified = folder / f"{image}.simplified"
     with quiet():
@@ -156,23 +144,18 @@ def golden_pictures(side: int) -> dict[str, bytes]:
     Plain colours; a photograph that was taken with the camera turned (EXIF); a palette, partly transparent; 16-bit
     grey. All are smooth random colours.
     """
-    rng = np.random.default_rng(0)
+    rng, high = np.random.default_rng(0), side + side // 4
     rough = [Image.fromarray(rng.integers(0, 256, (5, 4, 3), np.uint8)) for _ in range(4)]
-    plain, turned, palette, grey = (part.resize((side, side + side // 4), Image.Resampling.BICUBIC) for part in rough)
+    plain, turned, palette, grey = (picture.resize((side, high), Image.Resampling.BICUBIC) for picture in rough)
     note = Image.Exif()
     note[ExifTags.Base.Orientation] = 6  # held a quarter turn to the left
-    fine = np.asarray(grey.convert("L"), np.uint16) * 257 + rng.integers(0, 200, (side + side // 4, side), np.uint16)
-    kinds = {
-        "plain.png": (plain, {}),
-        "turned.png": (turned, {"exif": note}),
-        "palette.png": (palette.quantize(16), {"transparency": bytes(range(0, 256, 17))}),
-        "grey16.png": (Image.fromarray(fine), {}),
-    }
-    files = {}
-    for name, (picture, options) in kinds.items():
-        picture.save(file := io.BytesIO(), "PNG", **options)
-        files[name] = file.getvalue()
-    return files
+    grey16 = np.asarray(grey.convert("L"), np.uint16) * 257 + rng.integers(0, 200, (high, side), np.uint16)
+    files = {name: io.BytesIO() for name in ("plain.png", "turned.png", "palette.png", "grey16.png")}
+    plain.save(files["plain.png"], "PNG")
+    turned.save(files["turned.png"], "PNG", exif=note)
+    palette.quantize(16).save(files["palette.png"], "PNG", transparency=bytes(range(0, 256, 17)))
+    Image.fromarray(grey16).save(files["grey16.png"], "PNG")
+    return {name: file.getvalue() for name, file in files.items()}
 
 
 def golden(model: MobileCLIP) -> dict[str, np.ndarray]:
@@ -220,6 +203,8 @@ def export(
     remedy = "only a student can be exported; for models of open_clip use the exporters that their authors name"
     require(isinstance(model, MobileCLIP), "model", type(model).__name__, remedy)
     require(not folder.exists(), "out_dir", str(folder), "it is there already; delete it or choose another")
+    some = calibration is None or len(calibration) > 0
+    require(some, "calibration", "no pictures", "give some pictures of the training set")
     model = copy.deepcopy(model).eval().cpu()
     size = model.config.image.image_size
     settings = {
@@ -239,7 +224,10 @@ def export(
         portable_tokenizer(model.config.text.context_length).save(str(new / TOKENIZER_FILE), pretty=False)
         write_json(new / PREPROCESS_FILE, settings)
         np.savez_compressed(new / GOLDEN_FILE, **golden(model))
-        contents = {path.name: path.read_bytes() for path in sorted(new.iterdir())}
+        files = {}
+        for path in sorted(new.iterdir()):
+            content = path.read_bytes()
+            files[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         manifest = {
             "kind": KIND,
             "version": VERSION,
@@ -248,10 +236,7 @@ def export(
             "embed_dim": model.config.embed_dim,
             "context_length": model.config.text.context_length,
             "logit_scale": model.logit_scale.exp().item(),
-            "files": {
-                file: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-                for file, content in contents.items()
-            },
+            "files": files,
             "versions": versions() | {"onnx": onnx.__version__},
         }
         write_json(new / MANIFEST_FILE, manifest)
