@@ -11,6 +11,7 @@ import copy
 import hashlib
 import io
 import logging
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +39,8 @@ from mclip.deploy.reader import (
     Deployed,
 )
 from mclip.deploy.tokenizer import portable_tokenizer
-from mclip.files import atomic_folder, write_json
+from mclip.evaluate import ZeroShotSet, as_templates, zero_shot_record
+from mclip.files import atomic_folder, file_hash, write_json
 from mclip.model import MobileCLIP
 from mclip.pairs import normalise
 from mclip.pictures import open_picture
@@ -224,10 +226,7 @@ def export(
         portable_tokenizer(model.config.text.context_length).save(str(new / TOKENIZER_FILE), pretty=False)
         write_json(new / PREPROCESS_FILE, settings)
         np.savez_compressed(new / GOLDEN_FILE, **golden(model))
-        files = {}
-        for path in sorted(new.iterdir()):
-            content = path.read_bytes()
-            files[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        paths = sorted(new.iterdir())
         manifest = {
             "kind": KIND,
             "version": VERSION,
@@ -236,7 +235,7 @@ def export(
             "embed_dim": model.config.embed_dim,
             "context_length": model.config.text.context_length,
             "logit_scale": model.logit_scale.exp().item(),
-            "files": files,
+            "files": {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in paths},
             "versions": versions() | {"onnx": onnx.__version__},
         }
         write_json(new / MANIFEST_FILE, manifest)
@@ -261,3 +260,18 @@ embedding have to agree; for each text, the tokens and the embedding.
 
 {files}
 """
+
+
+def evaluate_deployed(reader: Deployed, dataset: ZeroShotSet, name: str, *, seed: int = 0) -> dict[str, Any]:
+    """The results record of an exported student: preparation, tokens and graphs are those that a device has.
+
+    The pictures of ``dataset`` are an array (N, 3, H, W), and their labels are known. The record's SHA-256 is over
+    those of both graphs.
+    """
+    start, templates = time.perf_counter(), as_templates(dataset.templates)
+    classifier = torch.from_numpy(reader.classifier(dataset.class_names, templates))
+    embeddings = torch.from_numpy(reader.encode_images(np.asarray(dataset.images).transpose(0, 2, 3, 1)))
+    graphs = "".join(reader.manifest["files"][graph]["sha256"] for graph in reader.graphs)
+    described = {**reader.manifest["model"], "name": name, "sha256": hashlib.sha256(graphs.encode()).hexdigest()}
+    more = {"templates": templates, "seed": seed}
+    return zero_shot_record(dataset, described, embeddings, classifier, dataset.labels, start, **more)
