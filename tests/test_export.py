@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import basic_clean
 from PIL import Image
@@ -97,6 +97,7 @@ STRAIGHT = str.maketrans("\u02bc\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f
 
 
 @settings(deadline=None, max_examples=400)
+@example("¬È")  # ftfy repairs it only once it is in lower case
 @given(
     st.one_of(
         st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=80),
@@ -108,7 +109,7 @@ STRAIGHT = str.maketrans("\u02bc\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f
 def test_tokenizer_file_gives_the_same_ids(text):
     """For every text that ftfy and html.unescape leave as it is, but for curly quotes."""
     plain = unicodedata.normalize("NFKC", text).translate(STRAIGHT).strip()
-    assume(basic_clean(plain) == plain and "_of_text>" not in text.lower())
+    assume(all(basic_clean(form) == form for form in (plain, plain.lower())) and "_of_text>" not in text.lower())
     for context in (5, 32):
         found = portable_tokenizer_of(context).encode_batch([text, "a dog"])
         assert [row.ids for row in found] == Tokenizer(context)([text, "a dog"]).tolist()

@@ -235,7 +235,9 @@ def export(
             "embed_dim": model.config.embed_dim,
             "context_length": model.config.text.context_length,
             "logit_scale": model.logit_scale.exp().item(),
-            "files": {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in paths},
+            "files": {
+                path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)[path.name]} for path in paths
+            },
             "versions": versions() | {"onnx": onnx.__version__},
         }
         write_json(new / MANIFEST_FILE, manifest)
