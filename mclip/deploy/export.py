@@ -11,6 +11,7 @@ import copy
 import hashlib
 import io
 import logging
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +39,8 @@ from mclip.deploy.reader import (
     Deployed,
 )
 from mclip.deploy.tokenizer import portable_tokenizer
-from mclip.files import atomic_folder, write_json
+from mclip.evaluate import ZeroShotSet, as_templates, zero_shot_record
+from mclip.files import atomic_folder, file_hash, write_json
 from mclip.model import MobileCLIP
 from mclip.pairs import normalise
 from mclip.pictures import open_picture
@@ -87,24 +89,13 @@ def write_graphs(model: MobileCLIP, folder: Path) -> None:
     """
     size, context = model.config.image.image_size, model.config.text.context_length
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=context)
-    deployed, (image, text) = fused(model), GRAPHS["float32"]
-    pictures, tokens = torch.zeros(2, 3, size, size), model.tokenizer(["a small dog", "a cat"])
-    jobs = (
-        (image, Half(deployed, "encode_image"), pictures, ("images", {0: batch})),
-        (text, Half(deployed, "encode_text"), tokens, ("tokens", {0: batch, 1: length})),
-    )
-    for name, graph, example, (key, shape) in jobs:
+    images, tokens = torch.zeros(2, 3, size, size), model.tokenizer(["a small dog", "a cat"])
+    inputs = (("encode_image", "images", images, {0: batch}), ("encode_text", "tokens", tokens, {0: batch, 1: length}))
+    deployed = fused(model)
+    for name, (encode, key, example, shape) in zip(GRAPHS["float32"], inputs, strict=True):
+        options = {"input_names": [key], "output_names": ["embeddings"], "dynamic_shapes": (shape,), "verbose": False}
         with quiet():
-            program = torch.onnx.export(
-                graph.eval(),
-                (example,),
-                input_names=[key],
-                output_names=["embeddings"],
-                dynamic_shapes=(shape,),
-                dynamo=True,
-                verbose=False,
-            )
-        proto = program.model_proto
+            proto = torch.onnx.export(Half(deployed, encode).eval(), (example,), dynamo=True, **options).model_proto
         inner = proto.graph
         for part in (proto, inner, *inner.node, *inner.value_info, *inner.input, *inner.output, *inner.initializer):
             part.ClearField("metadata_props")
@@ -131,7 +122,6 @@ def write_int8(folder: Path, images: np.ndarray) -> None:
         images: (N, 3, S, S) float32, prepared pictures of the training set. Pictures of a test set would make its
             result look better than it is.
     """
-    require(len(images) > 0, "calibration", images.shape, "give some pictures of the training set")
     (image, text), (image8, text8) = GRAPHS["float32"], GRAPHS["int8"]
     simplified = folder / f"{image}.simplified"
     with quiet():
@@ -156,23 +146,18 @@ def golden_pictures(side: int) -> dict[str, bytes]:
     Plain colours; a photograph that was taken with the camera turned (EXIF); a palette, partly transparent; 16-bit
     grey. All are smooth random colours.
     """
-    rng = np.random.default_rng(0)
+    rng, high = np.random.default_rng(0), side + side // 4
     rough = [Image.fromarray(rng.integers(0, 256, (5, 4, 3), np.uint8)) for _ in range(4)]
-    plain, turned, palette, grey = (part.resize((side, side + side // 4), Image.Resampling.BICUBIC) for part in rough)
+    plain, turned, palette, grey = (picture.resize((side, high), Image.Resampling.BICUBIC) for picture in rough)
     note = Image.Exif()
     note[ExifTags.Base.Orientation] = 6  # held a quarter turn to the left
-    fine = np.asarray(grey.convert("L"), np.uint16) * 257 + rng.integers(0, 200, (side + side // 4, side), np.uint16)
-    kinds = {
-        "plain.png": (plain, {}),
-        "turned.png": (turned, {"exif": note}),
-        "palette.png": (palette.quantize(16), {"transparency": bytes(range(0, 256, 17))}),
-        "grey16.png": (Image.fromarray(fine), {}),
-    }
-    files = {}
-    for name, (picture, options) in kinds.items():
-        picture.save(file := io.BytesIO(), "PNG", **options)
-        files[name] = file.getvalue()
-    return files
+    grey16 = np.asarray(grey.convert("L"), np.uint16) * 257 + rng.integers(0, 200, (high, side), np.uint16)
+    files = {name: io.BytesIO() for name in ("plain.png", "turned.png", "palette.png", "grey16.png")}
+    plain.save(files["plain.png"], "PNG")
+    turned.save(files["turned.png"], "PNG", exif=note)
+    palette.quantize(16).save(files["palette.png"], "PNG", transparency=bytes(range(0, 256, 17)))
+    Image.fromarray(grey16).save(files["grey16.png"], "PNG")
+    return {name: file.getvalue() for name, file in files.items()}
 
 
 def golden(model: MobileCLIP) -> dict[str, np.ndarray]:
@@ -220,6 +205,8 @@ def export(
     remedy = "only a student can be exported; for models of open_clip use the exporters that their authors name"
     require(isinstance(model, MobileCLIP), "model", type(model).__name__, remedy)
     require(not folder.exists(), "out_dir", str(folder), "it is there already; delete it or choose another")
+    some = calibration is None or len(calibration) > 0
+    require(some, "calibration", "no pictures", "give some pictures of the training set")
     model = copy.deepcopy(model).eval().cpu()
     size = model.config.image.image_size
     settings = {
@@ -239,7 +226,7 @@ def export(
         portable_tokenizer(model.config.text.context_length).save(str(new / TOKENIZER_FILE), pretty=False)
         write_json(new / PREPROCESS_FILE, settings)
         np.savez_compressed(new / GOLDEN_FILE, **golden(model))
-        contents = {path.name: path.read_bytes() for path in sorted(new.iterdir())}
+        paths = sorted(new.iterdir())
         manifest = {
             "kind": KIND,
             "version": VERSION,
@@ -249,8 +236,7 @@ def export(
             "context_length": model.config.text.context_length,
             "logit_scale": model.logit_scale.exp().item(),
             "files": {
-                file: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-                for file, content in contents.items()
+                path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)[path.name]} for path in paths
             },
             "versions": versions() | {"onnx": onnx.__version__},
         }
@@ -267,8 +253,8 @@ def _card(manifest: dict[str, Any]) -> str:
     files = "\n".join(["| file | bytes | SHA-256 |", "|---|---|---|", *rows])
     return f"""# {model["name"]}, for a device
 
-Parameters: {model["parameters"]:,}. Weights' SHA-256: `{model["sha256"]}`. Embeddings of {manifest["embed_dim"]} numbers;
-captions of at most {manifest["context_length"]} tokens.
+Parameters: {model["parameters"]:,}. Weights' SHA-256: `{model["sha256"]}`.
+Embeddings of {manifest["embed_dim"]} numbers; captions of at most {manifest["context_length"]} tokens.
 
 `mclip/deploy/reader.py` reads this folder with numpy, Pillow, onnxruntime and tokenizers. An app in another language
 computes the examples of `golden.npz` first. For each file named under `pictures`, the prepared picture and the
@@ -276,3 +262,18 @@ embedding have to agree; for each text, the tokens and the embedding.
 
 {files}
 """
+
+
+def evaluate_deployed(reader: Deployed, dataset: ZeroShotSet, name: str, *, seed: int = 0) -> dict[str, Any]:
+    """The results record of an exported student: preparation, tokens and graphs are those that a device has.
+
+    The pictures of ``dataset`` are an array (N, 3, H, W), and their labels are known. The record's SHA-256 is over
+    those of both graphs.
+    """
+    start, templates = time.perf_counter(), as_templates(dataset.templates)
+    classifier = torch.from_numpy(reader.classifier(dataset.class_names, templates))
+    embeddings = torch.from_numpy(reader.encode_images(np.asarray(dataset.images).transpose(0, 2, 3, 1)))
+    graphs = "".join(reader.manifest["files"][graph]["sha256"] for graph in reader.graphs)
+    described = {**reader.manifest["model"], "name": name, "sha256": hashlib.sha256(graphs.encode()).hexdigest()}
+    more = {"templates": templates, "seed": seed}
+    return zero_shot_record(dataset, described, embeddings, classifier, dataset.labels, start, **more)

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,25 +227,28 @@ class Deployed:
         return self.encode_images(pictures) @ self.classifier(class_names, templates)
 
     def check(self) -> None:
-        """Compute the examples of ``golden.npz`` step by step; DeployError for the first step that is off."""
-        for name, text in self.deviations():
-            raise DeployError(f"{self.folder / name}: {text}; do not trust this folder on this device.")
+        """Compute the examples of ``golden.npz`` step by step.
 
-    def deviations(self) -> Iterator[tuple[str, str]]:
-        """The steps that give something else than when exported: the file that decides the step, and what is off."""
+        Raises: DeployError for the first step that gives something else than when exported. It names the file that
+            decides the step.
+        """
         with np.load(self.folder / GOLDEN_FILE, allow_pickle=False) as golden:
             grey = 1 / (255 * min(self.settings["std"])) + 2e-3  # one level, and the rounding of the stored numbers
-            for name, prepared in zip(golden["pictures"].tolist(), golden["prepared"], strict=True):
-                found = prepare(Image.open(io.BytesIO(golden[name].tobytes())), self.settings)
-                if (off := np.abs(found - prepared.astype(np.float32)).max()) > grey:
-                    yield PREPROCESS_FILE, f"the picture {name} is off by up to {off:.1f} standard deviations"
+            inputs = golden["prepared"].astype(np.float32)
+            for name, expected in zip(golden["pictures"].tolist(), inputs, strict=True):
+                off = np.abs(prepare(Image.open(io.BytesIO(golden[name].tobytes())), self.settings) - expected).max()
+                text = f"the picture {name} is off by up to {off:.1f} standard deviations"
+                self._require_same(off <= grey, PREPROCESS_FILE, text)
             tokens = self.tokenize(golden["texts"].tolist())
-            if tokens.shape != golden["tokens"].shape or (tokens != golden["tokens"]).any():
-                yield TOKENIZER_FILE, "a text has other tokens"
-            images = self.encode_prepared(golden["prepared"].astype(np.float32))
-            texts = self.encode_tokens(golden["tokens"])
-            steps = zip(self.graphs, (images, texts), ("image_embeddings", "text_embeddings"), strict=True)
-            for name, found, key in steps:
-                lowest = (found * golden[key]).sum(1).min()
-                if not lowest > 1 - (0.1 if "int8" in name else 1e-4):  # not-a-number is wrong as well
-                    yield name, f"an embedding has cosine {lowest:.4f} with the exported one"
+            same = np.array_equal(tokens, golden["tokens"])
+            self._require_same(same, TOKENIZER_FILE, "a text has other tokens")
+            images = self.encode_prepared(inputs) * golden["image_embeddings"]
+            texts = self.encode_tokens(tokens) * golden["text_embeddings"]
+            for name, products in zip(self.graphs, (images, texts), strict=True):
+                cosine = products.sum(1).min()
+                near = cosine > 1 - (0.1 if "int8" in name else 1e-4)  # not-a-number is not near
+                self._require_same(near, name, f"an embedding has cosine {cosine:.4f} with the exported one")
+
+    def _require_same(self, holds: bool, name: str, text: str) -> None:
+        if not holds:
+            raise DeployError(f"{self.folder / name}: {text}; do not trust this folder on this device.")

@@ -24,9 +24,8 @@ from mclip.deploy.cost import (
     stage_times,
     threads,
 )
-from mclip.deploy.export import export
+from mclip.deploy.export import evaluate_deployed, export
 from mclip.deploy.reader import Deployed
-from mclip.evaluate import evaluate_deployed
 from mclip.files import DATA
 from mclip.recipes import load_model
 from mclip.results import load_results, make_result, save_result

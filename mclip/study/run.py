@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from mclip.config import PRESETS, DistillConfig, TrainConfig, from_mapping, require
 from mclip.evaluate import evaluate_retrieval, evaluate_zero_shot
-from mclip.files import DATA, atomic_path, content_key
-from mclip.metrics import compare_all
+from mclip.files import DATA, atomic_folder, atomic_path, content_key
+from mclip.metrics import compare
 from mclip.model import MobileCLIP
 from mclip.recipes import evaluate_all, load_data, load_model, train_open_clip, train_student
 from mclip.results import describe_model, load_results, make_result, save_result
@@ -30,12 +30,10 @@ from mclip.sources.zero_shot import zero_shot_set
 from mclip.steps import TrainError
 from mclip.study.defects import DEFECTS
 from mclip.study.table import BY_NAME, STUDIES, TRAINED_HERE, Experiment, Settings, choose, plan
-from mclip.teacher import PLAIN_CLIP_CONFIG, TEACHER_CONFIG, copy_model
 from mclip.train import TrainResult
 
 Records = list[dict[str, Any]]
 RESULTS, CHECKPOINTS = DATA / "results", DATA / "checkpoints"
-OPEN_CLIP = {"clip": PLAIN_CLIP_CONFIG, "teacher": TEACHER_CONFIG}
 DEFAULTS: Settings = json.loads(json.dumps(asdict(TrainConfig()) | asdict(DistillConfig())))
 """What a setting was in a record that was made before the setting was there."""
 
@@ -98,8 +96,8 @@ def train(job: Job) -> TrainResult:
         for kind in (TrainConfig, DistillConfig)
     )
     loop = replace(loop, batch_size=min(loop.batch_size, len(training)))
-    if job.row.student in OPEN_CLIP:
-        return train_open_clip(OPEN_CLIP[job.row.student], training, validation, loop, job.folder)
+    if job.row.student in ("clip", "teacher"):
+        return train_open_clip(job.row.student, training, validation, loop, job.folder)
     teacher = {"teacher_model": job.teacher, "teacher_pretrained": settings["teacher_pretrained"]}
     config = PRESETS[settings["preset"]]
     return train_student(config, training, validation, loop, job.folder, distill=terms, **teacher)
@@ -167,11 +165,14 @@ def save(job: Job, records: Records) -> None:
     save_result(job.file, *records, order=place)
     if job.row.study != "scenes":
         return
-    pairs = compare_all([record for record in load_results(job.file) if record["seed"] == job.seed])
+    measured = [r for r in load_results(job.file) if (r["task"], r["seed"]) == ("zero_shot", job.seed)]
+    of_base, of_kd = ({r["dataset"]: r for r in measured if r["model"]["name"] == name} for name in ("base", "kd"))
+    pairs = [compare(of_kd[dataset], of_base[dataset]) for dataset in of_kd if dataset in of_base]
     save_result(job.file, *pairs, order=place)
     if job.file.parent == RESULTS and job.seed == 0 and not job.row.measure:
         if job.row.student == "clip":
-            copy_model(job.folder / "model", CHECKPOINTS / "clip")
+            with atomic_folder(CHECKPOINTS / "clip") as temporary:
+                shutil.copytree(job.folder / "model", temporary, dirs_exist_ok=True)
         else:
             load_model(job.folder / "model")[0].save_pretrained(CHECKPOINTS / job.row.name, half=True)
             with atomic_path(RESULTS / "logs" / f"{job.row.name}.jsonl") as temporary:
