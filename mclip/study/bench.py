@@ -261,7 +261,7 @@ def million(rows: int = 1_000_000) -> list[Row]:
 
 
 def existing(batch_size: int = 16) -> list[Row]:
-    """See :func:`~mclip.bench_forms.existing_step`."""
+    """See :func:`~mclip.study.bench_forms.existing_step`."""
     with tempfile.TemporaryDirectory() as folder:
         return existing_step(random_teacher(Path(folder)), batch_size)
 
