@@ -82,9 +82,7 @@ def compare_prompts(
 
 
 @styled
-def prompt_chart(
-    image: np.ndarray, prompts: Sequence[str], cosines: Sequence[float], shares: Sequence[float]
-) -> NotebookFigure:
+def prompt_chart(image: np.ndarray, prompts: Sequence[str], cosines: np.ndarray, shares: np.ndarray) -> NotebookFigure:
     """The picture, uint8 (3, H, W), beside a bar for each prompt, with its cosine behind the bar."""
     fig = figure(7.5, max(2.2, 1.2 + 0.28 * len(prompts)))
     left, right = fig.subplots(1, 2, width_ratios=(1, 2.2))
@@ -106,8 +104,7 @@ def prompt_explorer(model: nn.Module, tokenizer: Any, images: Any, prompts: Sequ
     embeddings, _ = embed_images(model, images)
     look = {"rows": max(4, len(prompts)), "continuous_update": False, "layout": {"width": "400px"}}
     box = ipywidgets.Textarea("\n".join(prompts), description="prompts", **look)
-    count = len(embeddings)
-    chooser = ipywidgets.BoundedIntText(1, min=1, max=count, description=f"picture, 1 to {count}")
+    chooser = ipywidgets.BoundedIntText(1, min=1, max=len(images), description=f"picture, 1 to {len(images)}")
 
     def draw(text: str, number: int) -> NotebookFigure:
         lines = read_prompts(text)
@@ -195,16 +192,15 @@ def recorded_pulls(log: Log, config: DistillConfig) -> pd.DataFrame:
     undone, which leaves the norms at the steps that were measured; steps between keep the last, steps before a
     term's first its first. ConfigError for a log without a step that "gradient_norm" has balanced.
     """
-    steps = [record for record in log if "terms" in record]
+    steps = pd.DataFrame([record for record in log if "terms" in record])
     schedule, priors = Schedule(config, len(steps)), pd.Series(make_balancer(config).priors)
-    weights = pd.DataFrame([record["weights"] for record in steps])
-    ramps = pd.DataFrame([schedule.active(record["step"]) for record in steps])
+    weights = pd.DataFrame(list(steps["weights"]))
+    ramps = pd.DataFrame([schedule.active(step) for step in steps["step"]])
     factors = np.log(weights / (ramps * priors)[weights.columns])
     factors = factors.sub(factors.mean(axis=1), axis=0)
     before = factors.shift().fillna(0.0)  # a term that has just joined starts at the mean, which is 0
     targets = (factors - (1 - config.adaptation_rate) * before) / config.adaptation_rate
-    run = pd.DataFrame(steps)
-    measured = (run["strategy"] == "gradient_norm") & (run["step"] % config.gradient_check_frequency == 0)
+    measured = (steps["strategy"] == "gradient_norm") & (steps["step"] % config.gradient_check_frequency == 0)
     measured &= weights.count(axis=1) > 1
     require(measured.any(), "log", f"{len(steps)} steps", "none was balanced by gradient_norm")
     norms = np.exp(-targets.sub(targets["original"], axis=0))
@@ -240,10 +236,10 @@ def replay(log: Log, config: DistillConfig) -> list[dict[str, Any]]:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        after = {"phase": schedule.phase(step), "temperature": schedule.temperature(step)}
+        settings = {"phase": schedule.phase(step), "temperature": schedule.temperature(step)}
         active_terms = {name: terms[name].item() for name in active}
-        after |= {"terms": active_terms, "weights": weights, "strategy": balancer.strategy}
-        replayed.append({"step": step, **after})
+        balance = {"terms": active_terms, "weights": weights, "strategy": balancer.strategy}
+        replayed.append({"step": step, **settings, **balance})
     return replayed
 
 
