@@ -122,33 +122,28 @@ def response_and_gradient(student: Model, teacher: Model, temperature: float) ->
 
 
 @styled
-def loss_chart(
-    student: Model, teacher: Model, captions: Sequence[str], temperature: float, picture: int
-) -> NotebookFigure:
-    """Both softmax matrices of a batch, the rows of one ``picture``, and loss and gradient over the temperature.
+def loss_chart(student: Model, teacher: Model, captions: Sequence[str], temperature: float, row: int) -> NotebookFigure:
+    """Both softmax matrices of a batch, one ``row`` of each as bars, and loss and gradient over the temperature.
 
-    Rows of the matrices are pictures, columns captions; ``picture`` counts from 0.
+    Rows of the matrices are pictures, columns captions; ``row`` counts from 0.
     """
     models = {"teacher": teacher, "student": student}
-    shares = {
-        name: (scale * losses.cosines(image, text) / temperature).softmax(1).numpy()
-        for name, (image, text, scale) in models.items()
-    }
+    logits = {name: scale * losses.cosines(image, text) for name, (image, text, scale) in models.items()}
+    shares = {name: (table / temperature).softmax(1).numpy() for name, table in logits.items()}
     count, top = len(captions), max(table.max() for table in shares.values())
     fig = figure(8.3, 6.6)
-    above, (rows, curves) = fig.subplots(2, 2, height_ratios=(1.15, 1))
+    above, (bars, curves) = fig.subplots(2, 2, height_ratios=(1.15, 1))
     for ax, (name, table) in zip(above, shares.items(), strict=True):
         shown = caption_matrix(ax, table, captions if name == "teacher" else [""] * count, 0, top)
-        ax.add_patch(Rectangle((-0.5, picture - 0.5), count, 1, fill=False, edgecolor=PALETTE[1], linewidth=2))
+        ax.add_patch(Rectangle((-0.5, row - 0.5), count, 1, fill=False, edgecolor=PALETTE[1], linewidth=2))
         ax.set_title(f"{name.title()}, logit scale {models[name][2]:.1f}, T = {temperature:.3g}")
     above[0].set_ylabel("picture, named by its caption")
     fig.colorbar(shown, ax=above[1], label="probability of the caption")
     for (name, table), look, offset in zip(shares.items(), ("teacher", "kd"), (-0.2, 0.2), strict=True):
-        bars = [{"value": share} for share in table[picture]]
-        places = [n + offset for n in range(count)]
-        interval_bars(rows, places, bars, 0.4, label=name, color=COLOURS[look], hatch=HATCHES[look])
-    rows.set(title=f"Row {picture + 1} of both, as bars", xlabel="probability", xlim=(0, 1))
-    name_rows(rows, [f"{label(text, 34)}  {n}" for n, text in enumerate(captions, 1)])
+        places, rows = [n + offset for n in range(count)], [{"value": share} for share in table[row]]
+        interval_bars(bars, places, rows, 0.4, label=name, color=COLOURS[look], hatch=HATCHES[look])
+    bars.set(title=f"Row {row + 1} of both, as bars", xlabel="probability", xlim=(0, 1))
+    name_rows(bars, [f"{label(text, 34)}  {n}" for n, text in enumerate(captions, 1)])
     _draw_temperatures(curves, student, teacher, temperature)
     fig.legend(loc="outside lower center", ncols=5, columnspacing=1.2)
     return fig
@@ -258,9 +253,7 @@ def schedule_explorer(log: Log) -> ipywidgets.VBox:
         ipywidgets.Dropdown(options=names, description="balancer", layout=WIDE["layout"]),
     ]
 
-    def draw(
-        starts: tuple[float, float], end: float, ramp: float, heat: tuple[float, float], balancers: tuple[str, ...]
-    ) -> NotebookFigure:
+    def draw(starts: Sequence, end: float, ramp: float, heat: Sequence, balancers: tuple[str, ...]) -> NotebookFigure:
         lowest, highest = heat
         settings = {"ramp": ramp, "min_temperature": lowest, "max_temperature": highest, "balancers": balancers}
         return training_curves(replay(log, DistillConfig(phases=(*starts, end), **settings)))
