@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mclip.config import DistillConfig, TrainConfig, get_profile
+from mclip.config import DistillConfig, TrainConfig, get_profile, require
 from mclip.files import cache_dir, processes
+from mclip.model import MobileCLIP
 from mclip.pairs import Pairs
 from mclip.recipes import (
     BASE,
@@ -232,3 +233,36 @@ def teacher_data(data: DataOptions, pictures: int, progress: bool = True) -> tup
         load_pairs(data.train_data_path, size, scenes=training, data_size=data.data_size, **reading),
         load_pairs(data.val_data_path, size, scenes=validation, **reading),
     )
+
+
+def export_student(
+    model_checkpoint: str = "kd",
+    out_dir: str = "runs/export",
+    int8: bool = True,
+    train_data_path: str = "",
+    pictures: int = 256,
+) -> None:
+    """Write a student into a folder that an app can carry, and check it there.
+
+    Args:
+        model_checkpoint: base, kd, or a model folder.
+        out_dir: a folder that does not exist yet.
+        int8: write graphs in 8-bit integers as well, a quarter of the size.
+        train_data_path: the pairs that the model was trained on, whose pictures calibrate int8; empty draws scenes.
+        pictures: how many of them.
+    """
+    from mclip.deploy.export import export  # onnx and onnxruntime take seconds, and no other command needs them
+
+    require(pictures > 0, "pictures", pictures, "calibration needs one or more")
+    model, _ = load_model(model_checkpoint)
+    remedy = "only a student can be exported: base, kd, or the model folder of a run"
+    require(isinstance(model, MobileCLIP), "model_checkpoint", model_checkpoint, remedy)
+    calibration = None
+    if int8:
+        size = model.config.image.image_size
+        pairs = load_pairs(train_data_path, size, scenes=SceneConfig(pictures, size, "train"), progress=False)
+        calibration = pairs.images[:pictures]
+    manifest = export(model, out_dir, Path(model_checkpoint).name, calibration)
+    for name, file in manifest["files"].items():
+        print(f"{name:16}{file['bytes']:12,} bytes")
+    print(f"{out_dir}: written, read again without PyTorch, and checked: {', '.join(manifest['forms'])}")

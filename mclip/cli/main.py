@@ -21,7 +21,7 @@ COMMANDS = {
     "teacher": ("mclip.cli.commands:teacher", "train a small teacher from scratch"),
     "cache": ("mclip.cli.commands:cache", "compute and keep what the teacher says of all pictures and captions"),
     "evaluate": ("mclip.cli.evaluate:evaluate", "classify pictures zero-shot"),
-    "export": ("mclip.deploy.export:export_student", "write a student into a folder that an app can carry"),
+    "export": ("mclip.cli.commands:export_student", "write a student into a folder that an app can carry"),
     "download": ("mclip.sources.caption_sets:download", "fetch captions or a test set; resumes"),
     "reproduce": ("mclip.study.reproduce:reproduce", "the long run: several seeds, and the results that are committed"),
     "photographs": ("mclip.study.reproduce:photographs", "base against kd on captions of real photographs"),
