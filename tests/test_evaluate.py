@@ -227,11 +227,10 @@ def test_classifier_and_zero_shot_agree_with_open_clip(clip, templates):
     images, labels = torch.randn(40, 3, 32, 32), torch.arange(40) % 6
     with torch.no_grad():
         logits = 100 * model.encode_image(images, normalize=True) @ theirs
-    metrics = evaluate.zero_shot(model, tokenizer, images, labels, NAMES, templates, batch_size=7)
+        metrics = zero_shot_metrics(model.encode_image(images, normalize=True), ours, labels, NAMES)
     for k in (1, 5):
         hits = (logits.topk(k).indices == labels[:, None]).any(1)
         assert metrics[f"top{k}"]["value"] == pytest.approx(100 * hits.float().mean().item())
-    assert metrics == evaluate.zero_shot(model, tokenizer, images.split(16), labels, NAMES, templates)
 
 
 def test_prompts():

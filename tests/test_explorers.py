@@ -72,7 +72,7 @@ def test_gradient_of_the_response_is_its_slope(student, teacher, temperature):
 
 
 def test_loss_chart_shows_what_the_losses_say(student, teacher):
-    fig = loss_chart(student, teacher, CAPTIONS, temperature=2.0, picture=1)
+    fig = loss_chart(student, teacher, CAPTIONS, temperature=2.0, row=1)
     left, right, rows, curves, _colours = fig.axes
     for ax, (image, text, scale) in ((left, teacher), (right, student)):
         expected = F.softmax(scale * image @ text.T / 2.0, dim=1).numpy()

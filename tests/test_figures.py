@@ -40,7 +40,7 @@ def test_a_model_of_ones_own_is_shown_under_its_name(scenes):
     mine = renamed(scenes, "runs/mine") + renamed(scenes, "a/very/long/path/of/another/model")
     expected = [record["metrics"]["top1"]["value"] for record in renamed(scenes, "")]
     for records in (scenes + mine, mine):
-        shown = widths(figures.performance_comparison(records, published=False).axes[0])
+        shown = widths(figures.performance_comparison(records).axes[0])
         assert list(shown) == [*style.LABELS.values(), "runs/mine", "a/very/long/path/of/ano…"]
         assert shown["runs/mine"] == expected
     assert list(widths(figures.per_class_recall(mine, "shape").axes[0])) == ["runs/mine", "a/very/long/path/of/ano…"]

@@ -260,7 +260,7 @@ def test_what_cannot_be_drawn_is_named(student):
     with pytest.raises(ConfigError, match="phrases=2 cannot work: give one for each of 1 pictures"):
         phrase_maps(student, student.tokenizer, torch.zeros(1, 3, 64, 64), ["a star", "a circle"], "stage1", 64)
     with pytest.raises(ConfigError, match="square"):
-        grounding_explorer(student, student.tokenizer, np.zeros((2, 3, 64, 32), np.uint8), "stage1")
+        grounding_explorer(student, student.tokenizer, np.zeros((2, 3, 64, 32), np.uint8), "stage1", "a star")
 
 
 def test_the_explorer_follows_its_controls(student):

@@ -74,8 +74,7 @@ def test_performance_over_seeds_is_the_table(records):
         for d, v in zip(SETS, values, strict=True)
     ]
     table = zero_shot_table(three)
-    fig = figures.performance_comparison(three, published=False)
-    assert len(fig.axes) == 1
+    fig = figures.performance_comparison(three)
     for model, label in style.LABELS.items():
         assert bars(fig.axes[0])[label] == [table[dataset][model]["top1"] for dataset in SETS]
     expected = [(table[d][m]["low"], table[d][m]["high"]) for m in VALUES for d in SETS]
@@ -86,10 +85,10 @@ def test_a_failure_is_shown_as_missing_not_as_zero(records):
     kept = [r for r in records if (r["model"]["name"], r["dataset"]) != ("clip", "colour")]
     model = {"name": "clip", "parameters": 1, "sha256": "0" * 64}
     failed = make_result("zero_shot", "colour", "test", None, model, error="out of memory")
-    ax = figures.performance_comparison([*kept, failed], published=False).axes[0]
+    ax = figures.performance_comparison([*kept, failed]).axes[0]
     assert bars(ax)[style.LABELS["clip"]] == [25.0, 50.0]
     assert [text.get_text() for text in ax.texts].count("no result") == 1
-    only_failures = figures.performance_comparison([failed], published=False).axes[0]
+    only_failures = figures.performance_comparison([failed]).axes[0]
     assert [text.get_text() for text in only_failures.texts] == ["no result"] * 4
     with pytest.raises(ResultError, match="no zero-shot record"):
         figures.performance_comparison([])

@@ -1,6 +1,6 @@
 """The commands ``train``, ``distill`` and ``teacher``, with the names of options that people know.
 
-Each is a plain function around :mod:`mclip.runs`; the notebooks call the same functions beneath.
+Each is a plain function around :mod:`mclip.recipes`; the notebooks call the same functions beneath.
 """
 
 from __future__ import annotations

@@ -19,27 +19,14 @@ from mclip.config import closest
 from mclip.files import DATA
 from mclip.metrics import over_seeds
 from mclip.results import ResultError
-from mclip.show.style import (
-    LABELS,
-    PALETTE,
-    PHASES,
-    TERMS,
-    NotebookFigure,
-    figure,
-    grouped_bars,
-    in_order,
-    label,
-    name_rows,
-    styled,
-)
+from mclip.show import style
 from mclip.show.tables import by_model, read_published
 
-PUBLISHED = "Published by KLmobile / open_clip,\nnot measured here"
 Records = Sequence[Mapping[str, Any]]
 
 
-@styled
-def performance_comparison(records: Records, published: bool = True) -> NotebookFigure:
+@style.styled
+def performance_comparison(records: Records) -> style.NotebookFigure:
     """Zero-shot top-1 of base, clip, kd and teacher with 95 % intervals; beside it the published series.
 
     Records of other models have their bars below, under their own names.
@@ -51,30 +38,26 @@ def performance_comparison(records: Records, published: bool = True) -> Notebook
         dataset: {model: over_seeds([r["metrics"]["top1"] for r in group]) for model, group in models.items()}
         for dataset, models in groups.items()
     }
-    others = read_published(DATA / "published.csv") if published else {}
-    models = in_order([*LABELS, *(name for row in measured.values() for name in row)])
-    rows = max(len(measured), len(others))
-    fig = figure(8.3, 1.5 + 0.66 * rows * len(models) / len(LABELS))
-    axes = fig.subplots(1, 2 if others else 1, squeeze=False)[0]
-    axes[0].set_title("Measured here,\nwith 95 % intervals and chance")
-    grouped_bars(axes[0], measured, models)
+    published = read_published(DATA / "published.csv")
+    models = list(dict.fromkeys([*style.LABELS, *(name for row in measured.values() for name in row)]))
+    fig = style.figure(8.3, 1.5 + 0.66 * max(len(measured), len(published)) * len(models) / len(style.LABELS))
+    left, right = fig.subplots(1, 2)
+    style.grouped_bars(left, measured, models)
+    style.grouped_bars(right, published, list(style.LABELS))
     for y, row in enumerate(groups.values()):
         for chance in {group[0]["metrics"].get("chance") for group in row.values()} - {None}:
-            axes[0].vlines(chance, y - 0.46, y + 0.46, colors="black", linestyles="dotted")
-    if others:
-        axes[1].set_title(PUBLISHED)
-        grouped_bars(axes[1], others, list(LABELS))
-    for ax in axes:
-        ax.set_xlabel("zero-shot top-1 accuracy (%)")
-    handles, labels = axes[0].get_legend_handles_labels()
+            left.vlines(chance, y - 0.46, y + 0.46, colors="black", linestyles="dotted")
+    left.set(title="Measured here,\nwith 95 % intervals and chance", xlabel="zero-shot top-1 accuracy (%)")
+    right.set(title="Published by KLmobile / open_clip,\nnot measured here", xlabel="zero-shot top-1 accuracy (%)")
+    handles, labels = left.get_legend_handles_labels()
     handles.append(Line2D([], [], color="black", linestyle="dotted"))
     fig.legend(handles, [*labels, "chance"], loc="outside lower center", ncols=5)
     fig.suptitle("What distillation adds: solid bars against the same student alone, and against the teacher")
     return fig
 
 
-@styled
-def per_class_recall(records: Records, dataset: str, limit: int = 6) -> NotebookFigure:
+@style.styled
+def per_class_recall(records: Records, dataset: str, limit: int = 6) -> style.NotebookFigure:
     """Recall of each class of ``dataset`` by model; of many, the ``limit`` where models differ most."""
     groups = by_model(records)
     if not groups.get(dataset):
@@ -90,9 +73,9 @@ def per_class_recall(records: Records, dataset: str, limit: int = 6) -> Notebook
     }
     values = {name: [row["value"] for row in rows.values()] for name, rows in classes.items()}
     chosen = sorted(classes, key=lambda name: min(values[name]) - max(values[name]))[:limit]
-    fig = figure(6.3, 1.2 + 0.17 * len(models) * len(chosen))
+    fig = style.figure(6.3, 1.2 + 0.17 * len(models) * len(chosen))
     ax = fig.subplots()
-    grouped_bars(ax, {name: classes[name] for name in chosen}, in_order(models))
+    style.grouped_bars(ax, {name: classes[name] for name in chosen}, list(models))
     ax.set_title(f"{dataset}: the {len(chosen)} of {len(classes)} classes where the models differ most")
     ax.set_xlabel("recall of the class (%), with 95 % interval")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -103,7 +86,7 @@ def _draw_series(ax: Axes, table: pd.DataFrame, unit: str) -> None:
     """A line for each column; losses above 0, and weights that differ by more than 50 times, on a log scale."""
     for name, column in table.items():
         plain = {"color": "black", "marker": "o" if name == "validation.r1" else "", "markersize": 4}
-        ax.plot(column.dropna(), label=name, **TERMS.get(name, plain))
+        ax.plot(column.dropna(), label=name, **style.TERMS.get(name, plain))
     ax.set(xlabel="step", ylabel=unit)
     lowest, highest = table.min(axis=None), table.max(axis=None)
     if lowest > 0 and (unit == "loss" or (unit == "weight" and 50 * lowest < highest)):
@@ -115,17 +98,8 @@ def _draw_series(ax: Axes, table: pd.DataFrame, unit: str) -> None:
         ax.set_ylim(0, None)
 
 
-def _shade_phases(axes: Sequence[Axes], phases: pd.Series) -> list[Patch]:
-    """Colour the background by the phase of each step; returns patches for the legend."""
-    starts = phases[phases != phases.shift()]
-    for (left, phase), right in zip(starts.items(), [*starts.index[1:], phases.index[-1]], strict=True):
-        for ax in axes:
-            ax.axvspan(left, right, color=PHASES[phase], alpha=0.2, linewidth=0, zorder=0)
-    return [Patch(color=PHASES[p], alpha=0.4, linewidth=0, label=f"phase {p:g}") for p in sorted(set(starts))]
-
-
-@styled
-def training_curves(log: Records) -> NotebookFigure:
+@style.styled
+def training_curves(log: Records) -> style.NotebookFigure:
     """Loss terms, their weights, the temperature and validation recall by step, the phases shaded behind.
 
     ``log`` holds the records of a training log: ``step``, ``phase``, ``terms`` and, where there are any,
@@ -137,23 +111,29 @@ def training_curves(log: Records) -> NotebookFigure:
     table = pd.json_normalize(list(log)).set_index("step")
     groups = (table.filter(regex=rf"^{key}\.") for key in ("terms", "weights"))
     terms, weights = (group.rename(columns=lambda name: name.partition(".")[2]) for group in groups)
-    # One term alone has no weight to balance, and only the response term has a temperature.
+    # Only the response term has a temperature, and one term alone has no weight to balance.
+    heat = table.filter(["temperature"] if "response" in terms else [])
     panels = [
         ("Each loss term, before weighting", "loss", terms),
         ("The weight that balancing gives it", "weight", weights if len(weights.columns) > 1 else weights[[]]),
-        ("Softening of the response targets", "temperature T", table.filter(["temperature"] * ("response" in terms))),
+        ("Softening of the response targets", "temperature T", heat),
         ("Retrieval of validation pairs", "recall at 1 (%)", table.filter(["validation.r1"])),
     ]
     panels = [panel for panel in panels if panel[2].notna().any(axis=None)]
     rows = -(-len(panels) // 2)
-    fig = figure(8.3, 0.9 + 2.25 * rows)
+    fig = style.figure(8.3, 0.9 + 2.25 * rows)
     axes = list(fig.subplots(rows, 2, squeeze=False).ravel())
     for ax in axes[len(panels) :]:
         ax.remove()
     for ax, (title, unit, series) in zip(axes, panels, strict=False):
         ax.set_title(title)
         _draw_series(ax, series, unit)
-    patches = _shade_phases(axes[: len(panels)], table["phase"].dropna())
+    phases = table["phase"].dropna()
+    starts = phases[phases != phases.shift()]
+    for (left, phase), right in zip(starts.items(), [*starts.index[1:], phases.index[-1]], strict=True):
+        for ax in axes[: len(panels)]:
+            ax.axvspan(left, right, color=style.PHASES[phase], alpha=0.2, linewidth=0, zorder=0)
+    patches = [Patch(color=style.PHASES[p], alpha=0.4, linewidth=0, label=f"phase {p:g}") for p in sorted(set(starts))]
     handles = [*axes[0].get_lines(), *patches]
     fig.legend(handles=handles, loc="outside lower center", ncols=8, columnspacing=1.2)
     if len(patches) > 1:
@@ -166,37 +146,37 @@ def caption_matrix(ax: Axes, values: Any, rows: Sequence[str], lowest: float, hi
     shown = ax.imshow(values, cmap="viridis", interpolation="nearest", aspect="auto", vmin=lowest, vmax=highest)
     ticks = range(0, len(rows), -(-len(rows) // 8))
     ax.set_xticks(ticks, [i + 1 for i in ticks])
-    ax.set_yticks(range(len(rows)), [f"{label(text, 34)}  {i}" for i, text in enumerate(rows, 1)])
+    ax.set_yticks(range(len(rows)), [f"{style.label(text, 34)}  {i}" for i, text in enumerate(rows, 1)])
     ax.set_xlabel("caption number")
     ax.grid(False)
     return shown
 
 
-@styled
-def similarity_matrices(matrices: Mapping[str, Any], captions: Sequence[str]) -> NotebookFigure:
+@style.styled
+def similarity_matrices(matrices: Mapping[str, Any], captions: Sequence[str]) -> style.NotebookFigure:
     """Cosine similarities (B, B) of pictures (rows) and captions, on one scale; pairs are on the diagonal."""
     arrays = {name: np.asarray(matrix, dtype=float) for name, matrix in matrices.items()}
     limits = min(a.min() for a in arrays.values()), max(a.max() for a in arrays.values())
     size = len(captions)
-    fig = figure(3.2 + 1.7 * len(arrays), max(2.6, 0.19 * size + 1.7))
+    fig = style.figure(3.2 + 1.7 * len(arrays), max(2.6, 0.19 * size + 1.7))
     axes = fig.subplots(1, len(arrays), sharey=True, squeeze=False)[0]
     for ax, (name, array) in zip(axes, arrays.items(), strict=True):
         shown = caption_matrix(ax, array, captions, *limits)
         hits = int((array.argmax(1) == np.arange(size)).sum())
-        ax.set_title(f"{LABELS.get(name, name)}:\n{hits} of {size}")
+        ax.set_title(f"{style.LABELS.get(name, name)}:\n{hits} of {size}")
     axes[0].set_ylabel("picture, named by its caption")
     fig.colorbar(shown, ax=list(axes), label="cosine similarity", shrink=0.9)
     fig.suptitle("The bright diagonal: how many pictures find their own caption first")
     return fig
 
 
-@styled
-def image_grid(images: Any, captions: Sequence[str], columns: int = 6) -> NotebookFigure:
+@style.styled
+def image_grid(images: Any, captions: Sequence[str], columns: int = 6) -> style.NotebookFigure:
     """Pictures uint8 (N, 3, H, W), each under its caption."""
     pictures = np.asarray(images).transpose(0, 2, 3, 1)
-    texts = [label(caption, 18, lines=3) for caption in captions]
+    texts = [style.label(caption, 18, lines=3) for caption in captions]
     rows, lines = -(-len(pictures) // columns), max(text.count("\n") + 1 for text in texts)
-    fig = figure(1.45 * columns, rows * (1.5 + 0.16 * lines))
+    fig = style.figure(1.45 * columns, rows * (1.5 + 0.16 * lines))
     fig.set_layout_engine("compressed")
     for i, ax in enumerate(fig.subplots(rows, columns, squeeze=False).ravel()):
         ax.axis("off")
@@ -206,18 +186,20 @@ def image_grid(images: Any, captions: Sequence[str], columns: int = 6) -> Notebo
     return fig
 
 
-@styled
-def temperature_effect(similarities: Any, temperatures: Sequence[float], captions: Sequence[str]) -> NotebookFigure:
+@style.styled
+def temperature_effect(
+    similarities: Any, temperatures: Sequence[float], captions: Sequence[str]
+) -> style.NotebookFigure:
     """softmax(similarities / T) of one picture's scaled similarities (K,), one panel per temperature."""
     logits = np.asarray(similarities, dtype=float)
-    fig = figure(1.4 + 1.75 * len(temperatures), 1.3 + 0.24 * len(logits))
+    fig = style.figure(1.4 + 1.75 * len(temperatures), 1.3 + 0.24 * len(logits))
     axes = fig.subplots(1, len(temperatures), sharey=True, squeeze=False)[0]
     for ax, temperature in zip(axes, temperatures, strict=True):
         shares = softmax(logits / temperature)
-        ax.barh(range(len(shares)), shares, color=PALETTE[2])
+        ax.barh(range(len(shares)), shares, color=style.PALETTE[2])
         ax.set(title=f"T = {temperature:g}: {entropy(shares, base=2):.1f} bits", xlabel="probability", xlim=(0, 1))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.grid(False, axis="y")
-    name_rows(axes[0], [label(caption, 34) for caption in captions])
+    style.name_rows(axes[0], [style.label(caption, 34) for caption in captions])
     fig.suptitle("A higher temperature shows what else the teacher considers")
     return fig

@@ -150,9 +150,7 @@ def grounding_chart(image: np.ndarray, maps: dict[str, np.ndarray], name: str = 
     return fig
 
 
-def grounding_explorer(
-    model: nn.Module, tokenizer: Any, images: Any, layer: str, phrase: str = "a red star"
-) -> ipywidgets.VBox:
+def grounding_explorer(model: nn.Module, tokenizer: Any, images: Any, layer: str, phrase: str) -> ipywidgets.VBox:
     """A phrase, a picture by its number and a layer, over the map; ``images`` are uint8 (N, 3, S, S), square."""
     require(images.shape[-1] == images.shape[-2], "images", tuple(images.shape), "give square pictures")
     controls = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -80,12 +80,6 @@ def save_figure(fig: NotebookFigure, path: str | Path) -> Path:
     return Path(path)
 
 
-def in_order(models: Iterable[str]) -> list[str]:
-    """``models`` as a figure shows them: those of LABELS in their order, then others as they come, each once."""
-    names = dict.fromkeys(models)
-    return [name for name in LABELS if name in names] + [name for name in names if name not in LABELS]
-
-
 def label(text: str, width: int, lines: int = 1) -> str:
     """``text`` for a figure: at most ``lines`` lines of ``width`` characters, "…" for what is cut off, no formulas.
 
@@ -116,8 +110,10 @@ def interval_bars(ax: Axes, places: Sequence[float], rows: Sequence[Row], height
 def grouped_bars(ax: Axes, table: Table, models: Sequence[str]) -> None:
     """Horizontal bars of percentages: a group per key of ``table``, a bar per model, and its number.
 
-    A bar that is missing says so, because it is not a zero. Models that LABELS does not know keep their names.
+    Models of LABELS come first, in its order; others keep their names. A bar that is missing says so, because it is
+    not a zero.
     """
+    models = [name for name in dict.fromkeys([*LABELS, *models]) if name in models]
     height = 0.84 / len(models)
     looks = {name: (COLOURS[name], HATCHES[name]) for name in LABELS}
     looks |= dict(zip((name for name in models if name not in LABELS), cycle(OTHERS), strict=False))

@@ -82,9 +82,7 @@ def compare_prompts(
 
 
 @styled
-def prompt_chart(
-    image: np.ndarray, prompts: Sequence[str], cosines: Sequence[float], shares: Sequence[float]
-) -> NotebookFigure:
+def prompt_chart(image: np.ndarray, prompts: Sequence[str], cosines: np.ndarray, shares: np.ndarray) -> NotebookFigure:
     """The picture, uint8 (3, H, W), beside a bar for each prompt, with its cosine behind the bar."""
     fig = figure(7.5, max(2.2, 1.2 + 0.28 * len(prompts)))
     left, right = fig.subplots(1, 2, width_ratios=(1, 2.2))
@@ -106,8 +104,7 @@ def prompt_explorer(model: nn.Module, tokenizer: Any, images: Any, prompts: Sequ
     embeddings, _ = embed_images(model, images)
     look = {"rows": max(4, len(prompts)), "continuous_update": False, "layout": {"width": "400px"}}
     box = ipywidgets.Textarea("\n".join(prompts), description="prompts", **look)
-    count = len(embeddings)
-    chooser = ipywidgets.BoundedIntText(1, min=1, max=count, description=f"picture, 1 to {count}")
+    chooser = ipywidgets.BoundedIntText(1, min=1, max=len(images), description=f"picture, 1 to {len(images)}")
 
     def draw(text: str, number: int) -> NotebookFigure:
         lines = read_prompts(text)
@@ -125,33 +122,28 @@ def response_and_gradient(student: Model, teacher: Model, temperature: float) ->
 
 
 @styled
-def loss_chart(
-    student: Model, teacher: Model, captions: Sequence[str], temperature: float, picture: int
-) -> NotebookFigure:
-    """Both softmax matrices of a batch, the rows of one ``picture``, and loss and gradient over the temperature.
+def loss_chart(student: Model, teacher: Model, captions: Sequence[str], temperature: float, row: int) -> NotebookFigure:
+    """Both softmax matrices of a batch, one ``row`` of each as bars, and loss and gradient over the temperature.
 
-    Rows of the matrices are pictures, columns captions; ``picture`` counts from 0.
+    Rows of the matrices are pictures, columns captions; ``row`` counts from 0.
     """
     models = {"teacher": teacher, "student": student}
-    shares = {
-        name: (scale * losses.cosines(image, text) / temperature).softmax(1).numpy()
-        for name, (image, text, scale) in models.items()
-    }
+    logits = {name: scale * losses.cosines(image, text) for name, (image, text, scale) in models.items()}
+    shares = {name: (table / temperature).softmax(1).numpy() for name, table in logits.items()}
     count, top = len(captions), max(table.max() for table in shares.values())
     fig = figure(8.3, 6.6)
-    above, (rows, curves) = fig.subplots(2, 2, height_ratios=(1.15, 1))
+    above, (bars, curves) = fig.subplots(2, 2, height_ratios=(1.15, 1))
     for ax, (name, table) in zip(above, shares.items(), strict=True):
         shown = caption_matrix(ax, table, captions if name == "teacher" else [""] * count, 0, top)
-        ax.add_patch(Rectangle((-0.5, picture - 0.5), count, 1, fill=False, edgecolor=PALETTE[1], linewidth=2))
+        ax.add_patch(Rectangle((-0.5, row - 0.5), count, 1, fill=False, edgecolor=PALETTE[1], linewidth=2))
         ax.set_title(f"{name.title()}, logit scale {models[name][2]:.1f}, T = {temperature:.3g}")
     above[0].set_ylabel("picture, named by its caption")
     fig.colorbar(shown, ax=above[1], label="probability of the caption")
     for (name, table), look, offset in zip(shares.items(), ("teacher", "kd"), (-0.2, 0.2), strict=True):
-        bars = [{"value": share} for share in table[picture]]
-        places = [n + offset for n in range(count)]
-        interval_bars(rows, places, bars, 0.4, label=name, color=COLOURS[look], hatch=HATCHES[look])
-    rows.set(title=f"Row {picture + 1} of both, as bars", xlabel="probability", xlim=(0, 1))
-    name_rows(rows, [f"{label(text, 34)}  {n}" for n, text in enumerate(captions, 1)])
+        places, rows = [n + offset for n in range(count)], [{"value": share} for share in table[row]]
+        interval_bars(bars, places, rows, 0.4, label=name, color=COLOURS[look], hatch=HATCHES[look])
+    bars.set(title=f"Row {row + 1} of both, as bars", xlabel="probability", xlim=(0, 1))
+    name_rows(bars, [f"{label(text, 34)}  {n}" for n, text in enumerate(captions, 1)])
     _draw_temperatures(curves, student, teacher, temperature)
     fig.legend(loc="outside lower center", ncols=5, columnspacing=1.2)
     return fig
@@ -195,16 +187,15 @@ def recorded_pulls(log: Log, config: DistillConfig) -> pd.DataFrame:
     undone, which leaves the norms at the steps that were measured; steps between keep the last, steps before a
     term's first its first. ConfigError for a log without a step that "gradient_norm" has balanced.
     """
-    steps = [record for record in log if "terms" in record]
+    steps = pd.DataFrame([record for record in log if "terms" in record])
     schedule, priors = Schedule(config, len(steps)), pd.Series(make_balancer(config).priors)
-    weights = pd.DataFrame([record["weights"] for record in steps])
-    ramps = pd.DataFrame([schedule.active(record["step"]) for record in steps])
+    weights = pd.DataFrame(list(steps["weights"]))
+    ramps = pd.DataFrame([schedule.active(step) for step in steps["step"]])
     factors = np.log(weights / (ramps * priors)[weights.columns])
     factors = factors.sub(factors.mean(axis=1), axis=0)
     before = factors.shift().fillna(0.0)  # a term that has just joined starts at the mean, which is 0
     targets = (factors - (1 - config.adaptation_rate) * before) / config.adaptation_rate
-    run = pd.DataFrame(steps)
-    measured = (run["strategy"] == "gradient_norm") & (run["step"] % config.gradient_check_frequency == 0)
+    measured = (steps["strategy"] == "gradient_norm") & (steps["step"] % config.gradient_check_frequency == 0)
     measured &= weights.count(axis=1) > 1
     require(measured.any(), "log", f"{len(steps)} steps", "none was balanced by gradient_norm")
     norms = np.exp(-targets.sub(targets["original"], axis=0))
@@ -240,10 +231,10 @@ def replay(log: Log, config: DistillConfig) -> list[dict[str, Any]]:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        after = {"phase": schedule.phase(step), "temperature": schedule.temperature(step)}
+        settings = {"phase": schedule.phase(step), "temperature": schedule.temperature(step)}
         active_terms = {name: terms[name].item() for name in active}
-        after |= {"terms": active_terms, "weights": weights, "strategy": balancer.strategy}
-        replayed.append({"step": step, **after})
+        balance = {"terms": active_terms, "weights": weights, "strategy": balancer.strategy}
+        replayed.append({"step": step, **settings, **balance})
     return replayed
 
 
@@ -262,9 +253,7 @@ def schedule_explorer(log: Log) -> ipywidgets.VBox:
         ipywidgets.Dropdown(options=names, description="balancer", layout=WIDE["layout"]),
     ]
 
-    def draw(
-        starts: tuple[float, float], end: float, ramp: float, heat: tuple[float, float], balancers: tuple[str, ...]
-    ) -> NotebookFigure:
+    def draw(starts: Sequence, end: float, ramp: float, heat: Sequence, balancers: tuple[str, ...]) -> NotebookFigure:
         lowest, highest = heat
         settings = {"ramp": ramp, "min_temperature": lowest, "max_temperature": highest, "balancers": balancers}
         return training_curves(replay(log, DistillConfig(phases=(*starts, end), **settings)))

@@ -14,7 +14,7 @@ from mclip.config import require
 from mclip.files import content_key
 from mclip.pairs import Pairs
 from mclip.pictures import DECODING_VERSION, PictureError, Pictures, decoded_once, fingerprint, readable
-from mclip.scenes.world import DRAWING_VERSION, SceneConfig, make_scenes
+from mclip.scenes.world import SceneConfig, scene_pairs
 from mclip.sources.folders import read_folder, read_shards, shards_of
 from mclip.sources.readers import DataError, OnError, Table, read_csv, read_json, reject
 
@@ -58,9 +58,7 @@ def load_pairs(
     require(decoding in ("auto", "once", "always"), "decoding", decoding, "choose 'auto', 'once' or 'always'")
     if str(source) in ("", SCENES):
         config = scenes or SceneConfig(split=split, image_size=image_size, seed=seed)
-        drawn = make_scenes(replace(config, image_size=image_size), progress)
-        key = content_key("scenes", DRAWING_VERSION, config, image_size)
-        return Pairs(drawn.images, drawn.captions, key, f"scenes-{config.split}").fraction(data_size, seed)
+        return scene_pairs(replace(config, image_size=image_size), progress).fraction(data_size, seed)
     table = _read(str(source), image_key, caption_key, on_error, progress)
     pairs = _with_pictures(table, Path(source).stem, image_size, on_error, decoding, progress)
     if pairs.skipped:
