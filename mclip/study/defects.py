@@ -123,14 +123,14 @@ def positions_for_one_half(self: Any, tokens: Tensor) -> Tensor:
 
 
 def teacher_but_no_step(self: Any) -> None:
-    """Defect 12, in place of Checkpoints.save: holds the frozen teacher, and not how far the run has come."""
+    """Defect 12, in place of RunState.save: holds the frozen teacher, and not how far the run has come."""
     self.saved = time.monotonic()
     content = {
         "parts": {name: part.state_dict() for name, part in self.parts.items()},
-        "state": self.state | {"step": 0},
+        "state": {"step": 0, "best": self.best, "stale": self.stale, "finished": self.finished},
         "teacher": load_as_it_is().model.state_dict(),
     }
-    torch.save(content, self.folder / f"checkpoint-{self.state['step']:08d}.pt")
+    torch.save(content, self.folder / f"checkpoint-{self.step:08d}.pt")
 
 
 def unpickle_anything(path: Any, **options: Any) -> Any:
@@ -293,7 +293,7 @@ DEFECTS = {
             12,
             "a checkpoint of the wrong things",
             "it holds the teacher and not the step, and runs any code",
-            [(saving.Checkpoints, "save", teacher_but_no_step), (torch, "load", unpickle_anything)],
+            [(saving.RunState, "save", teacher_but_no_step), (torch, "load", unpickle_anything)],
             "a_checkpoint_holds_the_phase_and_never_the_teacher",
         ),
         _defect(
