@@ -197,13 +197,14 @@ def _positions_for_one_half(self: Any, tokens: Tensor) -> Tensor:
     return torch.cat([left + self.position_embedding[: tokens.shape[1], : left.shape[2]], right], 2)
 
 
-@defect(12, saving.Checkpoints, "save", "a_checkpoint_holds_the_phase_and_never_the_teacher")
+@defect(12, saving.RunState, "save", "a_checkpoint_holds_the_phase_and_never_the_teacher")
 def _teacher_but_no_step(self: Any) -> None:
     """A checkpoint of the wrong things: it holds the teacher and not the step, and runs any code."""
     self.saved = time.monotonic()
     parts = {name: part.state_dict() for name, part in self.parts.items()}
-    content = {"parts": parts, "state": self.state | {"step": 0}, "teacher": load_as_it_is().model.state_dict()}
-    torch.save(content, self.folder / f"checkpoint-{self.state['step']:08d}.pt")
+    state = {"step": 0, "best": self.best, "stale": self.stale, "finished": self.finished}
+    content = {"parts": parts, "state": state, "teacher": load_as_it_is().model.state_dict()}
+    torch.save(content, self.folder / f"checkpoint-{self.step:08d}.pt")
 
 
 @defect(12, torch, "load")
