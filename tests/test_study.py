@@ -13,10 +13,11 @@ from mclip.files import DATA
 from mclip.recipes import load_model
 from mclip.results import load_results, make_result, weights_sha256
 from mclip.scenes.world import SceneConfig, export_scenes, make_scenes
-from mclip.study import run
-from mclip.study.table import BY_NAME, STUDIES, TERMS, Experiment, choose, plan
+from mclip.study import measures, run
+from mclip.study.table import BY_NAME, STUDIES, Experiment, choose, plan
 
 ABLATIONS = {row.name: row for row in BY_NAME.values() if row.study == "ablations"}
+TERMS = ("feature", "response", "similarity", "icl")
 MODEL = {"name": "toy", "parameters": 1, "sha256": "0" * 64}
 
 
@@ -90,12 +91,8 @@ def test_the_committed_records_are_finished_work(study, monkeypatch, tmp_path):
     assert main(["study", study, "--out_dir", str(tmp_path)]) == 0
 
 
-def toy_row(number: int, measure) -> Experiment:
-    return Experiment("examples", f"toy {number}", "a toy", student="", measure=measure)
-
-
-def toy_jobs(folder, measure, count: int = 4) -> list[run.Job]:
-    rows = [toy_row(number, measure) for number in range(count)]
+def toy_jobs(folder, count: int = 4) -> list[run.Job]:
+    rows = [Experiment("examples", f"toy {number}", "a toy", student="", measure="toy") for number in range(count)]
     return [run.Job(row, 0, {"n": row.name}, folder / "toy.json", folder / row.name) for row in rows]
 
 
@@ -103,7 +100,7 @@ def toy_record(row: Experiment) -> list[dict]:
     return [make_result("toy", "none", "test", 1, {**MODEL, "name": row.name}, {"one": 1.0})]
 
 
-def test_finished_work_is_not_repeated_and_what_was_killed_goes_on(tmp_path):
+def test_finished_work_is_not_repeated_and_what_was_killed_goes_on(tmp_path, monkeypatch):
     done, alive = [], [True]
 
     def measure(row, settings):
@@ -112,7 +109,8 @@ def test_finished_work_is_not_repeated_and_what_was_killed_goes_on(tmp_path):
         done.append(row.name)
         return toy_record(row)
 
-    jobs = toy_jobs(tmp_path, measure)
+    monkeypatch.setattr(measures, "toy", measure, raising=False)
+    jobs = toy_jobs(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         run.work_off(jobs, tmp_path / "runs")
     assert done == ["toy 0", "toy 1"]
@@ -126,7 +124,7 @@ def test_finished_work_is_not_repeated_and_what_was_killed_goes_on(tmp_path):
 
 def test_processes_share_what_is_left(tmp_path):
     """A job that another process holds is left to it, and taken up once that process has died."""
-    jobs = toy_jobs(tmp_path, None, 3)
+    jobs = toy_jobs(tmp_path, 3)
     turns = run._turns(jobs, tmp_path / "runs", run.tqdm(disable=True))
     (tmp_path / "runs").mkdir()
     with run.FileLock(tmp_path / "runs" / ".examples-toy 0.lock"):

@@ -28,6 +28,7 @@ from mclip.results import describe_model, load_results, make_result, save_result
 from mclip.sources.loading import load_pairs
 from mclip.sources.zero_shot import zero_shot_set
 from mclip.steps import TrainError
+from mclip.study import measures
 from mclip.study.defects import DEFECTS
 from mclip.study.table import BY_NAME, STUDIES, TRAINED_HERE, Experiment, Settings, choose, plan
 from mclip.train import TrainResult
@@ -133,7 +134,7 @@ def summed_up(job: Job, result: TrainResult, records: Records) -> dict[str, Any]
 def work(job: Job) -> Records:
     """The records of ``job``; that of a failure where the training diverges."""
     if job.row.measure:
-        records = job.row.measure(job.row, job.settings)
+        records = getattr(measures, job.row.measure)(job.row, job.settings)
     else:
         defect = DEFECTS.get(job.row.defect)
         with defect.switched_on(train_all_the_same=True) if defect else nullcontext():
