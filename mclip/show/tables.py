@@ -94,9 +94,10 @@ def reached(value: float, aim: str) -> str:
 
 def milliseconds(model: Mapping[str, Any], setting: str = "1 thread, batch 1") -> dict[str, float]:
     """Median latency of a model of ``efficiency.json``: image and text."""
-    if setting not in model["latency"]:
-        raise ResultError(f"latency={list(model['latency'])} lack {setting!r}; run: python -m mclip efficiency")
-    return {half: numbers["median"] for half, numbers in model["latency"][setting].items()}
+    measured = model.get("latency", {})
+    if setting not in measured:
+        raise ResultError(f"latency={list(measured)} lack {setting!r}; run: python -m mclip efficiency")
+    return {half: numbers["median"] for half, numbers in measured[setting].items()}
 
 
 def efficiency_table(costs: Mapping[str, Any]) -> str:
@@ -105,7 +106,7 @@ def efficiency_table(costs: Mapping[str, Any]) -> str:
     header = ("", *millions, "MB", "image, ms (p95)", "text, ms (p95)", "ViT-B/32 takes", "peak, MB")
     reference, rows = sum(milliseconds(costs["models"]["ViT-B-32"]).values()), []
     for name, model in costs["models"].items():
-        clock, adds = model["latency"].get("1 thread, batch 1", {}), model.get("multiply_adds", {})
+        clock, adds = model.get("latency", {}).get("1 thread, batch 1", {}), model.get("multiply_adds", {})
         cells = [f"{model['parameters'][part] / 1e6:.1f}" for part in ("total", "token table")]
         cells += [f"{adds[half] / 1e6:,.0f}" if adds else "" for half in ("image", "text")]
         cells += [f"{model['megabytes']:,.0f}"]
