@@ -8,23 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as VF
 
 from mclip.config import require
-from mclip.pictures import Crops, pool
-
-if TYPE_CHECKING:
-    from mclip.targets import OnlineTargets
-from PIL import Image
-
 from mclip.files import content_key
-from mclip.pictures import Pictures, decode, met_late, open_picture, square
+from mclip.pictures import Crops, Pictures, decode, met_late, open_picture, pool, square
 from mclip.sources.readers import Captions, Texts
 
 READ_AHEAD = 2  # batches
@@ -43,24 +38,42 @@ def normalise(images: Tensor, size: int, mean: Sequence[float], std: Sequence[fl
     return VF.normalize(pictures, list(mean), list(std)).contiguous(memory_format=torch.channels_last)
 
 
+class TeacherTargets(Protocol):
+    """What a teacher says of each picture and caption: read from the cache, or computed batch by batch.
+
+    ``key`` changes with the teacher's weights, its view of the pictures and the data.
+    """
+
+    @property
+    def logit_scale(self) -> float: ...
+    @property
+    def key(self) -> str: ...
+    def of(self, pictures: np.ndarray, captions: np.ndarray, view: Any, seeds: Any) -> tuple[Tensor, Tensor]:
+        """The embeddings (B, D) of these pictures, each in its view, and of these captions."""
+
+
 @dataclass(frozen=True)
 class Targets:
     """A frozen teacher's embeddings of every picture (N, D) and every caption (M, D), and its logit scale.
 
-    With crops, ``images`` is (N, K, D), of the K views of each picture that ``seeds`` (N, K) replay. ``key`` changes
-    with the teacher's weights, its view of the pictures and the data.
+    With ``crops``, ``images`` is (N, K, D), of the K views of each picture.
     """
 
     images: np.ndarray
     texts: np.ndarray
     logit_scale: float
     key: str = ""
-    seeds: np.ndarray | None = None
+    crops: Crops | None = None
 
-    def of(self, pictures: np.ndarray, captions: np.ndarray, view: np.ndarray, seeds: Any) -> tuple[Tensor, Tensor]:
+    @property
+    def seeds(self) -> np.ndarray:
+        """The seed (N, K) with which each view is cut again."""
+        return self.crops.seeds(np.arange(len(self.images))[:, None], np.arange(self.crops.views))
+
+    def of(self, pictures: np.ndarray, captions: np.ndarray, view: Any, seeds: Any) -> tuple[Tensor, Tensor]:
         """The embeddings (B, D) of these pictures, each in its view, and of these captions."""
         rows = self.images[pictures]
-        rows = rows if self.seeds is None else rows[np.arange(len(rows)), view]
+        rows = rows if self.crops is None else rows[np.arange(len(rows)), view]
         return tuple(torch.from_numpy(np.asarray(found, np.float32)) for found in (rows, self.texts[captions]))
 
 
@@ -83,7 +96,7 @@ def join_targets(several: Sequence[Targets]) -> Targets:
         return several[0]
     images, texts = (SideBySide([getattr(targets, kind) for targets in several]) for kind in ("images", "texts"))
     scale = math.prod(targets.logit_scale for targets in several) ** (1 / len(several))
-    return Targets(images, texts, scale, "+".join(targets.key for targets in several), several[0].seeds)
+    return Targets(images, texts, scale, "+".join(targets.key for targets in several), several[0].crops)
 
 
 @dataclass(frozen=True)
@@ -126,7 +139,7 @@ class BatchSource:
         prepare: Callable[[Tensor], Tensor],
         batch_size: int,
         seed: int,
-        targets: Targets | OnlineTargets | None = None,
+        targets: TeacherTargets | None = None,
         crops: Crops | None = None,
     ) -> None:
         require(

@@ -91,11 +91,15 @@ def _opened(name: str) -> tuple[bytes, Image.Image]:
         raise UnidentifiedImageError(f"the file {start}, which no known kind of picture does") from error
 
 
-def open_picture(name: str) -> Image.Image:
-    """The picture ``name`` as :func:`~mclip.rgb.as_rgb` makes it, for a model's own transform. Raises: PictureError."""
+def open_picture(picture: str | Path | Image.Image) -> Image.Image:
+    """A file, or a picture that Pillow has opened, as :func:`as_rgb` makes it, for a model's own transform.
+
+    Raises: PictureError, which names the file where it is known.
+    """
     try:
-        return as_rgb(_opened(name)[1])
+        return as_rgb(picture if isinstance(picture, Image.Image) else _opened(str(picture))[1])
     except UNREADABLE as error:
+        name = getattr(picture, "filename", "") or "a picture" if isinstance(picture, Image.Image) else picture
         raise PictureError(f"{name}: not readable as a picture ({error})") from error
 
 

@@ -19,6 +19,8 @@ from mclip.recipes import (
     get_model_config,
     load_data,
     load_model,
+    open_clip_config,
+    require_both,
     train_open_clip,
     train_student,
     write_card,
@@ -26,7 +28,7 @@ from mclip.recipes import (
 from mclip.scenes.world import SceneConfig
 from mclip.sources.loading import Decoding, load_pairs
 from mclip.targets import get_crops, get_targets
-from mclip.teacher import TEACHER_CONFIG, load_teachers
+from mclip.teacher import load_teachers
 
 ProfileName = Literal["smoke", "cpu", "gpu"]
 SWA_DECAY = 0.999
@@ -95,6 +97,7 @@ def _student(
         val_data_path=data.val_data_path,
         data_size=data.data_size,
         seed=settings.seed,
+        progress=settings.progress,
         **data.keys(),
     )
     if run.use_swa and settings.ema_decay is None:
@@ -162,6 +165,7 @@ def cache(
     crop_scale: float | None = None,
     views: int | None = None,
     seed: int = 0,
+    progress: bool = True,
 ) -> None:
     """Compute what the teacher says of every picture and caption; distill with the same options finds it there.
 
@@ -172,6 +176,7 @@ def cache(
         crop_scale: crops keep at least this share of a picture's area; 1: whole pictures. The profile's if null.
         views: number of crops of each picture; the profile's if null.
         seed: of the crops, and of the choice that data_size makes: the seed of the run.
+        progress: show progress bars.
     """
     defaults = get_profile(profile)
     chosen = {"crop_scale": crop_scale, "views": views}
@@ -183,11 +188,12 @@ def cache(
         val_data_path=data.val_data_path or data.train_data_path,
         data_size=data.data_size,
         seed=seed,
+        progress=progress,
         **data.keys(),
     )
     pretrained = teacher_pretrained if teacher_model else defaults.teacher_pretrained
     for teacher in load_teachers(teacher_model or defaults.teacher, pretrained, device_for("auto")):
-        targets = get_targets([teacher], training, False, crops, True, print)
+        targets = get_targets([teacher], training, False, crops, progress, print)
         print(f"{teacher.name}: {cache_dir() / 'targets' / targets.key}")
 
 
@@ -203,8 +209,8 @@ def teacher(
         out_dir: the run's folder; the model is its sub-folder "model".
         pictures: number of scenes.
     """
-    training, validation = teacher_data(data, pictures)
-    result = train_open_clip(TEACHER_CONFIG, training, validation, settings, out_dir)
+    training, validation = teacher_data(data, pictures, settings.progress)
+    result = train_open_clip("teacher", training, validation, settings, out_dir)
     metrics = result.validations()[-1]["validation"]
     print(f"{Path(out_dir) / 'model'}: {result.steps} steps in {result.seconds:.0f} s, validation {metrics}")
     if not data.train_data_path:
@@ -215,12 +221,14 @@ def teacher(
         write_card(Path(out_dir) / "model", "The teacher of the course", command, result.seconds, records)
 
 
-def teacher_data(data: DataOptions, pictures: int) -> tuple[Pairs, Pairs]:
+def teacher_data(data: DataOptions, pictures: int, progress: bool = True) -> tuple[Pairs, Pairs]:
     """Pairs for a teacher: of scenes ``pictures`` with clean captions, and no scene that a student sees."""
-    size = TEACHER_CONFIG["model_cfg"]["vision_cfg"]["image_size"]
+    require_both(data.train_data_path, data.val_data_path)
+    size = open_clip_config("teacher")["model_cfg"]["vision_cfg"]["image_size"]
     training = SceneConfig(pictures, size, "teacher", two_objects=0.1, captions="clean")
     validation = SceneConfig(500, size, "val", captions="clean")
+    reading = {**data.keys(), "progress": progress}
     return (
-        load_pairs(data.train_data_path, size, scenes=training, data_size=data.data_size, **data.keys()),
-        load_pairs(data.val_data_path, size, scenes=validation, **data.keys()),
+        load_pairs(data.train_data_path, size, scenes=training, data_size=data.data_size, **reading),
+        load_pairs(data.val_data_path, size, scenes=validation, **reading),
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from mclip.cli.commands import ProfileName
 from mclip.config import closest, get_profile, require
-from mclip.evaluate import evaluate_retrieval, evaluate_zero_shot, image_size_of
+from mclip.evaluate import evaluate_retrieval, evaluate_zero_shot, input_of
 from mclip.metrics import compare, describe
 from mclip.recipes import device_for, load_model, model_name
 from mclip.results import save_result
@@ -50,7 +50,7 @@ def evaluate(
     require(len(models) == len(names), "compare_with", compare_with, remedy)
     if _is_captions(dataset):
         ((name, (model, tokenizer)),) = models.items()
-        record = evaluate_retrieval(model, tokenizer, load_pairs(dataset, image_size_of(model)), name, seed=seed)
+        record = evaluate_retrieval(model, tokenizer, load_pairs(dataset, input_of(model).size), name, seed=seed)
         for way, recalls in record["metrics"].items():
             print(f"{name:10} {way.replace('_', ' '):14} {_shown(recalls)}  n={record['n']}")
         _save(record, save_results, name)

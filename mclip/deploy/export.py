@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from mclip.deploy.reader import (
     Deployed,
 )
 from mclip.deploy.tokenizer import portable_tokenizer
+from mclip.evaluate import ZeroShotSet, as_templates, zero_shot_record
 from mclip.files import atomic_folder, write_json
 from mclip.model import MobileCLIP
 from mclip.pairs import normalise
@@ -284,3 +286,18 @@ def export_student(
     for name, file in manifest["files"].items():
         print(f"{name:16}{file['bytes']:12,} bytes")
     print(f"{out_dir}: written, read again without PyTorch, and checked: {', '.join(manifest['forms'])}")
+
+
+def evaluate_deployed(reader: Deployed, dataset: ZeroShotSet, name: str, *, seed: int = 0) -> dict[str, Any]:
+    """The results record of an exported student: preparation, tokens and graphs are those that a device has.
+
+    The pictures of ``dataset`` are an array (N, 3, H, W), and their labels are known. The record's SHA-256 is over
+    those of both graphs.
+    """
+    start, templates = time.perf_counter(), as_templates(dataset.templates)
+    classifier = torch.from_numpy(reader.classifier(dataset.class_names, templates))
+    embeddings = torch.from_numpy(reader.encode_images(np.asarray(dataset.images).transpose(0, 2, 3, 1)))
+    graphs = "".join(reader.manifest["files"][graph]["sha256"] for graph in reader.graphs)
+    described = {**reader.manifest["model"], "name": name, "sha256": hashlib.sha256(graphs.encode()).hexdigest()}
+    more = {"templates": templates, "seed": seed}
+    return zero_shot_record(dataset, described, embeddings, classifier, dataset.labels, start, **more)
