@@ -15,7 +15,7 @@ import pytest
 from mclip.cli import course, main
 from mclip.cli.course import declared_parameters
 from mclip.config import ConfigError
-from mclip.parameters import check_parameter
+from mclip.show.parameters import check_parameter
 
 PARAMETERS = """\
 max_epochs: int = 10  # passes over the pictures

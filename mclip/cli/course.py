@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mclip.config import ConfigError, closest, require
 from mclip.files import write_json
-from mclip.parameters import check_parameter
+from mclip.show.parameters import check_parameter
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 TYPES: dict[str, type] = {kind.__name__: kind for kind in (bool, int, float, str)}

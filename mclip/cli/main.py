@@ -23,7 +23,7 @@ COMMANDS = {
     "teacher": ("mclip.cli.commands:teacher", "train a small teacher from scratch"),
     "cache": ("mclip.cli.commands:cache", "compute and keep what the teacher says of all pictures and captions"),
     "evaluate": ("mclip.cli.evaluate:evaluate", "classify pictures zero-shot"),
-    "export": ("mclip.deploy.export:export_student", "write a student into a folder that an app can carry"),
+    "export": ("mclip.cli.commands:export_student", "write a student into a folder that an app can carry"),
     "download": ("mclip.sources.caption_sets:download", "fetch captions or a test set; resumes"),
     "reproduce": ("mclip.study.reproduce:reproduce", "the long run: several seeds, and the results that are committed"),
     "photographs": ("mclip.study.reproduce:photographs", "base against kd on captions of real photographs"),
@@ -35,8 +35,8 @@ COMMANDS = {
     "efficiency": ("mclip.study.efficiency:efficiency", "what presets and rivals cost, all measured in one run"),
     "bench": ("mclip.study.bench:bench", "measure speed and memory, in ratios of one run"),
     "figures": ("mclip.study.reproduce:figures", "draw the figures from the results files"),
-    "app": ("mclip.cli.app:app", "serve the course's explorers as a web app that hides the code"),
-    "course": ("mclip.cli.course:course", "execute the notebooks in order, and summarise the results"),
+    "app": ("mclip.cli.app:app", "serve the course's explorers as a page without code"),
+    "course": ("mclip.cli.course:course", "execute the notebooks in order, and summarise what came out"),
 }
 """Name: (module:function, one line for the help). A module is imported only when its command is called."""
 POSITIONAL = ("download",)

@@ -10,7 +10,7 @@ from typing import Any
 
 from mclip.config import PRESETS, PROFILES, closest, from_mapping, require
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 """The repository. Relative paths in a lesson start here, whatever the working directory of its kernel is."""
 INPUTS = ("train_data_path", "val_data_path", "auto_kd_config", "photograph")
 """Paths that must exist, unless they are empty."""
