@@ -19,7 +19,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 course: $(READY) ## run the whole course; PROFILE=smoke|cpu|gpu, OUT=folder, ARGS="-p NAME VALUE --only 04 08"
-	$(MCLIP) course --profile $(PROFILE) --out $(OUT) $(ARGS)
+	$(MCLIP) course --profile $(PROFILE) --out "$(OUT)" $(ARGS)
 
 # nbval executes the prepared copies: the lessons beside tests and solutions, since either keeps one core busy.
 test: $(READY) ## run the tests, and every notebook in profile smoke against its stored outputs
