@@ -9,7 +9,6 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 
 from mclip.config import ConfigError
-from mclip.show import parameters
 from mclip.show.parameters import check_parameter, check_parameters
 
 DECLARED = 'out_dir: str = "runs/notebooks"\nmax_epochs: int = 0\ndata_size: float = 1.0\nprofile: str = "cpu"'
@@ -51,14 +50,13 @@ def test_bare_papermill_stops_at_a_wrong_parameter(tmp_path, given, message):
 def test_names_of_what_ships_stay_names_and_files_become_paths(tmp_path, monkeypatch):
     for folder in ("kd", "course", "own"):
         (tmp_path / folder).mkdir()
-    monkeypatch.setattr(parameters, "ROOT", tmp_path)
     assert check_parameter("model_checkpoint", str, "kd", tmp_path) == "kd"
     assert check_parameter("config_path", str, "course", tmp_path) == "course"
     assert check_parameter("teacher_model", str, "ViT-B-32", tmp_path) == "ViT-B-32"
     assert check_parameter("model_checkpoint", str, "own", tmp_path) == str(tmp_path / "own")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert check_parameter("save_results", str, "~/own") == str(tmp_path / "own")
-    with pytest.raises(ConfigError, match="train_data_path='nowhere.csv' cannot work: no such file"):
+    assert check_parameter("save_results", str, "~/own", tmp_path / "kd") == str(tmp_path / "own")
+    with pytest.raises(ConfigError, match=r"train_data_path='nowhere\.csv' cannot work: no such file"):
         check_parameter("train_data_path", str, "nowhere.csv", tmp_path)
 
 
