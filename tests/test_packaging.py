@@ -6,8 +6,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-import pytest
-
 USE = """
 import mclip, sys
 from pathlib import Path
@@ -18,7 +16,6 @@ assert abs(embedding.norm().item() - 1) < 1e-5
 """
 
 
-@pytest.mark.slow
 def test_an_installed_package_loads_the_models_that_ship(repository, tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path / "dist")]
     subprocess.run(build, cwd=repository, check=True, capture_output=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args, get_type_hints
 
 from docstring_parser import parse as parse_docstring
@@ -39,11 +40,15 @@ COMMANDS = {
     "course": ("mclip.cli.course:course", "execute the notebooks in order, and summarise what came out"),
 }
 """Name: (module:function, one line for the help). A module is imported only when its command is called."""
-POSITIONAL = ("download",)
-"""Commands whose required arguments are given without a name."""
-SEVERAL = {list[str]: {"nargs": "+"}, list[tuple[str, str]]: {"nargs": 2, "action": "append"}}
-"""Types of options that take several words, as in ``--only 04 08`` and ``-p NAME VALUE``."""
-EPILOG = """The variable MCLIP_CACHE names the folder for downloads, drawn scenes and the teacher's targets."""
+POSITIONAL = {"download": "name", "study": "names"}
+"""The argument of a command that is given without its name."""
+SEVERAL: dict[Any, dict[str, Any]] = {
+    list[str]: {"nargs": "+"},
+    list[tuple[str, str]]: {"nargs": 2, "action": "append", "metavar": ("NAME", "VALUE")},
+}
+"""Types of options that take several words, as in ``--only 04 08`` and ``--parameters NAME VALUE``."""
+SWITCH = {"0": "false", "1": "true", "false": "false", "true": "true"}
+EPILOG = "The variable MCLIP_CACHE names the folder for downloads, drawn scenes and what the teacher says of pictures."
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,10 +69,11 @@ def main(arguments: list[str] | None = None) -> int:
         helps = f"python -m mclip {'' if command.startswith('-') else f'{command} '}--help"
         return _report(f"{error} ({helps} lists the options)", 2)
     except (OSError, ValueError, RuntimeError) as error:
-        ours = isinstance(error, OSError) or type(error).__module__.startswith("mclip.")
-        if not ours:
+        if not isinstance(error, OSError) and not type(error).__module__.startswith("mclip."):
             raise  # a defect of the program: its traceback is what helps
-        return _report(str(error), getattr(error, "exit_status", 2))
+        read_only = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        hint = f" (an option of {command} names another folder, see --help)" if read_only else ""
+        return _report(f"{error}{hint}", getattr(error, "exit_status", 2))
     return 0
 
 
@@ -90,72 +96,90 @@ def parse(command: str, arguments: list[str]) -> tuple[Callable[..., None], dict
     """
     if command not in COMMANDS:
         raise ConfigError(f"no command {command!r}; {closest(command, COMMANDS)}")
-    target, summary = COMMANDS[command]
-    module, name = target.split(":")
+    module, name = COMMANDS[command][0].split(":")
     function = getattr(importlib.import_module(module), name)
-    hints = {key: kind for key, kind in get_type_hints(function).items() if key != "return"}
-    groups = {key: kind for key, kind in hints.items() if dataclasses.is_dataclass(kind)}
-    defaults = {key: p.default for key, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
-
-    options = ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False, print_config=None)
-    options.add_argument("--config", action="config", help="YAML file of options; those written after it win")
-    options.add_argument("--print_config", action="store_true", help="print all options as such a file, and exit")
-    for key, kind in groups.items():
-        options.add_class_arguments(kind)
-        options.set_defaults(_fields(_before_options(kind, defaults.get(key), "cpu", "")))
-    if DistillConfig in groups.values():
-        helps = "YAML file of phases, weights, temperatures and balancers; single options win over it"
-        options.add_argument("--auto_kd_config", type=str, default="", help=helps)
-    several = {key: SEVERAL[kind] for key, hint in hints.items() for kind in (hint, *get_args(hint)) if kind in SEVERAL}
-    helps = {each.arg_name: each.description for each in parse_docstring(function.__doc__ or "").params}
-    for key, form in several.items():
-        names = ("-p", f"--{key}") if key == "parameters" else (f"--{key}",)
-        options.add_argument(*names, type=str, default=defaults[key], help=helps[key], **form)
-    as_positional, skip = command in POSITIONAL, {*groups, *several}
-    options.add_function_arguments(function, as_positional=as_positional, skip=skip, fail_untyped=True)
-
-    types = hints | {key: kind for group in groups.values() for key, kind in get_type_hints(group).items()}
+    parameters = inspect.signature(function, eval_str=True).parameters
+    groups = {key: p for key, p in parameters.items() if dataclasses.is_dataclass(p.annotation)}
+    types = {key: p.annotation for key, p in parameters.items() if key not in groups}
+    for group in groups.values():
+        types |= get_type_hints(group.annotation)
+    options = _options(command, function, parameters, groups)
     words = _with_values(arguments, {f"--{key}" for key, kind in types.items() if kind is bool})
     try:
         # Without the defaults, what remains is what was written.
         written = make_parser(command, options).parse_args([command, *words], defaults=False)[command].as_dict()
     except ArgumentError as error:
-        raise _in_plain_words(error, command, {*types, "config", "auto_kd_config"}.difference(groups)) from None
+        raise _in_plain_words(error, command, {*types, "config", "auto_kd_config"}) from None
     written = {key: os.path.expanduser(value) if isinstance(value, str) else value for key, value in written.items()}
-    profile, terms = written.get("profile", "cpu"), written.pop("auto_kd_config", "")
-    written.pop("config", None)
+    terms, profile = written.pop("auto_kd_config", ""), written.get("profile", "cpu")
     print_config = written.pop("print_config", False)
-    settings = {key: _before_options(kind, defaults.get(key), profile, terms) for key, kind in groups.items()}
-    for key, before in settings.items():
-        own = {name: written.pop(name) for name in _fields(before) if name in written}
-        settings[key] = dataclasses.replace(before, **own)
+    written.pop("config", None)
+    settings = {}
+    for key, group in groups.items():
+        before = _before_options(group, profile, terms)
+        settings[key] = dataclasses.replace(
+            before, **{name: written.pop(name) for name in vars(before).keys() & written}
+        )
     if print_config:
-        flat = {name: value for config in settings.values() for name, value in _fields(config).items()}
-        everything = options.get_defaults().as_dict() | flat | written | {"config": None, "print_config": None}
+        everything = options.get_defaults().as_dict() | written | {"config": None, "print_config": None}
+        for config in settings.values():
+            everything |= vars(config)
         print(options.dump(Namespace(everything), skip_none=True))
         raise SystemExit(0)
     return function, settings | written
 
 
-def _before_options(kind: type, default: Any, profile: str, terms: str) -> Any:
-    """The settings of one dataclass that single options then change: the command's own, or the profile's."""
-    if kind is TrainConfig and default is None:
+def _options(
+    command: str,
+    function: Callable[..., None],
+    parameters: Mapping[str, inspect.Parameter],
+    groups: Mapping[str, inspect.Parameter],
+) -> ArgumentParser:
+    options = ArgumentParser(
+        description=COMMANDS[command][1], exit_on_error=False, allow_abbrev=False, print_config=None
+    )
+    options.add_argument("--config", action="config", help="YAML file of options; those written after it win")
+    options.add_argument("--print_config", action="store_true", help="print all options as such a file, and exit")
+    for group in groups.values():
+        options.add_class_arguments(group.annotation)
+        options.set_defaults(vars(_before_options(group, "cpu", "")))
+        if group.annotation is DistillConfig:
+            helps = "YAML file of phases, weights, temperatures and balancers; single options win over it"
+            options.add_argument("--auto_kd_config", type=str, default="", help=helps)
+    documented = {each.arg_name: each.description for each in parse_docstring(function.__doc__ or "").params}
+    skip = set(groups)
+    for key, parameter in parameters.items():
+        kinds = SEVERAL.keys() & {parameter.annotation, *get_args(parameter.annotation)}
+        if not kinds:
+            continue
+        form, names = SEVERAL[kinds.pop()], [f"--{key}"]
+        if key == "parameters":
+            names.insert(0, "-p")
+        if key == POSITIONAL.get(command):
+            form, names = {"nargs": "*"}, [key]
+        options.add_argument(*names, type=str, default=parameter.default, help=documented[key], **form)
+        skip.add(key)
+    options.add_function_arguments(function, as_positional=command in POSITIONAL, skip=skip, fail_untyped=True)
+    return options
+
+
+def _before_options(group: inspect.Parameter, profile: str, terms: str) -> Any:
+    """The settings of one dataclass before single options change them: the command's own, the file's, the profile's."""
+    if group.default is not group.empty:
+        return group.default
+    if group.annotation is TrainConfig:
         return get_profile(profile).training()
-    if kind is DistillConfig and terms:
+    if group.annotation is DistillConfig and terms:
         return from_yaml(DistillConfig, terms)
-    return kind() if default is None else default
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return group.annotation()
 
 
 def _with_values(arguments: list[str], switches: set[str]) -> list[str]:
-    """A switch such as ``--use_swa`` may stand alone, which means true, or be followed by 0 or 1."""
-    words, digits = [], {"0": "false", "1": "true"}
-    for word, following in zip(arguments, [*arguments, "--"][1:], strict=True):
-        words.append(digits.get(word, word) if words and words[-1] in switches else word)
-        if word in switches and following.startswith("-"):
+    """A switch such as ``--use_swa`` may stand alone, which means true, or be followed by 0, 1, false or true."""
+    words = []
+    for word, following in zip(arguments, [*arguments, ""][1:], strict=True):
+        words.append(SWITCH.get(word, word) if words and words[-1] in switches else word)
+        if word in switches and following not in SWITCH:
             words.append("true")
     return words
 
