@@ -63,7 +63,7 @@ def test_a_failed_grounding_is_left_out():
     pointing, _, layers = grounding_scores([*records, failed]).axes
     assert [tick.get_text() for tick in pointing.get_yticklabels()] == ["base", "kd", "teacher"]
     assert layers.get_ylabel() == "pointing on validation (%)"
-    with pytest.raises(ResultError, match="mclip grounding"):
+    with pytest.raises(ResultError, match="mclip study grounding"):
         grounding_scores([failed])
 
 

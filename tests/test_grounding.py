@@ -303,7 +303,7 @@ def test_the_figure_shows_the_committed_records():
     drawn = {line.get_label(): list(line.get_ydata()) for line in layers.get_lines()}
     for name in ("base", "kd", "teacher"):
         assert drawn[name] == [scores["pointing"] for scores in found[name]["details"]["layers"].values()]
-    with pytest.raises(ResultError, match="mclip grounding"):
+    with pytest.raises(ResultError, match="mclip study grounding"):
         grounding.grounding_scores([])
 
 

@@ -175,7 +175,7 @@ def grounding_scores(records: Iterable[Mapping[str, Any]]) -> NotebookFigure:
     measured = {r["model"]["name"]: r for r in records if r["task"] == "grounding" and "error" not in r}
     models = [name for name in LABELS if name in measured]
     if not models:
-        raise ResultError("no grounding record of a model; run: python -m mclip grounding")
+        raise ResultError("no grounding record of a model; run: python -m mclip study grounding")
     fig = figure(8.3, 2.9)
     *axes, last = fig.subplots(1, 3, width_ratios=(1, 1, 1.1))
     colours, hatches = ([looks[name] for name in models] for looks in (COLOURS, HATCHES))
