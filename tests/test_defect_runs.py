@@ -56,3 +56,10 @@ def test_the_committed_measurements_are_no_better_with_the_defect(number):
         differences[1] *= -1
     assert min(differences) > -0.1
     assert max(differences) > 0
+
+
+def test_the_two_halves_of_defect_9_are_measured_apart():
+    found = measures.measure_preparation(DEFECTS[9], "smoke")
+    prompts, pictures = found.values()
+    assert prompts["healthy"] != prompts["defective"]
+    assert pictures["healthy"] > pictures["defective"] + 10

@@ -76,8 +76,9 @@ def pooled_deviation(means: Means) -> tuple[float, int]:
 def difference(means: Means, name: str, against: str) -> dict[str, Any]:
     """Points by which ``name`` scores more than ``against``, seed by seed.
 
-    The keys are ``value`` with its interval ``low`` to ``high``, number of seeds ``n``, and ``verdict``. The 95 % interval is Student's with :func:`pooled_deviation`; a training that is its counterpart's, bit for bit, has
-    one of no width. Where no configuration has two seeds ``low`` and ``high`` are missing and nothing is decided.
+    The keys are ``value`` with its interval ``low`` to ``high``, number of seeds ``n``, and ``verdict``. The 95 %
+    interval is Student's with :func:`pooled_deviation`; a training that is its counterpart's, bit for bit, has one of
+    no width. Where no configuration has two seeds ``low`` and ``high`` are missing and nothing is decided.
     ResultError where no seed has both records.
     """
     own, other = means.get(name, {}), means.get(against, {})

@@ -155,7 +155,7 @@ def measure_preparation(defect: Defect, profile: str) -> Numbers:
         records = [evaluate_zero_shot(model, tokenizer, each, "kd") for each in chosen]
         return statistics.fmean(record["metrics"]["top1"]["value"] for record in records)
 
-    prompts, pictures = (replace(defect, patches=[patch]) for patch in defect.patches)
+    prompts, pictures = (replace(defect, patches=(patch,)) for patch in defect.patches)
     return {
         "prompts with a period: mean top-1 of six sets, %": both(prompts, lambda: top1(list(sets.values()))),
         "wide pictures squashed: top-1 of shape, %": both(pictures, lambda: top1([wide])),
