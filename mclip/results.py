@@ -13,6 +13,7 @@ import math
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -139,13 +140,12 @@ def versions() -> dict[str, str]:
 def git_commit() -> str | None:
     """The commit of the checkout that holds this package, or None when it is installed elsewhere."""
     root = Path(__file__).resolve().parent.parent
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
     if not (root / ".git").exists():
         return None
-    try:
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+    return None
 
 
 def make_result(
@@ -169,23 +169,12 @@ def make_result(
     is a nested mapping of numbers and ``{"value", "low", "high"}``, in percent in PERCENT_TASKS; ``error`` says what
     failed and is given in its place. ``seed`` is that of the run that made the model, and of the bootstrap.
     """
-    record: dict[str, Any] = {
-        "schema": 1,
-        "task": task,
-        "dataset": dataset,
-        "split": split,
-        "n": n,
-        "model": dict(model),
-        "templates": list(templates),
-        "seed": seed,
-        "versions": versions(),
-        "device": describe_device(device),
-        "seconds": round(seconds, 3),
-        "git_commit": git_commit(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    given = {"metrics": metrics, "error": error, "details": details}
-    record |= {key: value for key, value in given.items() if value is not None}
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    record = {"schema": 1, "task": task, "dataset": dataset, "split": split, "n": n, "model": dict(model)}
+    record |= {"templates": list(templates), "seed": seed, "versions": versions(), "device": describe_device(device)}
+    record |= {"seconds": round(seconds, 3), "git_commit": git_commit(), "created": created}
+    outcome = {"metrics": metrics, "error": error, "details": details}
+    record |= {key: value for key, value in outcome.items() if value is not None}
     validate_result(record)
     return record
 
