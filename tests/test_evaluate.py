@@ -311,6 +311,8 @@ def test_pictures_decoded_on_the_fly_are_retrieved_as_those_of_the_cache(tmp_pat
         found.append((record["metrics"], record["n"], record["dataset"]))
     assert isinstance(pairs.images, Pictures)
     assert found[0] == found[1]
+    lengths.clear()
+    evaluate.embed_images(student, pairs.images, batch_size=4)
     assert lengths == [4, 4, 2], "a set that does not fit into memory is read a batch at a time"
 
 
