@@ -156,7 +156,7 @@ def embed_pictures(
         return teacher.transform(square(picture, teacher.image_size, seed, crops.smallest) if crops else picture)
 
     def batch(here: slice) -> Tensor:
-        if crops is None and not pairs.files:  # pictures in memory have one size, and are prepared together
+        if crops is None and pairs.files is None:  # pictures in memory have one size, and are prepared together
             return teacher.prepare(torch.from_numpy(np.array(pairs.images[rows[here]])))
         return torch.stack(list(pool().map(read, rows[here], repeat(None) if seeds is None else seeds[here])))
 

@@ -22,9 +22,9 @@ from PIL import Image
 from mclip.cli.main import main
 from mclip.config import ConfigError
 from mclip.deploy import export
-from mclip.deploy.export import evaluate_deployed
 from mclip.deploy import reader as deploy_reader
 from mclip.deploy.cost import random_model
+from mclip.deploy.export import evaluate_deployed
 from mclip.deploy.reader import Deployed, DeployError, prepare
 from mclip.deploy.tokenizer import portable_tokenizer
 from mclip.evaluate import build_classifier, evaluate_zero_shot
