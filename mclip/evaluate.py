@@ -98,17 +98,14 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
 
 
 def embed_texts(model: nn.Module, tokenizer: Any, texts: Sequence[str], batch_size: int = 512) -> Tensor:
-    """Normalised float32 embeddings (N, d) on the CPU.
+    """Normalised float32 embeddings (N, d) on the CPU; ConfigError if there are none.
 
     ``tokenizer`` is the model's own: prompts must be cleaned as the captions that it was trained on.
-    ConfigError if there are none.
     """
     require(len(texts) > 0, "texts", texts, "give at least one")
-    embeddings = []
+    parts = [list(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
     with evaluating(model) as device:
-        for start in range(0, len(texts), batch_size):
-            tokens = tokenizer(list(texts[start : start + batch_size])).to(device)
-            embeddings.append(model.encode_text(tokens, normalize=True).float().cpu())
+        embeddings = [model.encode_text(tokenizer(part).to(device), normalize=True).float().cpu() for part in parts]
     return require_finite(torch.cat(embeddings), "text")
 
 
@@ -193,7 +190,6 @@ def evaluate_zero_shot(
     *,
     prompt: str | Sequence[str] | None = None,
     seed: int = 0,
-    batch_size: int = BATCH_SIZE,
     embeddings: Tensor | None = None,
 ) -> dict[str, Any]:
     """The results record of ``model``, called ``name``, on ``dataset``.
@@ -204,7 +200,7 @@ def evaluate_zero_shot(
     start, templates = time.perf_counter(), as_templates(dataset.templates if prompt is None else prompt)
     classifier, labels = build_classifier(model, tokenizer, dataset.class_names, templates), dataset.labels
     if embeddings is None:
-        embeddings, own_labels = embed_images(model, dataset.images, batch_size)
+        embeddings, own_labels = embed_images(model, dataset.images)
         labels = own_labels if labels is None else labels
     more = {"templates": templates, "seed": seed, "device": device_of(model)}
     return zero_shot_record(dataset, describe_model(name, model), embeddings, classifier, labels, start, **more)
@@ -236,19 +232,12 @@ def zero_shot_record(
 
 
 def evaluate_retrieval(
-    model: nn.Module,
-    tokenizer: Any,
-    pairs: Pairs,
-    name: str,
-    *,
-    split: str = "val",
-    seed: int = 0,
-    batch_size: int = BATCH_SIZE,
+    model: nn.Module, tokenizer: Any, pairs: Pairs, name: str, *, split: str = "val", seed: int = 0
 ) -> dict[str, Any]:
     """The results record of retrieval both ways between the pictures of ``pairs`` and all their captions."""
     start = time.perf_counter()
     owner = torch.tensor([i for i, own in enumerate(pairs.captions) for _ in own])
     texts = embed_texts(model, tokenizer, [text for own in pairs.captions for text in own])
-    metrics = retrieval(embed_images(model, pairs.images, batch_size)[0], texts, owner, seed)
+    metrics = retrieval(embed_images(model, pairs.images)[0], texts, owner, seed)
     more = {"seed": seed, "seconds": time.perf_counter() - start, "device": device_of(model)}
     return make_result("retrieval", pairs.name, split, len(pairs), describe_model(name, model), metrics, **more)

@@ -31,19 +31,16 @@ def cache_dir() -> Path:
     The last one, which XDG_CACHE_HOME moves, serves where there is no clone or where it cannot be written.
     ConfigError if no folder can be had.
     """
-    if given := os.environ.get("MCLIP_CACHE"):
-        candidates = [Path(given).expanduser()]
-    else:
-        candidates = [DATA / "cache"] if CLONE else []
+    own = os.environ.get("MCLIP_CACHE")
+    candidates = [Path(own).expanduser()] if own else [DATA / "cache"] if CLONE else []
+    if not own:
         with suppress(RuntimeError):  # no HOME, and no entry in the password file
             candidates.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mclip")
     for folder in candidates:
-        try:
+        with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK):
-            return folder
+            if os.access(folder, os.W_OK):
+                return folder
     tried = ", ".join(map(str, candidates)) or "no home folder"
     raise ConfigError(f"no folder to write the cache to ({tried}): set MCLIP_CACHE to one that can be written.")
 
@@ -97,8 +94,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 def missing_folder(path: str | Path) -> Iterator[Path | None]:
     """Yield None where ``path`` is there, else a folder to fill, as :func:`atomic_folder`.
 
-    Of several processes that want the same folder one fills it while the others wait; should it be killed, the
-    next one takes over.
+    Of several processes that want the same folder one fills it while the others wait. If it is killed, the next one
+    takes over.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -91,10 +91,9 @@ def imagenet_trunk_weights() -> dict[str, Tensor] | None:
 class DepthwiseConv(nn.Conv2d):
     """A depthwise convolution that trains fast on maps of a few pixels.
 
-    On a CPU, PyTorch's backward pass of a 5x5 kernel over a 2x2 map takes some twenty times as long as the
-    arithmetic needs. There, while gradients are wanted, the kernel is spread out as a matrix from input to output
-    pixels, one for each channel, as LightConv does along time; anywhere else this is ``nn.Conv2d``, whose
-    parameters it shares.
+    On a CPU, PyTorch's backward pass of a 5x5 kernel over a 2x2 map takes some twenty times as long as the arithmetic
+    needs. For such maps, while gradients are wanted, the kernel is written out as a matrix from input to output pixels,
+    one per channel, as LightConv does along time. In all other cases this is ``nn.Conv2d``, whose parameters it shares.
     """
 
     LARGEST = 16  # pixels of a map that is worth a matrix
@@ -110,7 +109,7 @@ class DepthwiseConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H', W')."""
         (height, width), (kernel, _) = x.shape[-2:], self.kernel_size
-        # A 3x3 kernel gains nothing: there the library is the faster one.
+        # With a 3x3 kernel the library is faster.
         if height * width > self.LARGEST or x.is_cuda or not torch.is_grad_enabled() or kernel < 5:
             return super().forward(x)
         numbers = torch.arange(1.0, height * width + 1).view(1, 1, height, width)  # of the input pixels; 0 is padding

@@ -125,9 +125,8 @@ def class_ranks(images: Tensor, classifier: Tensor, labels: Tensor) -> np.ndarra
     require(len(labels) == n > 0, "labels", tuple(labels.shape), f"give one for each of {n} pictures")
     whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     require(whole, "labels", str(labels.dtype), "give class numbers as whole numbers, for example labels.long()")
-    bounds = int(labels.min()), int(labels.max())
-    inside = bounds[0] >= 0 and bounds[1] < classes
-    require(inside, "labels", bounds, f"class numbers are 0 to {classes - 1}")
+    lowest, highest = int(labels.min()), int(labels.max())
+    require(lowest >= 0 and highest < classes, "labels", (lowest, highest), f"class numbers are 0 to {classes - 1}")
     return first_hit_ranks(images, classifier.T.contiguous(), labels, torch.arange(classes)).numpy()
 
 
@@ -184,9 +183,8 @@ def retrieval(image_emb: Tensor, text_emb: Tensor, text_to_image: Tensor, seed: 
 def answers(hits: np.ndarray, truth: Sequence[Any]) -> dict[str, str]:
     """What a record keeps of single pictures: ``correct``, a bit for each, and ``pictures``, a key of the truth.
 
-    Args:
-        hits: (N,) whether each picture was classified rightly.
-        truth: (N,) the right answers, which tell other pictures, or another order of them.
+    ``hits`` (N,) says whether each picture was classified rightly, ``truth`` (N,) what the right answers are; the key
+    tells other pictures, or another order of them.
     """
     packed = base64.b64encode(np.packbits(np.asarray(hits, dtype=bool)).tobytes()).decode("ascii")
     return {"correct": packed, "pictures": content_key(list(truth))}
@@ -217,37 +215,23 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
     Its metrics are ``difference``, first minus second in points of top-1 with the 95 % interval of a bootstrap over
     pictures; ``p_value`` of :func:`mcnemar`; and ``first_only`` and ``second_only``, the pictures that decide it.
-    All of this is about the pictures: how far training with another seed would move either model, it cannot say.
+    All of this is about the pictures. It cannot say how far training with another seed would move either model.
     """
     start = time.perf_counter()
     hits, others = correct_of(first), correct_of(second)
     for key in ("dataset", "split", "n", "templates"):
         if first[key] != second[key]:
-            raise ResultError(
-                f"{key}={first[key]!r} against {second[key]!r}: compare on the same pictures and prompts."
-            )
+            differ = f"{key}={first[key]!r} against {second[key]!r}"
+            raise ResultError(f"{differ}: compare on the same pictures and prompts.")
     if first["details"]["pictures"] != second["details"]["pictures"]:
         raise ResultError(f"{first['dataset']}: the two records are of other pictures, or in another order.")
     difference = bootstrap_interval(hits.astype(float) - others, first["seed"])
     only = int((hits & ~others).sum()), int((others & ~hits).sum())
-    metrics = {
-        "difference": _percent(difference),
-        "p_value": mcnemar(*only),
-        "first_only": only[0],
-        "second_only": only[1],
-    }
-    return make_result(
-        "paired",
-        first["dataset"],
-        first["split"],
-        first["n"],
-        first["model"],
-        metrics,
-        templates=first["templates"],
-        seed=first["seed"],
-        seconds=time.perf_counter() - start,
-        details={"against": second["model"]},
-    )
+    metrics = {"difference": _percent(difference), "p_value": mcnemar(*only)}
+    metrics |= {"first_only": only[0], "second_only": only[1]}
+    same = {key: first[key] for key in ("dataset", "split", "n", "model", "templates", "seed")}
+    seconds, details = time.perf_counter() - start, {"against": second["model"]}
+    return make_result("paired", metrics=metrics, seconds=seconds, details=details, **same)
 
 
 def describe(record: Mapping[str, Any]) -> str:

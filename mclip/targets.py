@@ -34,21 +34,21 @@ Compute = Callable[[range], np.ndarray]
 Report = Callable[[str], None]
 
 
+def ignore(line: str) -> None:
+    """The report of pace and size that nobody reads."""
+
+
 def teacher_targets(
-    teacher: Teacher,
-    pairs: Pairs,
-    progress: bool = True,
-    crops: Crops | None = None,
-    report: Report = lambda line: None,
+    teacher: Teacher, pairs: Pairs, progress: bool = True, crops: Crops | None = None, report: Report = ignore
 ) -> Targets:
     """The teacher's embeddings of every picture and every caption of ``pairs``, from the cache where they are.
 
-    Kept under a key of the teacher's layers, weights and tokens, the data and the view (the teacher's own
-    preparation), so that targets of another teacher or of edited data are never used. With ``crops``, of K views of
-    each picture (dataset reinforcement, Faghri et al. 2023). ``report`` is told pace and size.
+    The key of the cache covers the teacher's layers, weights and tokens, the data, and the teacher's own preparation of
+    pictures. Targets of another teacher or of edited data are therefore never used. With ``crops``, each picture has K
+    views (dataset reinforcement, Faghri et al. 2023). ``report`` is told pace and size.
 
-    Raises: TeacherError if all captions look alike to the teacher: distilling such targets teaches nothing; or if a
-        stored file is damaged.
+    Raises: TeacherError if all captions look alike to the teacher, since such targets teach nothing, or if a stored
+        file is damaged.
     """
     view = (teacher.image_size, teacher.mean, teacher.std, crops)
     # Layers without weights (activations) and the tokenizer's merges show in neither the weights nor the data.
@@ -90,7 +90,7 @@ def fill(
     array, rows, done = _mapped(file, shape), shape[0], 0
     begun = time.perf_counter()
     with tqdm(total=rows, desc=f"teacher {label}", disable=not progress, leave=False) as bar:
-        for patience in (0, -1):  # first the shards that nobody works on; then wait, and stand in for the dead
+        for patience in (0, -1):  # first the shards that no process works on; then wait for those of the others
             for number, start in enumerate(range(0, rows, size)):
                 marker, here = _marker(file, number), range(start, min(rows, start + size))
                 try:
@@ -156,7 +156,7 @@ def embed_pictures(
         return teacher.transform(square(picture, teacher.image_size, seed, crops.smallest) if crops else picture)
 
     def batch(here: slice) -> Tensor:
-        if crops is None and not pairs.files:  # pictures in memory have one size, and are prepared together
+        if crops is None and pairs.files is None:  # pictures in memory have one size, and are prepared together
             return teacher.prepare(torch.from_numpy(np.array(pairs.images[rows[here]])))
         return torch.stack(list(pool().map(read, rows[here], repeat(None) if seeds is None else seeds[here])))
 
@@ -224,9 +224,9 @@ def get_targets(
     online: bool = False,
     crops: Crops | None = None,
     progress: bool = True,
-    report: Report = lambda line: None,
+    report: Report = ignore,
 ) -> TeacherTargets:
-    """What ``teachers`` say of ``pairs``: from the cache, where it is computed if need be, or batch by batch."""
+    """What ``teachers`` say of ``pairs``: from the cache, which is filled if need be, or batch by batch."""
     if online:
         return OnlineTargets(teachers, pairs, crops)
     remedy = "cached targets are of a number of crops; give one, for example 4, or online_teacher=True"

@@ -41,6 +41,7 @@ def test_what_comes_back_has_open_clips_shape(name):
     assert not any(module.training for module in model.modules())
     images = torch.stack([preprocess(Image.new(mode, (90, 70))) for mode in ("RGB", "L", "RGBA")])
     assert (images.shape[:2], images.dtype) == ((3, 3), torch.float32)
+    assert torch.equal(images[2], preprocess(Image.new("RGB", (90, 70), "white")))  # what is transparent is white
     tokens = torch.cat([tokenizer("a red star"), tokenizer(["a blue circle on grass", "a"])])
     assert tokens.shape == (3, tokenizer.context_length)
     with torch.no_grad():
