@@ -2,16 +2,16 @@
 
 Contrastive and distillation terms compare each pair with all others, so their gradient is not the mean of the gradients
 of parts. A step therefore embeds every piece, joins the embeddings of all pieces and processes, and takes one loss over
-all of them. With one piece this is the usual step. Of several pieces no activations are kept: each is embedded again when
-the gradient comes back to it, which costs a second forward pass and needs the memory of one piece (Gao et al. 2021,
-GradCache). Only BatchNorm still sees a piece alone.
+all of them. With one piece this is the usual step. Of several pieces no activations are kept: each is embedded again
+when the gradient comes back to it. That costs a second forward pass and needs the memory of one piece, as in GradCache
+(Gao et al. 2021). Only BatchNorm still sees a piece alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ class TrainError(RuntimeError):
 
 
 class Student(nn.Module):
-    """A model that embeds pieces: with ``again``, in the backward pass again in place of keeping activations."""
+    """A model that embeds one piece; with ``again``, once more in the backward pass in place of keeping activations."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -49,7 +49,10 @@ class Student(nn.Module):
 
         if not again:
             return embed()
-        passes = lambda: (statistics_at_rest(self.model), nullcontext())  # noqa: E731
+
+        def passes() -> tuple[AbstractContextManager, AbstractContextManager]:
+            return statistics_at_rest(self.model), nullcontext()
+
         return checkpoint(embed, use_reentrant=False, preserve_rng_state=False, context_fn=passes)
 
 

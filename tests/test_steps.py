@@ -58,9 +58,7 @@ def torchrun(folder: Path, *cases: str) -> None:
     script = Path(__file__).with_name("toy_run.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
-    done = subprocess.run(
-        [*command, str(folder), *cases], capture_output=True, text=True, env=environment, timeout=180
-    )
+    done = subprocess.run([*command, str(folder), *cases], capture_output=True, text=True, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
