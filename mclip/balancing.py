@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mclip.config import DistillConfig, closest, require
 
 Terms = Mapping[str, Tensor]  # scalar losses by name
+Factors = Mapping[str, float]  # weights, ramps or sizes by name
 FIRST_PHASE = {"original": 1, "feature": 2, "similarity": 2, "response": 3, "icl": 3}
 STRATEGIES = ("fixed", "magnitude", "gradient_norm", "uncertainty")
 # A measured size counts as at least this share of the largest: factors differ by 1/FLOOR at the most.
@@ -74,20 +75,18 @@ class Schedule:
 def gradient_norms(terms: Terms, embeddings: Sequence[Tensor]) -> dict[str, float]:
     """The gradient norm of each scalar term with respect to all ``embeddings`` together.
 
-    Taken at the embeddings, so that no encoder is run backward. GradNorm (Chen et al. 2018) takes them at the last
-    shared layer for the same reason. Raises ValueError for a term that depends on none of the embeddings.
+    No encoder is run backward. GradNorm (Chen et al. 2018) stops at the last shared layer for the same reason. Raises
+    ValueError for a term that depends on none of the embeddings.
     """
+    remedy = "pass every student tensor, with its graph, that the terms are computed from (penultimate features too)"
     inputs = [embedding for embedding in embeddings if embedding.requires_grad]
     norms = []
     for name, term in terms.items():
         usable = inputs if term.requires_grad else []
-        found = torch.autograd.grad(term, usable, retain_graph=True, allow_unused=True) if usable else ()
-        parts = [gradient.float().norm() for gradient in found if gradient is not None]
+        gradients = torch.autograd.grad(term, usable, retain_graph=True, allow_unused=True) if usable else ()
+        parts = [gradient.float().norm() for gradient in gradients if gradient is not None]
         if not parts:
-            raise ValueError(
-                f"term {name!r} has no gradient at the given embeddings: pass every student tensor that the "
-                f"terms are computed from (penultimate features too, if they are used), with its graph"
-            )
+            raise ValueError(f"term {name!r} has no gradient at the given embeddings: {remedy}")
         norms.append(torch.stack(parts).norm())
     return dict(zip(terms, torch.stack(norms).tolist(), strict=True))
 
@@ -103,13 +102,13 @@ class Balancer(nn.Module):
     * gradient_norm: mean(norm) / norm_i, so that terms pull equally hard at the embeddings.
     * uncertainty: exp(-s_i), where s_i is a learned log-variance (Kendall et al. 2018).
 
-    Factors that are not learned are averaged over time in logarithms, with ``adaptation_rate``, at every
+    Measured factors are averaged over time in logarithms, with ``adaptation_rate``, at every
     ``gradient_check_frequency``-th step. Prior and ramp stay outside of the average, and a new term enters at the
     geometric mean of the factors. So neither a ramp that begins near 0 nor a late start can hold a term down. A size
     that is 0 or not finite says nothing about a term and leaves its factor alone.
 
-    The log-variances are this module's parameters, and exist only if "uncertainty" is configured. Give them to the
-    optimiser without weight decay, which would pull them to 0. ``state_dict()`` holds all that a resumed run needs.
+    The log-variances are parameters, and exist only if "uncertainty" is configured. Give them to the optimiser without
+    weight decay, which would pull them to 0. ``state_dict()`` holds all that a resumed run needs.
     """
 
     def __init__(self, config: DistillConfig) -> None:
@@ -127,9 +126,7 @@ class Balancer(nn.Module):
         """The name of the strategy at work."""
         return self.strategies[self.index]
 
-    def combine(
-        self, terms: Terms, active: Mapping[str, float], step: int, embeddings: Sequence[Tensor]
-    ) -> tuple[Tensor, dict[str, float]]:
+    def combine(self, terms: Terms, active: Factors, step: int, embeddings: Sequence[Tensor]) -> tuple[Tensor, Factors]:
         """The scalar to minimise, sum w_i L_i, and the weights w_i; arguments and errors as in :meth:`weights`.
 
         Under "uncertainty" the scalar is Kendall's, sum of prior_i * ramp_i * (exp(-s_i) L_i + s_i / 2), which trains
@@ -145,15 +142,12 @@ class Balancer(nn.Module):
             parts = [weight * terms[name] for name, weight in weights.items()]
         return torch.stack(parts).sum(), weights
 
-    def weights(
-        self, terms: Terms, active: Mapping[str, float], step: int, embeddings: Sequence[Tensor]
-    ) -> dict[str, float]:
+    def weights(self, terms: Terms, active: Factors, step: int, embeddings: Sequence[Tensor]) -> Factors:
         """The weight of each active term; updates the averages if ``step`` is one that measures.
 
         Args:
-            terms: scalar losses by name, with their graph; those that are not active are ignored.
-            active: ramp factor in (0, 1] by name, from :meth:`Schedule.active`.
-            step: optimiser step, from 0.
+            terms: scalar losses with their graph; those that are not active are ignored.
+            active: ramp factors in (0, 1], from :meth:`Schedule.active`.
             embeddings: the student's tensors that the terms are computed from, for "gradient_norm".
 
         Raises: ValueError: an active term was not delivered, is switched off by its prior, or has no positive ramp.
@@ -184,8 +178,7 @@ class Balancer(nn.Module):
         After ``plateau_patience`` evaluations in a row without a new best the next strategy takes over, and after the
         last the first again. A metric that is not a number counts as no improvement.
         """
-        improved = metric > self.best
-        self.best, self.stale = (metric, 0) if improved else (self.best, self.stale + 1)
+        self.best, self.stale = (metric, 0) if metric > self.best else (self.best, self.stale + 1)
         if self.stale < self.config.plateau_patience or len(self.strategies) == 1:
             return False
         self.index, self.stale = (self.index + 1) % len(self.strategies), 0
@@ -205,13 +198,12 @@ class Balancer(nn.Module):
 
     def _update(self, terms: Terms, embeddings: Sequence[Tensor]) -> None:
         """Move each log factor towards minus the logarithm of its term's size, keeping their mean."""
+        sizes = dict.fromkeys(terms, 1.0)
         if self.strategy == "gradient_norm":
             sizes = gradient_norms(terms, embeddings)
         elif self.strategy == "magnitude":
             losses = torch.stack([term.detach().abs() for term in terms.values()])
             sizes = dict(zip(terms, losses.tolist(), strict=True))
-        else:
-            sizes = dict.fromkeys(terms, 1.0)
         sizes = {name: size for name, size in sizes.items() if math.isfinite(size) and size > 0}
         floor = FLOOR * max(sizes.values(), default=0.0)
         logs = {name: -math.log(max(size, floor)) for name, size in sizes.items()}

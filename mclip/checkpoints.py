@@ -1,19 +1,19 @@
 """The folder of a run: its log, and checkpoints from which it goes on as if nothing had happened.
 
-A checkpoint holds weights, aligners, balancer, optimiser, moving average, gradient scaler and progress. The teacher is
-not in it, because training reads cached embeddings. The order of the data and the random numbers need no state: they
+A checkpoint holds weights, aligners, balancer, optimiser, moving average, gradient scaler and counters. The teacher is
+not in it: training reads cached embeddings. The order of the data and the random numbers need no state, because they
 are functions of seed, step and process. So a run may go on with another number of processes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import pickle
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +25,22 @@ from mclip.files import atomic_path, write_json
 from mclip.pairs import BatchSource
 from mclip.results import weights_sha256
 
+Record = dict[str, Any]
+OnRecord = Callable[[Record], None]
 COUNTERS = ("step", "best", "stale", "finished")
 KEPT = 2  # checkpoints: the older one serves where the newer one is damaged
 UNREADABLE = (RuntimeError, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError)
 
 
-def run_identity(model: nn.Module, batches: BatchSource, config: TrainConfig, distill: DistillConfig) -> dict[str, Any]:
+def run_identity(model: nn.Module, batches: BatchSource, config: TrainConfig, distill: DistillConfig) -> Record:
     """Everything that decides how a run ends. A checkpoint serves only a run that agrees in all of it."""
-    architecture = getattr(model, "config", None)
-    settings = dataclasses.asdict(config)
-    for key in ("progress", "checkpoint_minutes", "accelerator"):
-        del settings[key]
+    architecture, free = getattr(model, "config", None), ("progress", "checkpoint_minutes", "accelerator")
     identity = {
-        "model": dataclasses.asdict(architecture) if dataclasses.is_dataclass(architecture) else None,
+        "model": asdict(architecture) if is_dataclass(architecture) else None,
         "starting_weights": weights_sha256(model)[:16],
-        "train": settings,
+        "train": {key: value for key, value in asdict(config).items() if key not in free},
         # Without a teacher, phases and balancers decide nothing.
-        "distill": dataclasses.asdict(distill) if batches.targets else {"task": distill.task},
+        "distill": asdict(distill) if batches.targets else {"task": distill.task},
         "data": batches.pairs.key,
         "teacher_targets": batches.targets.key if batches.targets else None,
     }
@@ -66,25 +65,18 @@ class RunState:
         on_record: called with each new record of the log.
 
     Attributes:
-        step: optimiser steps done.
-        best: the best validation, by a metric where higher is better.
-        stale: validations since then.
-        finished: whether the run is over.
+        step, finished: optimiser steps done, and whether the run is over.
+        best, stale: the best validation, by a metric where higher is better, and validations since then.
         log: all records so far.
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        identity: dict[str, Any],
-        parts: dict[str, Any],
-        writes: bool = True,
-        on_record: Callable[[dict[str, Any]], None] | None = None,
+        self, folder: str | Path, identity: Record, parts: Record, writes: bool, on_record: OnRecord | None = None
     ) -> None:
         self.folder, self.identity, self.writes, self.on_record = Path(folder), identity, writes, on_record
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.step, self.best, self.stale, self.finished = 0, -math.inf, 0, False
-        self.log: list[dict[str, Any]] = []
+        self.log: list[Record] = []
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log_path, self.settings_path = self.folder / "log.jsonl", self.folder / "settings.json"
         self.saved = time.monotonic()
@@ -92,11 +84,6 @@ class RunState:
     def checkpoints(self) -> list[Path]:
         """The files of the checkpoints, newest first."""
         return sorted(self.folder.glob("checkpoint-*.pt"), reverse=True)
-
-    def last_checkpoint(self) -> str:
-        """A sentence that names the newest checkpoint."""
-        files = self.checkpoints()
-        return f"The last good checkpoint is {files[0]}." if files else "No checkpoint has been written yet."
 
     def begin(self, resume: bool = True) -> None:
         """Go on from the newest readable checkpoint; without one, or without ``resume``, begin anew.
@@ -114,13 +101,13 @@ class RunState:
         if self.writes:
             self._write_beginning()
 
-    def record(self, record: dict[str, Any]) -> None:
+    def record(self, record: Record) -> None:
         """Append one line to the log."""
         self.log.append(record)
         if self.writes:
             with self.log_path.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(record) + "\n")
-            if self.on_record is not None:
+            if self.on_record:
                 self.on_record(record)
 
     def observe(self, metric: float) -> None:
@@ -137,10 +124,10 @@ class RunState:
         self.saved = time.monotonic()
         if not self.writes:
             return
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
-        counters = {name: getattr(self, name) for name in COUNTERS}
+        content = {"parts": {name: part.state_dict() for name, part in self.parts.items()}}
+        content["state"] = {name: getattr(self, name) for name in COUNTERS}
         with atomic_path(self.folder / f"checkpoint-{self.step:08d}.pt") as temporary:
-            torch.save({"parts": parts, "state": counters}, temporary)
+            torch.save(content, temporary)
         for file in self.checkpoints()[KEPT:]:
             file.unlink()
 
@@ -167,9 +154,9 @@ class RunState:
         with atomic_path(self.log_path) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in self.log), encoding="utf-8")
 
-    def _log_until(self, step: int) -> list[dict[str, Any]]:
+    def _log_until(self, step: int) -> list[Record]:
         """The records of the first ``step`` steps, so that a resumed log equals an unbroken one."""
-        kept: list[dict[str, Any]] = []
+        kept: list[Record] = []
         for line in self.log_path.read_text(encoding="utf-8").splitlines() if self.log_path.exists() else []:
             try:
                 record = json.loads(line)

@@ -30,11 +30,10 @@ class Contrastive(nn.Module):
         return [output["image_features"], output["text_features"]]
 
     def _original(self, output: Output, batch: Batch, temperature: float) -> Tensor:
-        embeddings_and_scale = output["image_features"], output["text_features"], output["logit_scale"]
+        student = output["image_features"], output["text_features"], output["logit_scale"]
         if self.config.task == "siglip":
-            return losses.siglip(*embeddings_and_scale, output["logit_bias"])
-        loss = losses.jsd if self.config.task == "jsd" else losses.info_nce
-        return loss(*embeddings_and_scale)
+            return losses.siglip(*student, output["logit_bias"])
+        return losses.jsd(*student) if self.config.task == "jsd" else losses.info_nce(*student)
 
 
 class Distillation(Contrastive):
@@ -61,10 +60,8 @@ class Distillation(Contrastive):
         self.teacher_logit_scales = [scale * len(scales) for scale in scales]
         joined = sum(self.teacher_widths)
         if config.feature_weight:
-            kinds = [
-                config.aligner if config.aligner != "auto" else "identity" if width == joined else "mlp"
-                for width in widths
-            ]
+            fitting = ["identity" if width == joined else "mlp" for width in widths]
+            kinds = fitting if config.aligner == "auto" else [config.aligner] * 2
             self.image_aligner = losses.Aligner(widths[0], joined, kinds[0])
             self.text_aligner = losses.Aligner(widths[1], joined, kinds[1])
         remedy = f"the student's embedding {widths} must be as wide as the teacher's {joined}"
@@ -90,17 +87,15 @@ class Distillation(Contrastive):
         return self.config.img_distill_weight * image_loss + self.config.txt_distill_weight * text_loss
 
     def _response(self, output: Output, batch: Batch, temperature: float) -> Tensor:
-        teacher_images, teacher_texts = (
-            rows.split(self.teacher_widths, dim=1) for rows in (batch.teacher_image, batch.teacher_text)
-        )
         student = output["image_features"], output["text_features"]
+        teacher = [rows.split(self.teacher_widths, dim=1) for rows in (batch.teacher_image, batch.teacher_text)]
         scales = output["logit_scale"], self.teacher_logit_scales
-        return losses.response(*student, teacher_images, teacher_texts, *scales, temperature)
+        return losses.response(*student, *teacher, *scales, temperature)
 
     def _similarity(self, output: Output, batch: Batch, temperature: float) -> Tensor:
         student = output["image_features"], output["text_features"]
         return losses.similarity(*student, batch.teacher_image, batch.teacher_text)
 
     def _icl(self, output: Output, batch: Batch, temperature: float) -> Tensor:
-        student, scale = (output["image_features"], output["text_features"]), output["logit_scale"]
-        return losses.icl(*student, batch.teacher_image, batch.teacher_text, scale)
+        student = output["image_features"], output["text_features"]
+        return losses.icl(*student, batch.teacher_image, batch.teacher_text, output["logit_scale"])

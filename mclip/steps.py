@@ -2,9 +2,9 @@
 
 Contrastive and distillation terms compare each pair with all others, so their gradient is not the mean of the gradients
 of parts. A step therefore embeds every piece, joins the embeddings of all pieces and processes, and takes one loss over
-all of them. With one piece this is the usual step. Of several pieces no activations are kept: each is embedded again when
-the gradient comes back to it, which costs a second forward pass and needs the memory of one piece (Gao et al. 2021,
-GradCache). Only BatchNorm still sees a piece alone.
+all of them. With one piece this is the usual step. Of several pieces no activations are kept: each is embedded again
+when the gradient comes back to it. That costs a second forward pass and needs the memory of one piece, as in GradCache
+(Gao et al. 2021). Only BatchNorm still sees a piece alone.
 """
 
 from __future__ import annotations
@@ -34,23 +34,25 @@ class TrainError(RuntimeError):
 
 
 class Student(nn.Module):
-    """A model that embeds pieces: with ``again``, in the backward pass again in place of keeping activations."""
+    """A model that embeds one piece; with ``again``, once more in the backward pass in place of keeping activations."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Callable[[], Tensor], tokens: Tensor, seed: int, again: bool) -> Output:
-        """The model's outputs for a piece, with the dropout that ``seed`` draws."""
+        """The model's outputs for a piece, with the dropout that ``seed`` draws. Pixels are made ready when needed."""
 
-        def embed() -> Output:
+        def embed(tokens: Tensor) -> Output:
             torch.manual_seed(seed)
             return self.model(images(), tokens)
 
+        def passes() -> tuple:
+            return statistics_at_rest(self.model), nullcontext()
+
         if not again:
-            return embed()
-        passes = lambda: (statistics_at_rest(self.model), nullcontext())  # noqa: E731
-        return checkpoint(embed, use_reentrant=False, preserve_rng_state=False, context_fn=passes)
+            return embed(tokens)
+        return checkpoint(embed, tokens, use_reentrant=False, preserve_rng_state=False, context_fn=passes)
 
 
 @dataclass
@@ -91,18 +93,19 @@ class Stepper:
 
     def _join(self, outputs: list[Output], pieces: list[Batch]) -> tuple[Output, Batch]:
         """Outputs and teacher's rows of all pieces and processes. Scalars, such as the scale, are equal in all."""
-        sides = ("index", "teacher_image", "teacher_text")
-        sides = {key: [getattr(piece, key) for piece in pieces] for key in sides if getattr(pieces[0], key) is not None}
-        rows = {key: [output[key] for output in outputs] for key, value in outputs[0].items() if value.ndim}
-        joined = {key: self._gather(torch.cat(parts)) for key, parts in (rows | sides).items()}
-        batch = replace(pieces[0], **{key: joined.pop(key) for key in sides})
-        return outputs[0] | joined, batch
+        own = torch.tensor(sum(len(piece.tokens) for piece in pieces), device=self.fabric.device)
+        counts = self.fabric.all_gather(own).reshape(-1).tolist()  # a process may hold fewer rows than another
+        embeddings = [key for key, value in outputs[0].items() if value.ndim]
+        sides = [key for key in ("index", "teacher_image", "teacher_text") if getattr(pieces[0], key) is not None]
+        output = {key: self._gather([output[key] for output in outputs], counts) for key in embeddings}
+        batch = {key: self._gather([getattr(piece, key) for piece in pieces], counts) for key in sides}
+        return outputs[0] | output, replace(pieces[0], **batch)
 
-    def _gather(self, local: Tensor) -> Tensor:
-        """The rows of all processes in order of rank; a process may hold fewer than another."""
+    def _gather(self, parts: list[Tensor], counts: list[int]) -> Tensor:
+        """The rows of all parts and processes, in order of rank. Gradients flow to this process's own rows."""
+        local = torch.cat(parts)
         if self.fabric.world_size == 1:
             return local
-        counts = self.fabric.all_gather(torch.tensor(len(local), device=self.fabric.device)).tolist()
         padded = local.new_zeros(max(counts), *local.shape[1:])
         padded[: len(local)] = local.detach()
         rows = [part[:count] for part, count in zip(self.fabric.all_gather(padded), counts, strict=True)]
@@ -122,7 +125,7 @@ class Stepper:
         values = {name: term.item() for name, term in terms.items()}
         for name, value in values.items():
             if not math.isfinite(value):
-                raise self._error(step, f"the term {name!r} is {value}")
+                raise TrainError(f"step {step}: the term {name!r} is {value}; {self._remedy()}")
         record = {"step": step, "phase": self.schedule.phase(step), "temperature": temperature, "loss": loss.item()}
         record |= {"terms": values, "weights": weights, "strategy": self.balancer.strategy}
         # DDP waits for a gradient of every output, used or not.
@@ -140,13 +143,14 @@ class Stepper:
             scaler = gradient_scaler(self.fabric)
             # Without a scale above 1 it is not the scale that has made the gradient too large.
             if scaler is None or scaler.get_scale() <= 1:
-                raise self._error(record["step"], f"the gradient of {' + '.join(record['terms'])} is not finite")
+                terms = " + ".join(record["terms"])
+                raise TrainError(f"step {record['step']}: the gradient of {terms} is not finite; {self._remedy()}")
             record["skipped"] = True  # by the scaler, which lowers its scale for the next step
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _error(self, step: int, what: str) -> TrainError:
-        return TrainError(f"step {step}: {what}; lower learning_rate={self.config.learning_rate}.")
+    def _remedy(self) -> str:
+        return f"lower learning_rate={self.config.learning_rate}."
 
 
 def gradient_scaler(fabric: Fabric) -> torch.amp.GradScaler | None:

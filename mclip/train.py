@@ -26,14 +26,14 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from mclip.balancing import Balancer, Schedule, make_balancer
+from mclip.balancing import Schedule, make_balancer
 from mclip.checkpoints import RunState, run_identity
 from mclip.config import TrainConfig, require
 from mclip.objectives import Contrastive
 from mclip.pairs import Batch, BatchSource
 from mclip.steps import Record, Stepper, Student, TrainError, gradient_scaler
 
-GO_ON, SAVE, STOP = range(3)  # what a process may ask for after a step
+GO_ON, SAVE, STOP = range(3)  # what a process may wish after a step, from the weakest
 
 
 @dataclass
@@ -80,50 +80,40 @@ def train(
     keep_freed_memory()
     fabric, begun = make_fabric(config), time.perf_counter()
     per_epoch = steps_per_epoch(batches, config, fabric.world_size)
-    total, pairs_per_step = per_epoch * config.max_epochs, config.batch_size * config.accumulate_grad_batches
-    modules = nn.ModuleDict({"model": model, "objective": objective, "balancer": make_balancer(objective.config)})
-    modules.to(fabric.device, memory_format=torch.channels_last)
-    optimizer, average = make_optimizer(modules, config), make_average(model, config)
-    parts = {"modules": modules, "optimizer": optimizer, "average": average, "scaler": gradient_scaler(fabric)}
-    run = RunState(
-        out_dir, run_identity(model, batches, config, objective.config), parts, fabric.is_global_zero, on_record
-    )
+    total = per_epoch * config.max_epochs
+    identity = run_identity(model, batches, config, objective.config)
+    stepper, parts = set_up(fabric, model, objective, config, total)
+    average = parts["average"]
+    run = RunState(out_dir, identity, parts, fabric.is_global_zero, on_record)
     run.begin(resume)
     fabric.barrier()
-    stepper = Stepper(
-        fabric,
-        fabric.setup_module(Student(model)),
-        objective,
-        modules["balancer"],
-        fabric.setup_optimizers(optimizer),
-        Schedule(objective.config, total),
-        config,
-    )
 
-    hidden = not (config.progress and fabric.is_global_zero)
-    bar = tqdm(desc="training", total=total, initial=run.step, unit=" pairs", unit_scale=pairs_per_step, disable=hidden)
-    with bar, interruptible() as interrupts:
+    with progress_bar(fabric, config, run.step, total) as bar, interruptible() as interrupts:
         for pieces in pieces_of_steps(fabric, batches, config, run, per_epoch):
             rate = learning_rate(run.step, total, config)
             try:
                 record = stepper.take(pieces, run.step, rate)
             except TrainError as error:
-                raise TrainError(f"{error} {run.last_checkpoint()}") from None
+                last_good = next(iter(run.checkpoints()), "none yet")
+                raise TrainError(f"{error} The last good checkpoint: {last_good}.") from None
+            if average:
+                average.update_parameters(model)
             run.record({**record, "epoch": run.step // per_epoch, "lr": rate})
             run.step += 1
             bar.set_postfix(loss=f"{record['loss']:.3f}", phase=record["phase"], refresh=False)
             bar.update()
-            if average:
-                average.update_parameters(model)
 
-            epoch, rest = divmod(run.step, per_epoch)
-            if rest == 0:
-                last = run.step == total
-                if validate and (last or epoch % config.validate_every == 0):
-                    metrics = validate(average.module if average else model) if fabric.is_global_zero else None
-                    record_validation(run, modules["balancer"], fabric.broadcast(metrics), epoch - 1)
-                patience = config.early_stopping_patience
-                run.finished = last or (patience is not None and run.stale >= patience)
+            last, (epochs, rest) = run.step == total, divmod(run.step, per_epoch)
+            if validate and rest == 0 and (last or epochs % config.validate_every == 0):
+                metrics = validate(average.module if average else model) if fabric.is_global_zero else None
+                metrics = fabric.broadcast(metrics)
+                run.observe(metrics["r1"])
+                switched = stepper.balancer.observe(metrics["r1"])
+                run.record({"step": run.step, "epoch": epochs - 1, "validation": metrics, "switched": switched})
+            patience = config.early_stopping_patience
+            run.finished = last or (rest == 0 and patience is not None and run.stale >= patience)
+
+            # Each process may be interrupted, and has a clock of its own, so they must agree on what to do.
             wish = STOP if interrupts else SAVE if run.due(config.checkpoint_minutes) else GO_ON
             wish = strongest(fabric, wish)
             if rest == 0 or wish != GO_ON:
@@ -136,12 +126,32 @@ def train(
     return TrainResult(model.eval(), run.log, time.perf_counter() - begun, run.step, run.step < total)
 
 
+def read_log(path: str | Path) -> list[Record]:
+    """The records of a JSON-lines log."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
+
+
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     """Linear warm-up, then a cosine to 0, per step (Loshchilov & Hutter 2017): a function of the step alone."""
     warmup = max(1, round(config.warmup * total))
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def set_up(
+    fabric: Fabric, model: nn.Module, objective: Contrastive, config: TrainConfig, total: int
+) -> tuple[Stepper, dict[str, Any]]:
+    """What takes the steps, and all that changes with them, by the name that it has in a checkpoint."""
+    modules = nn.ModuleDict({"model": model, "objective": objective, "balancer": make_balancer(objective.config)})
+    modules.to(fabric.device, memory_format=torch.channels_last)
+    optimizer, average = make_optimizer(modules, config), None
+    if config.ema_decay:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+    parts = {"modules": modules, "optimizer": optimizer, "average": average, "scaler": gradient_scaler(fabric)}
+    student, optimizer = fabric.setup_module(Student(model)), fabric.setup_optimizers(optimizer)
+    schedule = Schedule(objective.config, total)
+    return Stepper(fabric, student, objective, modules["balancer"], optimizer, schedule, config), parts
 
 
 def make_fabric(config: TrainConfig) -> Fabric:
@@ -166,13 +176,6 @@ def make_optimizer(modules: nn.Module, config: TrainConfig) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=fused)
 
 
-def make_average(model: nn.Module, config: TrainConfig) -> AveragedModel | None:
-    """The moving average of the weights, if the configuration asks for one."""
-    if config.ema_decay is None:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
-
-
 def steps_per_epoch(batches: BatchSource, config: TrainConfig, processes: int) -> int:
     """Optimiser steps of an epoch; ConfigError if it has none, or if batches are too small for the processes."""
     steps, remedy = len(batches) // config.accumulate_grad_batches, f"an epoch has only {len(batches)} batches"
@@ -194,15 +197,14 @@ def pieces_of_steps(
             yield [next(stream).to(fabric.to_device) for _ in range(config.accumulate_grad_batches)]
 
 
-def record_validation(run: RunState, balancer: Balancer, metrics: dict[str, float], epoch: int) -> None:
-    """Log a validation, and tell the balancer and early stopping of it."""
-    run.observe(metrics["r1"])
-    switched = balancer.observe(metrics["r1"])
-    run.record({"step": run.step, "epoch": epoch, "validation": metrics, "switched": switched})
+def progress_bar(fabric: Fabric, config: TrainConfig, step: int, total: int) -> tqdm:
+    """A bar over all steps, counted in pairs; hidden where it is switched off, and on all processes but the first."""
+    hidden, pairs = not (config.progress and fabric.is_global_zero), config.batch_size * config.accumulate_grad_batches
+    return tqdm(desc="training", total=total, initial=step, unit=" pairs", unit_scale=pairs, disable=hidden)
 
 
 def strongest(fabric: Fabric, wish: int) -> int:
-    """The strongest wish of all processes, the same on all: each may be interrupted, and has a clock of its own."""
+    """The strongest wish of all processes; with one process its own, without a message."""
     if fabric.world_size == 1:
         return wish
     return int(fabric.all_reduce(torch.tensor(wish, device=fabric.device), reduce_op="max"))
@@ -238,8 +240,3 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_max = -1, -4  # malloc.h
         allocator.mallopt(mmap_max, 0)
         allocator.mallopt(trim_threshold, 2**31 - 1)
-
-
-def read_log(path: str | Path) -> list[Record]:
-    """The records of a JSON-lines log."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toy_run import CASES, FIXED, SETTINGS, Toy, run
+from toy_run import CASES, FIXED, SETTINGS, Interrupted, run, settings_of
 
 from mclip.config import ConfigError
 from mclip.pairs import BatchSource, Pairs
@@ -54,42 +53,40 @@ def test_mean_of_pieces_is_another_loss(tmp_path):
     assert large - small > 0.5
 
 
-def interrupting(step: int):
-    """A model that sends Ctrl-C to its own process while it computes a step."""
-    calls = iter(range(10**6))
-
-    class Interrupted(Toy):
-        def forward(self, images, tokens):
-            if next(calls) == step:
-                os.kill(os.getpid(), signal.SIGINT)
-            return super().forward(images, tokens)
-
-    return Interrupted
+def torchrun(folder: Path, *cases: str) -> None:
+    """toy_run.py on two processes with gloo."""
+    script = Path(__file__).with_name("toy_run.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run([*command, str(folder), *cases], capture_output=True, text=True, env=environment, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
     """Every case, run by torchrun on two processes with gloo; "resumed" was begun, and stopped, on one."""
     folder = tmp_path_factory.mktemp("two")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("toy_run.Toy", interrupting(2))
-        with pytest.raises(KeyboardInterrupt):
-            run(folder / "resumed", CASES["resumed"])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = Path(__file__).with_name("toy_run.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
-    done = subprocess.run(
-        [*command, str(script), str(folder)], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    with pytest.raises(KeyboardInterrupt):
+        run(folder / "resumed", CASES["resumed"], student=Interrupted)
+    torchrun(folder, *CASES, "clocks")
     return folder
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_equal_one(tmp_path, two_processes, name):
     """Batches of 9 pairs: one process has 5 of them, the other 4."""
-    run(tmp_path / name, CASES[name])
+    run(tmp_path / name, CASES[name], settings_of(name))
     assert_same_run(tmp_path / name, two_processes / name)
+
+
+def test_ctrl_c_ends_all_processes_whatever_their_clocks_say(tmp_path, two_processes):
+    """If each process asked its own clock, they would wait for each other for ever."""
+    folder = two_processes / "clocks"
+    assert sorted(path.name for path in folder.glob("stopped-*")) == ["stopped-0", "stopped-1"]
+    assert [path.name for path in folder.glob("*.pt")] == ["checkpoint-00000003.pt"]
+    run(folder, CASES["balanced"])
+    run(tmp_path / "whole", CASES["balanced"])
+    assert_same_run(tmp_path / "whole", folder)
 
 
 def test_parts_of_the_processes_make_up_each_batch():
@@ -120,10 +117,9 @@ def test_a_step_of_more_batches_than_an_epoch_has_is_refused(tmp_path):
 @pytest.mark.parametrize("step", [0, 2, 3, 5])
 def test_ctrl_c_ends_the_step_saves_and_resumes_bit_for_bit(tmp_path, monkeypatch, step):
     run(tmp_path / "whole", CASES["balanced"])
-    with monkeypatch.context() as patch:
-        patch.setattr("toy_run.Toy", interrupting(step))
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "cut", CASES["balanced"])
+    monkeypatch.setattr(Interrupted, "at", step)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", CASES["balanced"], student=Interrupted)
     assert len([r for r in read_log(tmp_path / "cut" / "log.jsonl") if "loss" in r]) == step + 1
     assert list((tmp_path / "cut").glob(f"checkpoint-{step + 1:08d}.pt"))
     run(tmp_path / "cut", CASES["balanced"])

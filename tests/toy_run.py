@@ -1,6 +1,8 @@
 """A run of a toy model without BatchNorm, for several processes: ``torchrun tests/toy_run.py FOLDER [CASE ...]``."""
 
 import dataclasses
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -34,6 +36,7 @@ CASES = {
     "learned": dataclasses.replace(FIXED, balancers=("uncertainty",)),
 }
 CASES["resumed"] = CASES["balanced"]
+CASES["pieces"] = dataclasses.replace(FIXED, aligner="identity")  # dropout depends on the order of the rows
 
 
 class Toy(nn.Module):
@@ -54,13 +57,32 @@ class Toy(nn.Module):
         }
 
 
-def run(folder: str | Path, distill: DistillConfig, settings: TrainConfig = SETTINGS) -> TrainResult:
+class Interrupted(Toy):
+    """A model that sends Ctrl-C to its own process while it computes step ``at``."""
+
+    at, calls = 2, 0  # a class attribute, so that a test can set it
+
+    def forward(self, images, tokens):
+        if self.calls == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+        self.calls += 1
+        return super().forward(images, tokens)
+
+
+def settings_of(name: str) -> TrainConfig:
+    """The settings of a case: in "pieces" a step has two pieces."""
+    return dataclasses.replace(SETTINGS, accumulate_grad_batches=2 if name == "pieces" else 1)
+
+
+def run(
+    folder: str | Path, distill: DistillConfig, settings: TrainConfig = SETTINGS, student: type[Toy] = Toy
+) -> TrainResult:
     """Two epochs over 36 pairs; ``folder`` receives log and checkpoints."""
     rng = np.random.default_rng(0)
     pairs = Pairs(rng.integers(0, 256, (36, 3, 4, 4), dtype=np.uint8), [[f"{i % 16}"] for i in range(36)], "toy", "toy")
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.standard_normal((2, 36, 8))]
     torch.manual_seed(0)
-    model, objective = Toy(), Distillation(distill, (8, 8), 8, 10.0)
+    model, objective = student(), Distillation(distill, (8, 8), 8, 10.0)
     batches = BatchSource(
         pairs,
         lambda texts: torch.tensor([[int(text), 1 + int(text) % 3, 5] for text in texts]),
@@ -72,6 +94,19 @@ def run(folder: str | Path, distill: DistillConfig, settings: TrainConfig = SETT
     return train(model, batches, settings, objective=objective, out_dir=folder)
 
 
+def run_by_several_clocks(folder: Path) -> None:
+    """Ctrl-C on all processes in a step after which a checkpoint is due by the clock of process 1 alone."""
+    rank = os.environ["RANK"]
+    settings = dataclasses.replace(SETTINGS, checkpoint_minutes=1e-9 if rank == "1" else 1e9)
+    try:
+        run(folder, CASES["balanced"], settings, Interrupted)
+    except KeyboardInterrupt:
+        (folder / f"stopped-{rank}").touch()
+
+
 if __name__ == "__main__":
     for name in sys.argv[2:] or CASES:
-        run(Path(sys.argv[1]) / name, CASES[name])
+        if name == "clocks":
+            run_by_several_clocks(Path(sys.argv[1]) / name)
+        else:
+            run(Path(sys.argv[1]) / name, CASES[name], settings_of(name))
