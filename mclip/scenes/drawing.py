@@ -184,9 +184,8 @@ def draw_objects(
     picture: Array, shape: int, texture: Array, colour: Array, geometry: tuple[Array, Array, Array, Array]
 ) -> None:
     """Draw one object of kind ``shape`` on each picture, in place: shadow, body with texture and shading, outline."""
-    size = picture.shape[1]
+    size, (cx, cy, radius, angle) = picture.shape[1], geometry
     pixel = np.float32(1 / size)
-    cx, cy, radius, angle = geometry
     shadow, _, _ = object_distance(shape, cx + 0.015, cy + 0.03, radius, angle, size)
     picture *= (1 - 0.35 * np.clip(0.5 - shadow / 0.05, 0, 1))[..., None]
     distance, u, v = object_distance(shape, cx, cy, radius, angle, size)

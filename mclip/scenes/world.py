@@ -177,7 +177,6 @@ def make_scenes(config: SceneConfig, progress: bool = True) -> Scenes:
 
 def export_scenes(scenes: Scenes, folder: str | Path, quality: int = 95) -> None:
     """Write JPEGs, ``captions.csv`` (file_name,image_path,caption) and ``captions.json`` (COCO Captions)."""
-    folder = Path(folder)
     with atomic_folder(folder) as temporary:
         (temporary / "images").mkdir()
         rows, pictures, annotations = ["file_name,image_path,caption"], [], []
