@@ -89,13 +89,18 @@ def from_yaml(kind: type[Config], path: str | Path) -> Config:
 
 
 class Settings:
-    """What all dataclasses of settings share: a check of one field, called from ``__post_init__``."""
+    """What all dataclasses of settings share: checks of fields, called from ``__post_init__``."""
 
     PREFIX: typing.ClassVar[str] = ""
 
     def check(self, key: str, good: bool, remedy: str) -> None:
         """ConfigError, naming the field ``key``, its value and ``remedy``, unless ``good``."""
         require(good, self.PREFIX + key, getattr(self, key), remedy)
+
+    def at_least(self, bound: float, *keys: str) -> None:
+        """ConfigError for the first of the fields ``keys`` that is below ``bound``."""
+        for key in keys:
+            self.check(key, getattr(self, key) >= bound, f"use {bound} or more")
 
 
 @dataclass(frozen=True)
@@ -216,8 +221,8 @@ class DistillConfig(Settings):
         icl_weight: prior of the interactive contrastive term.
         feature_source: distil the final embedding, or the encoders' penultimate features.
         feature_form: "cosine" is 1 - cos; "mse" is the mean squared error summed over dimensions.
-        aligner: "mlp" (Linear, ReLU, Dropout 0.1, Linear), "identity", which needs equal widths, or "auto":
-            identity where the widths agree, so that what is distilled is what inference uses.
+        aligner: "mlp" (Linear, ReLU, Dropout 0.1, Linear), "identity", which needs equal widths, or "auto": identity
+            where the widths agree, so that what is distilled is what inference uses.
         online_teacher: embed each batch anew while training, in place of cached targets; slower, but every crop is new.
         phases: start of phase 2 (feature), start of phase 3 (response), end of the temperature's descent; all
             fractions of the run (at most 1) or all steps (above 1), in order.
@@ -252,22 +257,21 @@ class DistillConfig(Settings):
     plateau_patience: int = 3
 
     def __post_init__(self) -> None:
-        for key in ("original", "feature", "img_distill", "txt_distill", "response", "similarity", "icl"):
-            self.check(f"{key}_weight", getattr(self, f"{key}_weight") >= 0, "weights are 0 (off) or positive")
+        for key, value in vars(self).items():
+            self.check(key, not key.endswith("_weight") or value >= 0, "weights are 0 (off) or positive")
         self.check("original_weight", self.original_weight > 0, "phase 1 has no other term; use a positive weight")
         remedy = "it or txt_distill_weight must be positive; feature_weight=0 switches the term off"
         self.check("img_distill_weight", self.img_distill_weight + self.txt_distill_weight > 0, remedy)
         fractions, steps = all(0 <= p <= 1 for p in self.phases), all(p == 0 or p > 1 for p in self.phases)
         self.check("phases", fractions or steps, "give three fractions in [0, 1] or three step numbers above 1")
         self.check("phases", list(self.phases) == sorted(self.phases), "the bounds must be in rising order")
-        self.check("ramp", self.ramp >= 0, "use 0 or more")
+        self.at_least(0, "ramp")
         cooling = self.max_temperature >= self.min_temperature > 0
         remedy = f"choose a positive value, at most max_temperature={self.max_temperature}"
         self.check("min_temperature", cooling, remedy)
         self.check("balancers", len(self.balancers) > 0, "name at least one strategy, for example ('fixed',)")
         self.check("adaptation_rate", 0 < self.adaptation_rate <= 1, "choose a share in (0, 1]")
-        for key in ("gradient_check_frequency", "plateau_patience"):
-            self.check(key, getattr(self, key) >= 1, "use 1 or more")
+        self.at_least(1, "gradient_check_frequency", "plateau_patience")
 
 
 @dataclass(frozen=True)
@@ -318,14 +322,12 @@ class TrainConfig(Settings):
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for key in ("max_epochs", "batch_size", "accumulate_grad_batches", "validate_every"):
-            self.check(key, getattr(self, key) >= 1, "use 1 or more")
+        self.at_least(1, "max_epochs", "accumulate_grad_batches", "validate_every")
+        self.at_least(0, "weight_decay", "views")
         self.check("batch_size", self.batch_size >= 2, "in-batch negatives need at least 2 pairs")
         for key in ("learning_rate", "clip_grad_norm", "checkpoint_minutes"):
             self.check(key, getattr(self, key) > 0, "use a positive number")
-        self.check("weight_decay", self.weight_decay >= 0, "use 0 or more")
         self.check("crop_scale", 0 < self.crop_scale <= 1, "choose a share of the area in (0, 1]")
-        self.check("views", self.views >= 0, "use 0 or more")
         self.check("warmup", 0 <= self.warmup < 1, "choose a fraction of the run in [0, 1)")
         self.check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "choose a decay in (0, 1), or null")
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,13 +21,13 @@ from open_clip.model import get_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL.Image import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import Compose
 
 from mclip.config import ConfigError, require
 from mclip.metrics import EvaluationError, answers, class_ranks, rank_metrics, require_finite, retrieval
 from mclip.pairs import Pairs, normalise
-from mclip.pictures import UNREADABLE, PictureError, as_rgb, open_picture
+from mclip.pictures import UNREADABLE, PictureError, as_rgb, open_picture, pool
 from mclip.results import describe_model, make_result
 
 BATCH_SIZE = 128  # beyond it the feature maps leave a processor's cache: 256 is slower on two cores
@@ -111,9 +112,7 @@ def embed_texts(model: nn.Module, tokenizer: Any, texts: Sequence[str], batch_si
     return require_finite(torch.cat(embeddings), "text")
 
 
-def embed_images(
-    model: nn.Module, images: Any, batch_size: int = BATCH_SIZE, workers: int = 0
-) -> tuple[Tensor, Tensor]:
+def embed_images(model: nn.Module, images: Any, batch_size: int = BATCH_SIZE) -> tuple[Tensor, Tensor]:
     """Normalised float32 embeddings (N, d) on the CPU, and the labels (N,) that came with the pictures.
 
     ``images`` as in :class:`ZeroShotSet`, or :class:`~mclip.pictures.Pictures`, which are decoded a batch at a time;
@@ -123,61 +122,44 @@ def embed_images(
     """
     require(len(images) > 0, "images", len(images), "give at least one picture")
     embeddings, labels = [], []
-    with evaluating(model) as device, _naming_dead_workers():
-        for batch, label in _batches(model, images, batch_size, workers):
+    with evaluating(model) as device:
+        for batch, label in _batches(input_of(model), images, batch_size):
             embeddings.append(model.encode_image(batch.to(device), normalize=True).float().cpu())
             labels.append(label)
     return require_finite(torch.cat(embeddings), "image"), torch.cat(labels)
 
 
-def _batches(model: nn.Module, images: Any, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    size, mean, std, transform = input_of(model)
-    if not hasattr(images, "shape"):
-        yield from DataLoader(_Prepared(images, transform), batch_size, num_workers=workers)
-        return
-    valid = images.dtype in (torch.uint8, np.uint8) and len(images.shape) == 4 and images.shape[1] == 3
-    require(valid, "images", f"{images.dtype} {tuple(images.shape)}", "give uint8 pictures (N, 3, H, W)")
+def _batches(reads: Input, images: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    array = hasattr(images, "shape")
+    valid = not array or (images.dtype in (torch.uint8, np.uint8) and tuple(images.shape[1:-2]) == (3,))
+    require(valid, "images", array and f"{images.dtype} {tuple(images.shape)}", "give uint8 pictures (N, 3, H, W)")
     for start in range(0, len(images), batch_size):
-        batch = torch.tensor(np.asarray(images[start : start + batch_size]))  # a copy: the file may be mapped
-        yield normalise(batch, size, mean, std), torch.full((len(batch),), -1)
+        rows = slice(start, start + batch_size)
+        if array:
+            batch = torch.tensor(np.asarray(images[rows]))  # a copy: the file may be mapped
+            yield normalise(batch, reads.size, reads.mean, reads.std), torch.full((len(batch),), -1)
+        else:
+            numbers = range(len(images))[rows]
+            pictures, labels = zip(*pool().map(partial(_read, images, reads.transform), numbers), strict=True)
+            yield torch.stack(pictures), torch.tensor(labels)
 
 
-class _Prepared(Dataset):
-    """PIL pictures, alone or with labels, as tensors; one that cannot be read is named."""
-
-    def __init__(self, images: Any, transform: Callable[[Image], Tensor]) -> None:
-        self.images, self.transform = images, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        try:
-            item = self.images[index]
-            picture, label = item if isinstance(item, tuple) else (item, -1)
-            picture = as_rgb(picture)
-        except PictureError as error:  # which names the file
-            raise EvaluationError(f"{error}.") from error
-        except UNREADABLE as error:
-            samples = getattr(self.images, "samples", None)
-            where = samples[index][0] if samples else f"picture {index}"
-            raise EvaluationError(f"{where}: not readable as a picture ({error}).") from error
-        try:
-            number = operator.index(label)
-        except TypeError:
-            raise ConfigError(f"labels={label!r} cannot work: give class numbers as whole numbers.") from None
-        return self.transform(picture), number
-
-
-@contextmanager
-def _naming_dead_workers() -> Iterator[None]:
-    """EvaluationError for a DataLoader's process that died: PyTorch raises wherever the caller then is."""
+def _read(images: Any, transform: Callable[[Image], Tensor], number: int) -> tuple[Tensor, int]:
+    """A PIL picture, alone or with a label, as the model reads it; EvaluationError names one that cannot be read."""
     try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise EvaluationError(f"{error}; it read pictures: use fewer workers, or workers=0.") from error
+        item = images[number]
+        picture, label = item if isinstance(item, tuple) else (item, -1)
+        picture = as_rgb(picture)
+    except PictureError as error:  # which names the file
+        raise EvaluationError(f"{error}.") from error
+    except UNREADABLE as error:
+        samples = getattr(images, "samples", None)
+        where = samples[number][0] if samples else f"picture {number}"
+        raise EvaluationError(f"{where}: not readable as a picture ({error}).") from error
+    try:
+        return transform(picture), operator.index(label)
+    except TypeError:
+        raise ConfigError(f"labels={label!r} cannot work: give class numbers as whole numbers.") from None
 
 
 def as_templates(prompt: str | Sequence[str]) -> list[str]:
@@ -212,7 +194,6 @@ def evaluate_zero_shot(
     prompt: str | Sequence[str] | None = None,
     seed: int = 0,
     batch_size: int = BATCH_SIZE,
-    workers: int = 0,
     embeddings: Tensor | None = None,
 ) -> dict[str, Any]:
     """The results record of ``model``, called ``name``, on ``dataset``.
@@ -223,7 +204,7 @@ def evaluate_zero_shot(
     start, templates = time.perf_counter(), as_templates(dataset.templates if prompt is None else prompt)
     classifier, labels = build_classifier(model, tokenizer, dataset.class_names, templates), dataset.labels
     if embeddings is None:
-        embeddings, own_labels = embed_images(model, dataset.images, batch_size, workers)
+        embeddings, own_labels = embed_images(model, dataset.images, batch_size)
         labels = own_labels if labels is None else labels
     more = {"templates": templates, "seed": seed, "device": device_of(model)}
     return zero_shot_record(dataset, describe_model(name, model), embeddings, classifier, labels, start, **more)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -147,12 +146,12 @@ class MobileCLIP(nn.Module):
         disagreement, raises :class:`ModelError`.
         """
         folder = Path(folder).expanduser()
-        record, path = _read_record(folder), _require_file(folder, WEIGHTS_FILE)
-        stored = _configuration(record, folder)
+        stored, sha256 = _read_record(folder)
+        path = _require_file(folder, WEIGHTS_FILE)
         if config is not None:
             _require_same(stored, config, folder)
         try:
-            if record.get("sha256", file_hash(path)) != file_hash(path):  # an older folder names none
+            if sha256 and sha256 != file_hash(path):  # an older folder has none
                 raise ModelError(f"{path}: damaged, its SHA-256 is not that of {CONFIG_FILE}; copy or save it again.")
             state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
         except (SafetensorError, OSError) as error:
@@ -174,38 +173,30 @@ def _require_file(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
-    """What ``config.json`` holds; :class:`ModelError` if it is missing or not a student's."""
+def _read_record(folder: Path) -> tuple[ModelConfig, dict[str, str] | None]:
+    """Configuration and hash that ``config.json`` holds; ModelError if it is missing or not a student's."""
     path = _require_file(folder, CONFIG_FILE)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({error}); copy or save it again.") from error
-    if not isinstance(record, dict) or record.get("kind") != KIND or not isinstance(record.get("config"), dict):
-        raise ModelError(f"{path}: of another kind of model; give a folder that save_pretrained wrote.")
-    return record
-
-
-def _configuration(record: dict[str, Any], folder: Path) -> ModelConfig:
-    try:
-        return from_mapping(ModelConfig, record["config"])
+        if not isinstance(record, dict) or record.get("kind") != KIND or not isinstance(record.get("config"), dict):
+            raise ModelError(f"{path}: of another kind of model; give a folder that save_pretrained wrote.")
+        return from_mapping(ModelConfig, record["config"]), record.get("sha256")
     except ConfigError as error:
-        raise ModelError(f"{folder / CONFIG_FILE}: {error} Restore the file, or save the model again.") from error
+        raise ModelError(f"{path}: {error} Restore the file, or save the model again.") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path}: not readable as JSON ({error}); copy or save it again.") from error
 
 
 def _require_same(stored: ModelConfig, given: ModelConfig, folder: Path) -> None:
-    """ModelError for the first setting in which the two differ; the two that a trained model does not show may."""
-    pairs = {"embed_dim": (stored.embed_dim, given.embed_dim)}
-    for part in ("image", "text"):
-        theirs = vars(getattr(given, part))
-        pairs |= {f"{part}.{key}": (value, theirs[key]) for key, value in vars(getattr(stored, part)).items()}
-    del pairs["image.pretrained"]
-    for key, (value, other) in pairs.items():
-        if value != other:
-            raise ModelError(
-                f"{folder / CONFIG_FILE}: the model has {key}={value!r}, but {key}={other!r} was given; load it "
-                "without a configuration, or with the one it was trained with."
-            )
+    """ModelError for the first setting that differs, but for those that a trained model does not show."""
+    parts = {"": (stored, given), "image.": (stored.image, given.image), "text.": (stored.text, given.text)}
+    for prefix, (ours, theirs) in parts.items():
+        for key, value in vars(ours).items():
+            if key not in ("name", "pretrained", "image", "text") and value != getattr(theirs, key):
+                name, other = f"{prefix}{key}", getattr(theirs, key)
+                found = f"the model has {name}={value!r}, but {name}={other!r} was given"
+                remedy = "load it without a configuration, or with the one it was trained with"
+                raise ModelError(f"{folder / CONFIG_FILE}: {found}; {remedy}.")
 
 
 def parameter_counts(model: MobileCLIP) -> dict[str, int]:

@@ -19,17 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mclip import load
-from mclip.config import (
-    PRESETS,
-    SHIPPED,
-    DistillConfig,
-    ModelConfig,
-    TrainConfig,
-    closest,
-    from_yaml,
-    get_profile,
-    require,
-)
+from mclip.config import PRESETS, DistillConfig, ModelConfig, TrainConfig, closest, from_yaml, get_profile, require
 from mclip.evaluate import ZeroShotSet, embed_images, embed_texts, evaluate_zero_shot
 from mclip.files import atomic_folder, atomic_path, file_hash, model_folder, processes, read_json, write_json
 from mclip.metrics import first_hit_ranks
@@ -144,7 +134,7 @@ def train_student(
     out_dir: str | Path,
     *,
     distill: DistillConfig = BASE,
-    teacher_model: str = SHIPPED,
+    teacher_model: str = "scenes",
     teacher_pretrained: str | None = None,
     base_checkpoint: str = "",
     resume: bool = True,
@@ -174,16 +164,9 @@ def train_student(
     batches = BatchSource(
         training, model.tokenizer, student_prepare(config), settings.batch_size, settings.seed, targets, crops
     )
-    result = train(
-        model,
-        batches,
-        settings,
-        objective=objective,
-        out_dir=out_dir,
-        resume=resume,
-        on_record=on_record,
-        validate=retrieval_validation(model.tokenizer, validation),
-    )
+    run = {"out_dir": out_dir, "resume": resume, "on_record": on_record}
+    validate = retrieval_validation(model.tokenizer, validation)
+    result = train(model, batches, settings, objective=objective, validate=validate, **run)
     if processes()[0] == 0:
         model.save_pretrained(out_dir / "model")
     return result
@@ -211,22 +194,14 @@ def train_open_clip(
     """
     remedy = "a teacher or plain CLIP of this size is trained by one process; start it without torchrun"
     require(processes()[1] == 1, "WORLD_SIZE", processes()[1], remedy)
-    out_dir = Path(out_dir).expanduser()
-    folder = out_dir / "model"
+    folder = Path(out_dir).expanduser() / "model"
     write_untrained(folder, like, settings.seed)
     model, tokenizer = load_open_clip(str(folder))
     prepare = load_teacher(str(folder)).prepare
     batches = BatchSource(training, tokenizer, prepare, settings.batch_size, settings.seed, crops=get_crops(settings))
-    result = train(
-        model,
-        batches,
-        settings,
-        objective=Contrastive(BASE),
-        out_dir=out_dir,
-        resume=resume,
-        on_record=on_record,
-        validate=retrieval_validation(tokenizer, validation),
-    )
+    run = {"out_dir": folder.parent, "resume": resume, "on_record": on_record}
+    validate = retrieval_validation(tokenizer, validation)
+    result = train(model, batches, settings, objective=Contrastive(BASE), validate=validate, **run)
     save_weights(result.model, folder, half=True)
     return result
 
@@ -279,11 +254,10 @@ def evaluate_all(
     relation: bool = True,
 ) -> list[dict[str, Any]]:
     """Results records of every model, given as name: (model, tokenizer), on every zero-shot set of scenes."""
-    count = get_profile(profile).test_pictures
-    records = []
+    count, records = get_profile(profile).test_pictures, []
     for name, (model, tokenizer) in models.items():
-        sets, embedded = scene_sets(image_size, count).values(), {}
-        for dataset in sets:
+        embedded = {}
+        for dataset in scene_sets(image_size, count).values():
             key, start = id(dataset.images), time.perf_counter()
             if key not in embedded:  # several sets ask about the same pictures
                 embedded[key] = embed_images(model, dataset.images)[0], time.perf_counter() - start
@@ -292,9 +266,8 @@ def evaluate_all(
             record["seconds"] = round(record["seconds"] + seconds, 3)
             records.append(record)
         if relation:
-            records.append(
-                evaluate_relation(model, tokenizer, name, image_size=image_size, count=count // 2, seed=seed)
-            )
+            half = {"image_size": image_size, "count": count // 2, "seed": seed}
+            records.append(evaluate_relation(model, tokenizer, name, **half))
     for record in records if save_results else ():
         save_result(Path(save_results) / f"{record['task']}_{record['dataset']}_{record['model']['name']}.json", record)
     return records
@@ -303,14 +276,9 @@ def evaluate_all(
 def write_card(
     folder: str | Path, title: str, command: str, seconds: float, records: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Write ``README.md`` into a model folder from results records of that model.
+    """Write ``README.md`` into the folder of a model, whose ``title`` is a sentence and whose results ``records`` are.
 
-    Args:
-        folder: the model's folder.
-        title: one sentence that says what the model is.
-        command: what to type to train it again.
-        seconds: how long that took.
-        records: results records, all of this model.
+    ``command`` is what to type to train it again, which takes ``seconds``.
     """
     rows = []
     for record in records:
