@@ -201,7 +201,7 @@ def export(
     Raises:
         ConfigError: another kind of model, or a folder that is there. DeployError: a graph computes something else.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     remedy = "only a student can be exported; for models of open_clip use the exporters that their authors name"
     require(isinstance(model, MobileCLIP), "model", type(model).__name__, remedy)
     require(not folder.exists(), "out_dir", str(folder), "it is there already; delete it or choose another")

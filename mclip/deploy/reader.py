@@ -141,7 +141,7 @@ class Deployed:
         Raises:
             DeployError: a file is missing, is not what was exported, or gives other numbers on this device.
         """
-        self.folder, self.form = Path(folder), form
+        self.folder, self.form = Path(folder).expanduser(), form
         if form not in GRAPHS:
             raise DeployError(f"form={form!r} cannot work: choose {', '.join(GRAPHS)}.")
         self.graphs = GRAPHS[form]
