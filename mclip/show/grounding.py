@@ -23,7 +23,6 @@ from mclip.show.widgets import follow
 
 BASELINES = {"random": ":", "centre": "-."}
 """Maps that know nothing of picture and phrase, and the dashes of their lines."""
-SCORES = {"pointing": "pointing game (%)", "iou": "intersection over union (%)"}
 
 
 def map_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -179,7 +178,8 @@ def grounding_scores(records: Iterable[Mapping[str, Any]]) -> NotebookFigure:
     fig = figure(8.3, 2.9)
     *axes, last = fig.subplots(1, 3, width_ratios=(1, 1, 1.1))
     colours, hatches = ([looks[name] for name in models] for looks in (COLOURS, HATCHES))
-    for ax, (key, title) in zip(axes, SCORES.items(), strict=True):
+    titles = {"pointing": "Does it point at the object?", "iou": "Does it cover it?"}
+    for ax, (key, title) in zip(axes, titles.items(), strict=True):
         rows = [measured[name]["metrics"][key] for name in models]
         interval_bars(ax, range(len(rows)), rows, color=colours, hatch=hatches)
         for place, row in enumerate(rows):
@@ -189,10 +189,8 @@ def grounding_scores(records: Iterable[Mapping[str, Any]]) -> NotebookFigure:
                 level = measured[name]["metrics"][key]["value"]
                 ax.axvline(level, color="black", linestyle=dash, linewidth=1, label=name)
         name_rows(ax, models if ax is axes[0] else [""] * len(models))
-        ax.set_xlabel(title)
+        ax.set(title=title, xlabel="pointing game (%)" if key == "pointing" else "intersection over union (%)")
         ax.margins(x=0.2)
-    axes[0].set_title("Does it point at the object?")
-    axes[1].set_title("Does it cover it?")
     for name, marker in zip(models, "osD^", strict=False):
         values = [layer["pointing"] for layer in measured[name]["details"]["layers"].values()]
         look = {"marker": marker, "color": COLOURS[name], "linestyle": "--" if HATCHES[name] else "-"}

@@ -88,9 +88,8 @@ def prompt_chart(image: np.ndarray, prompts: Sequence[str], cosines: np.ndarray,
     left, right = fig.subplots(1, 2, width_ratios=(1, 2.2))
     left.imshow(np.asarray(image).transpose(1, 2, 0), interpolation="nearest")
     left.axis("off")
-    best = int(np.argmax(cosines))
-    colours = [PALETTE[0] if row == best else PALETTE[7] for row in range(len(prompts))]
-    right.barh(range(len(prompts)), shares, color=colours)
+    bars = right.barh(range(len(prompts)), shares, color=PALETTE[7])
+    bars[int(np.argmax(cosines))].set_facecolor(PALETTE[0])
     for row, (cosine, share) in enumerate(zip(cosines, shares, strict=True)):
         right.text(share + 0.02, row, f"{share:.0%}, cosine {cosine:+.2f}", va="center")
     name_rows(right, [label(text, 40) for text in prompts])
@@ -223,8 +222,7 @@ def replay(log: Log, config: DistillConfig) -> list[dict[str, Any]]:
             continue
         step, active = record["step"], schedule.active(record["step"])
         # At the origin each of these has its loss as value and its norm as the length of its gradient.
-        lines = zip(values.columns, *next(rows), origin, strict=True)
-        terms = {name: loss + pull * x for name, loss, pull, x in lines}
+        terms = {name: loss + pull * x for name, loss, pull, x in zip(values.columns, *next(rows), origin, strict=True)}
         loss, weights = balancer.combine(terms, active, step, [origin])
         if balancer.strategy == "uncertainty":
             optimizer.param_groups[1]["lr"] = record["lr"]
