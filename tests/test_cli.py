@@ -73,3 +73,36 @@ def test_a_wrong_option_is_one_line(arguments, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_files_of_options_lose_to_words_and_name_their_mistakes(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("profile: gpu\nbatch_size: 7\nseed: 5\n", encoding="utf-8")
+    _, settings = parse("distill", ["--config", str(file), "--seed", "6"])
+    assert (settings["settings"].batch_size, settings["settings"].seed, settings["settings"].max_epochs) == (7, 6, 30)
+    with pytest.raises(SystemExit):
+        parse("distill", ["--config", str(file), "--print_config"])
+    file.write_text(capsys.readouterr().out, encoding="utf-8")
+    _, again = parse("distill", ["--config", str(file), "--seed", "6"])
+    assert again.items() >= settings.items()
+    file.write_text("batch_sise: 7\n", encoding="utf-8")
+    assert main(["distill", "--config", str(file)]) == 2
+    assert "--batch_sise: no such option of distill; did you mean 'batch_size'" in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _, settings = parse("train", ["--train_data_path=~/a.csv", "--checkpoint_dir", "~/runs"])
+    assert settings["data"].train_data_path == str(tmp_path / "a.csv")
+    assert settings["run"].checkpoint_dir == str(tmp_path / "runs")
+
+
+def test_help_names_the_folder_of_the_cache(capsys):
+    assert main(["--help"]) == 0
+    assert "MCLIP_CACHE" in capsys.readouterr().out
+
+
+def test_pairs_to_train_a_teacher_on_need_pairs_to_validate_with(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("file_name,caption\n", encoding="utf-8")
+    assert main(["teacher", "--train_data_path", str(tmp_path / "a.csv")]) == 2
+    assert "val_data_path='' cannot work" in capsys.readouterr().err
