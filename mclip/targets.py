@@ -176,7 +176,7 @@ def embed_pictures(
     def batch(here: slice) -> Tensor:
         if crops:
             return torch.stack(list(pool().map(read, rows[here], seeds[here])))
-        if pairs.files:
+        if pairs.files is not None:
             return torch.stack(list(pool().map(lambda row: teacher.transform(pairs.picture(row)), rows[here])))
         return teacher.prepare(torch.from_numpy(np.array(pairs.images[rows[here]])))
 

@@ -25,7 +25,7 @@ from mclip.evaluate import ZeroShotSet
 from mclip.metrics import EvaluationError, bootstrap_interval, first_hit_ranks, retrieval, zero_shot_metrics
 from mclip.model import MobileCLIP
 from mclip.pairs import Pairs
-from mclip.pictures import Pictures
+from mclip.sources.decoding import Pictures
 from mclip.results import validate_result
 from mclip.sources import zero_shot
 from mclip.sources.loading import load_pairs

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mclip.pictures import RATIOS, Crops, PictureError, Pictures, crop_box, decode, open_picture, square
+from mclip.pictures import RATIOS, Crops, PictureError, crop_box, decode, open_picture, square
 from mclip.sources.loading import load_pairs
-from mclip.sources.readers import Captions, DataError, Texts
+from mclip.sources.decoding import Pictures
+from mclip.sources.readers import DataError
 
 
 @pytest.fixture(autouse=True)

@@ -1,78 +1,59 @@
-"""Millions of short texts in little memory: one block of bytes and the places where each begins."""
+"""Readers of captions: CSV and TSV tables, COCO Captions and Karpathy's JSON.
+
+Each reader yields rows. :func:`collect` checks them, stops at bad ones or leaves them out, and puts the captions of each
+picture together. Millions of paths and captions are kept in arrays of numpy's StringDType.
+"""
 
 from __future__ import annotations
 
+import codecs
 import csv
-import hashlib
+import errno
+import io
 import json
-import operator
 import os
 import re
+import stat
 from array import array
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TextIO
 
 import numpy as np
+import pandas as pd
 
+from mclip.config import closest, require
+from mclip.pictures import NO_FILE
 from mclip.text_encoder import clean_caption
 
-
-class Texts(Sequence[str]):
-    """A sequence of strings that takes their bytes and eight more for each, where a list takes some fifty more."""
-
-    def __init__(self, texts: Iterable[str] = ()) -> None:
-        self.block, self.ends = bytearray(), array("q")
-        texts = iter(texts)
-        while some := list(islice(texts, 10_000)):
-            self.extend(some)
-
-    def extend(self, texts: Iterable[str]) -> None:
-        """Add some at the end."""
-        texts = list(texts)
-        joined = "".join(texts)
-        # As many bytes as characters: the usual case needs no bytes of each text.
-        parts = texts if joined.isascii() else [text.encode("utf-8", "surrogatepass") for text in texts]
-        self.ends.extend(islice(accumulate(map(len, parts), initial=len(self.block)), 1, None))
-        self.block += joined.encode("utf-8", "surrogatepass")
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    @overload
-    def __getitem__(self, place: int) -> str: ...
-    @overload
-    def __getitem__(self, place: slice) -> Texts: ...
-    def __getitem__(self, place: int | slice) -> str | Texts:
-        if isinstance(place, slice):
-            return Texts(self[i] for i in range(*place.indices(len(self))))
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"no text {place} of {len(self)}")
-        place %= len(self)
-        start = self.ends[place - 1] if place else 0
-        return self.block[start : self.ends[place]].decode("utf-8", "surrogatepass")
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
-
-    def digest(self) -> str:
-        """A fingerprint of all texts."""
-        found = hashlib.sha256(self.block)
-        found.update(self.ends)
-        return found.hexdigest()
+OnError = Literal["raise", "skip"]
+Row = tuple[int, str | None, Any]
+"""The number of a row, its picture, and its caption or a list of captions; without a picture, what is wrong with it."""
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+_TEXT = np.dtypes.StringDType()
+_WORDS = re.compile(r"[A-Za-z0-9]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_TSV_FIELD = re.compile(r'(?:^|\t)(?:"((?:[^"]|"")*)"(?=\t|$)|([^\t]*))')
+_AT_ONCE = 20_000  # rows
 
 
-class Captions(Sequence[list[str]]):
-    """For each picture the list of its captions, held as :class:`Texts`.
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file, the line or picture, and the remedy."""
+
+
+class CaptionLists(Sequence[list[str]]):
+    """For each picture the list of its captions.
 
     Args:
-        texts: all captions, those of a picture beside each other.
-        first: (N + 1,) position of each picture's first caption, and the number of all.
+        texts: (M,) of numpy's StringDType: all captions, those of one picture side by side.
+        first: (N + 1,) position of each picture's first caption, and M.
     """
 
-    def __init__(self, texts: Texts, first: np.ndarray) -> None:
+    def __init__(self, texts: np.ndarray, first: np.ndarray) -> None:
         self.texts, self.first = texts, first
 
     def __len__(self) -> int:
@@ -80,108 +61,32 @@ class Captions(Sequence[list[str]]):
 
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"no picture {place} of {len(self)}")
-        place %= len(self)
-        return [self.texts[i] for i in range(int(self.first[place]), int(self.first[place + 1]))]
+            return [self[row] for row in range(*place.indices(len(self)))]
+        row = range(len(self))[place]
+        return self.texts[self.first[row] : self.first[row + 1]].tolist()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
-
-    def subset(self, pictures: np.ndarray) -> Captions:
-        """The captions of the ``pictures`` with these numbers, in their order."""
-        chosen = [self[int(i)] for i in pictures]
-        first = np.concatenate([[0], np.cumsum([len(own) for own in chosen], dtype=np.int64)])
-        return Captions(Texts(text for own in chosen for text in own), first)
-
-
-OnError = Literal["raise", "skip"]
-_WORDS = re.compile(r"[A-Za-z0-9]")
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file, the line or picture, and the remedy."""
+        return isinstance(other, Sequence) and list(self) == list(other)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Pictures by name, the captions of each, where each was read (for messages), and the rows left out."""
+    """``pictures`` (N,) by name, the ``captions`` and the first row of each, and the number of rows left out."""
 
-    pictures: Texts
-    captions: Captions
-    place: Callable[[int], str]
+    pictures: np.ndarray
+    captions: CaptionLists
+    rows: np.ndarray
+    where: str
     skipped: int
 
-    def keep(self, numbers: Sequence[int]) -> Table:
-        """The table of these pictures alone; the captions of the others count as left out."""
-        if len(numbers) == len(self.pictures):
-            return self
-        captions = self.captions.subset(np.asarray(numbers))
-        lost = len(self.captions.texts) - len(captions.texts)
-        pictures = Texts(self.pictures[number] for number in numbers)
-        return Table(pictures, captions, lambda number: self.place(numbers[number]), self.skipped + lost)
-
-
-@dataclass
-class TableBuilder:
-    """Collects rows; captions of one picture may lie apart. ``label`` says what a number of a row counts."""
-
-    path: Path
-    on_error: OnError
-    label: str
-    skipped: int = 0
-    _numbers: dict[str, int] = field(default_factory=dict)
-    _places: array = field(default_factory=lambda: array("q"))
-    _captions: Texts = field(default_factory=Texts)
-    _owners: array = field(default_factory=lambda: array("q"))
-
-    def where(self, row: int) -> str:
-        """The file and the row, for messages."""
-        return f"{self.path}, {self.label} {row}"
-
-    def bad(self, message: str) -> None:
-        """Raise DataError, or count the row."""
-        reject(message, self.on_error)
-        self.skipped += 1
-
-    def add(self, picture: str, caption: str, row: int) -> None:
-        """One pair; a caption without a word is a bad row."""
-        if has_words(caption):
-            self.extend([picture], [caption], [row])
-        else:
-            self.bad(f"{self.where(row)}: the caption is empty")
-
-    def extend(self, pictures: Sequence[str], captions: Sequence[str], rows: Sequence[int]) -> None:
-        """Many pairs whose captions are known to have words."""
-        known, before = self._numbers, len(self._numbers)
-        numbers = [known.setdefault(picture, len(known)) for picture in pictures]
-        if len(known) == before + len(pictures):  # all are new, as they mostly are
-            self._places.extend(rows)
-        else:
-            first_rows = dict(zip(reversed(numbers), reversed(rows), strict=True))
-            self._places.extend(first_rows[number] for number in range(before, len(known)))
-        self._owners.extend(numbers)
-        self._captions.extend(captions)
-
-    def table(self) -> Table:
-        """What was collected, captions beside their picture; DataError if it is nothing."""
-        if not self._numbers:
-            raise DataError(f"{self.path}: no usable rows; it needs at least one picture with a caption.")
-        pictures = Texts(self._numbers)
-        self._numbers.clear()
-        owners, captions = np.array(self._owners), self._captions
-        if np.any(np.diff(owners) < 0):
-            order = np.argsort(owners, kind="stable")
-            owners, captions = owners[order], Texts(captions[int(row)] for row in order)
-        first = np.searchsorted(owners, np.arange(len(pictures) + 1))
-        places = self._places
-        return Table(pictures, Captions(captions, first), lambda number: self.where(places[number]), self.skipped)
-
-
-def has_words(caption: str) -> bool:
-    """Whether anything is left of a caption once it is cleaned; a letter or digit answers at once."""
-    return _WORDS.search(caption) is not None or clean_caption(caption) != ""
+    def take(self, numbers: Sequence[int] | np.ndarray) -> Table:
+        """The table of the pictures with these numbers, in their order."""
+        before, numbers = self.captions.first, np.asarray(numbers, np.int64)
+        counts = np.diff(before)[numbers]
+        first = np.concatenate([[0], np.cumsum(counts)])
+        texts = self.captions.texts[np.arange(first[-1]) + np.repeat(before[numbers] - first[:-1], counts)]
+        captions = CaptionLists(texts, first)
+        return Table(self.pictures[numbers], captions, self.rows[numbers], self.where, self.skipped)
 
 
 def reject(message: str, on_error: OnError) -> None:
@@ -190,105 +95,265 @@ def reject(message: str, on_error: OnError) -> None:
         raise DataError(f"{message}; mend the row, or pass on_error='skip'.")
 
 
-class Listing:
-    """Which files exist. Each folder is listed once: asking for every file takes five times as long."""
+def collect(source: str | Path, label: str, rows: Iterable[Row], on_error: OnError) -> Table:
+    """The table of ``rows``; captions of one picture may lie apart. ``label`` says what a row's number counts.
+
+    Raises: DataError at the first bad row unless ``on_error`` is "skip", and if no row is left.
+    """
+    where, skipped = f"{source}, {label}", 0
+    numbers: dict[str, int] = {}
+    first_rows, owners, texts, arrays = array("q"), array("q"), [], []
+    for row, picture, content in rows:
+        captions = content if isinstance(content, list) else (content,)
+        for caption in captions or (None,):
+            if problem := caption if picture is None else _problem(picture, caption):
+                reject(f"{where} {row}: {problem}", on_error)
+                skipped += 1
+                continue
+            number = numbers.setdefault(picture, len(first_rows))
+            if number == len(first_rows):
+                first_rows.append(row)
+            owners.append(number)
+            texts.append(caption)
+        if len(texts) >= _AT_ONCE:
+            arrays.append(np.array(texts, _TEXT))
+            texts.clear()
+    if not numbers:
+        raise DataError(f"{source}: no usable rows; it needs at least one picture with a caption.")
+    captions, owner = np.concatenate([*arrays, np.array(texts, _TEXT)]), np.array(owners)
+    if np.any(np.diff(owner) < 0):
+        order = np.argsort(owner, kind="stable")
+        captions, owner = captions[order], owner[order]
+    first = np.searchsorted(owner, np.arange(len(numbers) + 1))
+    pictures = np.array(list(numbers), _TEXT)
+    return Table(pictures, CaptionLists(captions, first), np.array(first_rows), where, skipped)
+
+
+def _problem(picture: str, caption: Any) -> str:
+    """What is wrong with a pair; empty if nothing."""
+    if type(caption) is str and caption.isascii() and picture.isascii() and _WORDS.search(caption):
+        return ""  # the usual case, told apart quickly
+    if not isinstance(caption, str):
+        return f"the caption is {str(caption)[:40]}, not a text"
+    if _WORDS.search(caption) is None and clean_caption(caption) == "":
+        return "the caption is empty"
+    for text in (picture, caption):
+        if not text.isascii() and _SURROGATE.search(text):
+            return f"{text!r} is not valid Unicode"
+    return ""
+
+
+class Finder:
+    """Finds pictures. Each folder is listed once, since asking the system for every file takes five times as long."""
 
     def __init__(self) -> None:
-        self._folders: dict[str, set[str]] = {}
+        self._names = cache(self._list)
 
-    def names(self, folder: str) -> set[str]:
-        """The names in ``folder``; none if there is no such folder."""
-        if folder not in self._folders:
-            try:
-                self._folders[folder] = set(os.listdir(folder))
-            except (OSError, ValueError):
-                self._folders[folder] = set()
-        return self._folders[folder]
-
-
-def read_csv(path: Path, image_key: str, caption_key: str, on_error: OnError) -> Table:
-    """A CSV file (.tsv: separated by tabs); an ``image_path`` column holds the folder, relative to the file."""
-    csv.field_size_limit(2**24)
-    builder = TableBuilder(path, on_error, "line")
-    with path.open(newline="", encoding="utf-8-sig") as handle:
-        reader = csv.reader(handle, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    @staticmethod
+    def _list(folder: str) -> set[str]:
         try:
-            columns = next(reader, [])
-            if not columns:
-                raise DataError(
-                    f"{path}: the file is empty; it needs a header line such as file_name,image_path,caption."
-                )
-            for key in (image_key, caption_key):
-                if key not in columns:
-                    raise DataError(f"{path}: no column {key!r}; the columns are {', '.join(columns)}.")
-            places = [columns.index(key) for key in ("image_path", image_key, caption_key) if key in columns]
-            _read_rows(reader, places, builder)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{path}: not readable as UTF-8 CSV ({error}); save it as UTF-8 text.") from error
-    return builder.table()
+            return set(os.listdir(folder or os.sep))
+        except OSError as error:
+            if error.errno not in {*NO_FILE, errno.EACCES}:
+                raise
+        except ValueError:  # a NUL in the name
+            pass
+        return set()
+
+    def find(self, name: str, folders: Sequence[str]) -> str | None:
+        """The path of the picture ``name`` in the first of ``folders`` that has it; a name may also be a whole path.
+
+        Raises: OSError if the system cannot tell whether a file exists.
+        """
+        for folder in folders:
+            if name in self._names(folder):  # the usual case, told apart quickly
+                return f"{folder}{os.sep}{name}"
+        name = os.path.expanduser(name)
+        for path in [name] if os.path.isabs(name) else [f"{folder}{os.sep}{name}" for folder in folders]:
+            folder, _, base = path.rpartition(os.sep)
+            if (base and base in self._names(folder)) or _is_file(path):
+                return path
+        return None
 
 
-def _read_rows(reader: Any, columns: list[int], builder: TableBuilder) -> None:
-    """``columns``: of the folder, if there is one, the picture and the caption. Rows are taken by the hundred.
+def _is_file(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
+    except ValueError:  # a NUL in the name
+        pass
+    return False
 
-    More at once would keep Python's garbage collector busy, which walks all that torch has imported.
+
+def read_csv(path: Path, image_key: str, caption_key: str, separator: str = "") -> Iterator[Row]:
+    """The rows of a CSV or TSV file in UTF-8, or in UTF-16 with a byte-order mark.
+
+    ``separator`` is a tab for .tsv files and else a comma, unless one is given. An ``image_path`` column holds the
+    folder, relative to the file. Without the two keys, open_clip's columns ``filepath`` and ``title`` are taken.
     """
-    *at_folder, at_image, at_caption = columns
-    widest, listing, parent = max(columns), Listing(), str(builder.path.parent)
+    separator = separator.replace("\\t", "\t") or ("\t" if path.suffix.lower() == ".tsv" else ",")
+    require(len(separator) == 1, "csv_separator", separator, "give one character, such as ';'")
+    with path.open("rb") as file:
+        utf_16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding, parent, finder = "utf-16" if utf_16 else "utf-8-sig", str(path.parent), Finder()
+    folder_of = cache(lambda folder: str(Path(parent, os.path.expanduser(folder))))
+    with path.open(newline="", encoding=encoding) as handle:
+        try:
+            records = _records(handle, separator)
+            _, header, _, problem = next(records, (0, "", 0, ""))
+            if problem or not header:
+                problem = problem or "the file is empty; it needs a header line such as file_name,image_path,caption"
+                raise DataError(f"{path}: {problem}.")
+            names, keys = _columns(path, header, separator, image_key, caption_key)
+            places = [names.index(key) for key in ("image_path", *keys) if key in names]
+            while chunk := list(islice(records, _AT_ONCE)):
+                whole = "".join(text for _, text, fields, problem in chunk if not problem and fields <= len(names))
+                columns = _parse(whole, separator, len(names), places)
+                for line, _, fields, problem in chunk:
+                    if problem:
+                        yield line, None, problem
+                    elif fields > len(names):
+                        remedy = f"put a text that holds {separator!r} in double quotes"
+                        yield line, None, f"{fields} fields, but the header has {len(names)}: {remedy}"
+                    else:
+                        *folders, name, caption = next(columns)
+                        folder = folder_of(folders[0]) if folders else parent
+                        picture = finder.find(name, [folder])
+                        yield line, picture, caption if picture else f"no picture at {os.path.join(folder, name)}"
+        except UnicodeDecodeError as error:
+            where = "" if utf_16 else f", line {_undecodable_line(path)}"
+            raise DataError(f"{path}{where}: not readable as UTF-8 ({error}); save it as UTF-8 text.") from error
 
-    def place(row: list[str]) -> tuple[str, bool]:
-        folder = str(Path(parent, row[at_folder[0]])) if at_folder else parent
-        file, name = f"{folder}{os.sep}{row[at_image]}", row[at_image]
-        return file, name in listing.names(folder) or (name != "" and os.path.isfile(file))
 
-    while some := [(reader.line_num, row) for row in islice(reader, 256)]:
-        lines, rows = [line for line, row in some if row], [row for _, row in some if row]
-        for row in rows:
-            if len(row) <= widest:
-                row += [""] * (widest + 1 - len(row))
-        folders = {row[at_folder[0]] for row in rows} if at_folder else {""}
-        names, captions = [row[at_image] for row in rows], [row[at_caption] for row in rows]
-        folder = str(Path(parent, *folders)) if len(folders) == 1 else ""
-        if folder and all(map(listing.names(folder).__contains__, names)) and all(map(_WORDS.search, captions)):
-            builder.extend([f"{folder}{os.sep}{name}" for name in names], captions, lines)
+def _undecodable_line(path: Path) -> int:
+    with path.open("rb") as file:
+        return next(number for number, line in enumerate(file, 1) if "\ufffd" in line.decode("utf-8", "replace"))
+
+
+def _parse(text: str, separator: str, width: int, places: Sequence[int]) -> Iterator[tuple[str, ...]]:
+    """The columns at ``places`` of each record in ``text``; fields that a short record lacks are empty."""
+    if not text:
+        return iter(())
+    frame = pd.read_csv(
+        io.StringIO(text),
+        sep=separator,
+        header=None,
+        names=range(width),
+        usecols=sorted(places),
+        dtype=str,
+        index_col=False,
+        keep_default_na=False,
+        skip_blank_lines=False,
+    )
+    return zip(*(frame[place].tolist() for place in places), strict=True)
+
+
+def _records(handle: TextIO, separator: str) -> Iterator[tuple[int, str, int, str]]:
+    """For each record: its first line, its text as pandas reads it, the number of its fields, and what is wrong.
+
+    pandas drops surplus fields without a word, and after a stray quote it joins lines. Here only lines with a quote need
+    a parser. After a bad record the reading goes on at the next line.
+    """
+    ahead: deque[str] = deque()
+    number = 1
+    while line := ahead.popleft() if ahead else handle.readline():
+        following: list[str] = []
+        problem, fields = "", line.count(separator) + 1
+        if '"' in line and separator == "\t":
+            # A quote that is not closed on its line is a character like any other, so all fields are quoted anew.
+            found = [quoted or plain.replace('"', '""') for quoted, plain in _TSV_FIELD.findall(line.rstrip("\r\n"))]
+            line, fields = separator.join(f'"{field}"' for field in found) + "\n", len(found)
+        elif '"' in line:
+            try:
+                reader = csv.reader(_and_following(line, ahead, handle, following), delimiter=separator, strict=True)
+                fields = len(next(reader))
+            except csv.Error as error:
+                problem = (
+                    f"a double quote is not closed, or stands inside a quoted text without being doubled ({error})"
+                )
+                ahead.extendleft(reversed(following))
+                following = []
+        if fields > 1 or line.strip(" \r\n"):
+            yield number, line + "".join(following), fields, problem
+        number += 1 + len(following)
+
+
+def _and_following(line: str, ahead: deque[str], handle: TextIO, following: list[str]) -> Iterator[str]:
+    yield line
+    while line := ahead.popleft() if ahead else handle.readline():
+        following.append(line)
+        yield line
+
+
+def _columns(
+    path: Path, header: str, separator: str, image_key: str, caption_key: str
+) -> tuple[list[str], tuple[str, str]]:
+    """All columns, and the two that are wanted; DataError with the likely cause if one is not there."""
+    names, keys = next(csv.reader([header], delimiter=separator)), (image_key, caption_key)
+    if keys == ("file_name", "caption") and not {*keys} & {*names} and {"filepath", "title"} <= {*names}:
+        return names, ("filepath", "title")
+    options = dict(zip(keys, ("image_key (--csv_img_key)", "caption_key (--csv_caption_key)"), strict=True))
+    for key in keys:
+        if names.count(key) == 1:
             continue
-        for line, row in zip(lines, rows, strict=True):
-            file, there = place(row)
-            if there:
-                builder.add(file, row[at_caption], line)
-            else:
-                builder.bad(f"{builder.where(line)}: no picture at {file}")
+        stray = next((name for name in names if name.strip() == key and name != key), None)
+        others = [other for other in ",;\t|" if len(names) < 2 and other in header]
+        if key in names:
+            cause = "two columns have this name: rename one"
+        elif "\0" in header:
+            cause = "it looks like UTF-16 without a byte-order mark: save it as UTF-8 text"
+        elif others:
+            cause = f"it seems to be separated by {others[0]!r}: pass csv_separator={others[0]!r} (--csv_separator)"
+        elif stray:
+            cause = f"a stray space: mend the header, or pass {stray!r} as {options[key]}"
+        elif any(name.lower().endswith(PICTURES) for name in names):
+            cause = "the first line looks like data: write a header line such as file_name,caption above it"
+        else:
+            cause = f"{closest(key, names)}; name another column with {options[key]}"
+        raise DataError(f"{path}: no column {key!r}; the columns are {', '.join(names)}. {cause}.")
+    return names, keys
 
 
-def read_json(path: Path, on_error: OnError) -> Table:
-    """COCO Captions; pictures lie beside the JSON file, in ``images/``, or as COCO unpacks.
+def read_json(path: Path, split: str) -> Iterator[Row]:
+    """The rows of COCO Captions, or of one ``split`` of Karpathy's JSON, where "train" holds "restval" too.
 
-    That is, for ``annotations/captions_val2017.json``, in ``val2017/`` beside ``annotations/``.
+    Pictures lie beside the JSON file or beside its folder, there or in ``images/``, or as COCO unpacks: for
+    ``annotations/captions_val2017.json`` in ``val2017/`` beside ``annotations/``.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        pictures = {entry["id"]: str(entry["file_name"]) for entry in content["images"]}
-        annotations = [(entry["image_id"], str(entry["caption"])) for entry in content["annotations"]]
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(path.read_bytes())
+        images = [image for image in content["images"] if isinstance(image, dict)]
+        karpathy = any("sentences" in image for image in images)
+        rows = _karpathy(images, split) if karpathy else _coco(images, list(content["annotations"]))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{path}: not COCO Captions JSON ({error!r}); it needs 'images' (id, file_name) and "
-            "'annotations' (image_id, caption)."
+            f"{path}: not COCO Captions JSON ({error!r}); it needs 'images' (id, file_name) and 'annotations' "
+            "(image_id, caption). Of Karpathy's JSON 'images' is enough (filename, split, sentences)."
         ) from error
-    listing, builder = Listing(), TableBuilder(path, on_error, "annotation")
-    folders = [str(f) for f in (path.parent, path.parent / "images", path.parent.parent / path.stem.rpartition("_")[2])]
-    for number, (image_id, caption) in enumerate(annotations):
-        where, name = builder.where(number), pictures.get(image_id)
-        if name is None:
-            builder.bad(f"{where}: no image with id {image_id}")
-            continue
-        places = [f"{folder}{os.sep}{name}" for folder in folders]
-        there = (
-            name in listing.names(folder) or os.path.isfile(place)
-            for folder, place in zip(folders, places, strict=True)
-        )
-        file = next((place for place, found in zip(places, there, strict=True) if found), None)
-        if file is None:
-            builder.bad(f"{where}: no picture {name} in {' or '.join(folders)}")
-        else:
-            builder.add(file, caption, number)
-    return builder.table()
+    here, above, finder = path.parent, path.parent.parent, Finder()
+    folders = [str(f) for f in (here, here / "images", above / path.stem.rpartition("_")[2], above, above / "images")]
+    for number, name, captions in rows:
+        picture = None if name is None else finder.find(name, folders)
+        missing = captions if name is None else f"no picture {name} in {' or '.join(folders)}"
+        yield number, picture, captions if picture else missing
+
+
+def _coco(images: list[dict], annotations: list[Any]) -> Iterator[Row]:
+    names = {image["id"]: image.get("file_name") for image in images if isinstance(image.get("id"), Hashable)}
+    for number, annotation in enumerate(annotations):
+        entry = annotation if isinstance(annotation, dict) else {}
+        key = entry.get("image_id")
+        name = names.get(key) if isinstance(key, Hashable) else None
+        found = isinstance(name, str)
+        yield number, name if found else None, entry.get("caption") if found else f"no image with id {key}"
+
+
+def _karpathy(images: list[dict], split: str) -> Iterator[Row]:
+    wanted = ("train", "restval") if split == "train" else (split,)
+    for number, image in enumerate(images):
+        if image.get("split", split) in wanted:
+            name = os.path.join(str(image.get("filepath", "")), str(image.get("filename")))
+            sentences = image.get("sentences") or []
+            yield number, name, [entry.get("raw") if isinstance(entry, dict) else entry for entry in sentences]
