@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mclip.pictures import RATIOS, Crops, PictureError, crop_box, decode, open_picture, square
-from mclip.sources.loading import load_pairs
 from mclip.sources.decoding import Pictures
+from mclip.sources.loading import fraction, load_pairs
 from mclip.sources.readers import DataError
 
 
@@ -42,26 +42,6 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-@given(st.lists(st.text(max_size=20), max_size=30), st.integers(-3, 33))
-def test_texts_are_a_list_in_less_memory(texts, place):
-    column = Texts(texts)
-    assert list(column) == texts
-    assert column == texts
-    assert list(column[place:]) == texts[place:]
-    if -len(texts) <= place < len(texts):
-        assert column[place] == texts[place]
-    else:
-        with pytest.raises(IndexError):
-            column[place]
-
-
-def test_captions_are_a_list_of_lists():
-    captions = Captions(Texts(["a", "b", "c"]), np.array([0, 2, 3]))
-    assert captions == [["a", "b"], ["c"]]
-    assert captions != [["a"], ["b", "c"]]
-    assert captions.subset(np.array([1, 0])) == [["c"], ["a", "b"]]
-
-
 def test_captions_of_one_picture_may_lie_apart(folder):
     pairs = load_pairs(folder / "pairs.csv", 32, progress=False)
     assert pairs.captions[4] == ["picture 4 first", "picture 4 second"]
@@ -77,9 +57,9 @@ def test_decoding_always_gives_what_decoding_once_gives(folder):
     np.testing.assert_array_equal(always.images[rows], once.images[rows])
     np.testing.assert_array_equal(always.images[1:3], once.images[1:3])
     np.testing.assert_array_equal(always.images[2], once.images[2])
-    half = always.fraction(0.5)
-    np.testing.assert_array_equal(half.images[:], once.fraction(0.5).images)
-    assert half.key == once.fraction(0.5).key
+    half = fraction(always, 0.5)
+    np.testing.assert_array_equal(half.images[:], fraction(once, 0.5).images[:])
+    assert half.key == fraction(once, 0.5).key
 
 
 def test_a_damaged_picture_is_found_when_it_is_needed_or_skipped_at_once(folder, capsys):

@@ -97,7 +97,7 @@ def shards_of(path: Path) -> list[str]:
 def read_shards(path: Path, caption_key: str, progress: bool) -> Iterator[Row]:
     """The samples of WebDataset shards on a disk, as img2dataset writes them.
 
-    Captions are NAME.txt and what NAME.json holds under "caption", "captions", "caption_2" and so on: a text, or a list.
+    Captions are NAME.txt and what NAME.json holds under "caption", "captions", "caption_2" and so on: text or a list.
     Another ``caption_key`` names one key or one kind of member. Pictures are read in place, in any order.
     """
     row = 0
@@ -109,9 +109,9 @@ def read_shards(path: Path, caption_key: str, progress: bool) -> Iterator[Row]:
             samples = [["", problem]]
         except (tarfile.TarError, EOFError) as error:
             samples = [["", f"{shard}: not a WebDataset shard ({error!r}); copy or write it again"]]
-        for row, (picture, content) in enumerate(samples, row):
+        for picture, content in samples:
             yield row, picture or None, content
-        row += 1
+            row += 1
 
 
 def _index(shard: str, caption_key: str) -> list[list]:

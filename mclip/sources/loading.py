@@ -20,7 +20,8 @@ from mclip.pictures import DECODING_VERSION, PictureError
 from mclip.scenes.world import DRAWING_VERSION, SceneConfig, make_scenes
 from mclip.sources.decoding import Pictures, Rows, decoded_once, fingerprint, readable
 from mclip.sources.folders import read_folder, read_shards, shards_of
-from mclip.sources.readers import DataError, OnError, Table, collect, read_csv, read_json, reject
+from mclip.sources.readers import DataError, OnError, Table, collect, read_json, reject
+from mclip.sources.tables import read_csv
 
 SCENES = "scenes"
 DECODE_ONCE = 4 * 2**30
@@ -43,7 +44,7 @@ def load_pairs(
     decoding: Decoding = "auto",
     progress: bool = True,
 ) -> Pairs:
-    """Pairs from "scenes" (or ""), a CSV or TSV file, COCO or Karpathy JSON, a folder of pictures, or WebDataset shards.
+    """Pairs from "scenes" (or ""), a CSV or TSV file, COCO or Karpathy JSON, a folder of pictures, or WebDataset.
 
     Args:
         source: "scenes", a path ending in .csv, .tsv or .json, a folder (of .tar files, or of pictures with text

@@ -1,32 +1,24 @@
-"""Readers of captions: CSV and TSV tables, COCO Captions and Karpathy's JSON.
+"""What all readers share, and the readers of COCO Captions and Karpathy's JSON.
 
-Each reader yields rows. :func:`collect` checks them, stops at bad ones or leaves them out, and puts the captions of each
-picture together. Millions of paths and captions are kept in arrays of numpy's StringDType.
+Each reader yields rows. :func:`collect` checks them, stops at bad ones or leaves them out, and puts the captions of
+each picture together. Millions of paths and captions are kept in arrays of numpy's StringDType.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
-import errno
-import io
 import json
 import os
 import re
-import stat
 from array import array
-from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 
-from mclip.config import closest, require
 from mclip.pictures import NO_FILE
 from mclip.text_encoder import clean_caption
 
@@ -36,8 +28,7 @@ Row = tuple[int, str | None, Any]
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 _TEXT = np.dtypes.StringDType()
 _WORDS = re.compile(r"[A-Za-z0-9]")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_TSV_FIELD = re.compile(r'(?:^|\t)(?:"((?:[^"]|"")*)"(?=\t|$)|([^\t]*))')
+SURROGATE = re.compile("[\ud800-\udfff]")
 _AT_ONCE = 20_000  # rows
 
 
@@ -138,7 +129,7 @@ def _problem(picture: str, caption: Any) -> str:
     if _WORDS.search(caption) is None and clean_caption(caption) == "":
         return "the caption is empty"
     for text in (picture, caption):
-        if not text.isascii() and _SURROGATE.search(text):
+        if not text.isascii() and SURROGATE.search(text):
             return f"{text!r} is not valid Unicode"
     return ""
 
@@ -151,13 +142,8 @@ class Finder:
 
     @staticmethod
     def _list(folder: str) -> set[str]:
-        try:
+        with suppress(OSError, ValueError):  # then the system is asked for every file
             return set(os.listdir(folder or os.sep))
-        except OSError as error:
-            if error.errno not in {*NO_FILE, errno.EACCES}:
-                raise
-        except ValueError:  # a NUL in the name
-            pass
         return set()
 
     def find(self, name: str, folders: Sequence[str]) -> str | None:
@@ -171,149 +157,21 @@ class Finder:
         name = os.path.expanduser(name)
         for path in [name] if os.path.isabs(name) else [f"{folder}{os.sep}{name}" for folder in folders]:
             folder, _, base = path.rpartition(os.sep)
-            if (base and base in self._names(folder)) or _is_file(path):
+            if base and (base in self._names(folder) or _exists(path)):
                 return path
         return None
 
 
-def _is_file(path: str) -> bool:
+def _exists(path: str) -> bool:
     try:
-        return stat.S_ISREG(os.stat(path).st_mode)
+        os.stat(path)
     except OSError as error:
         if error.errno not in NO_FILE:
             raise
-    except ValueError:  # a NUL in the name
-        pass
-    return False
-
-
-def read_csv(path: Path, image_key: str, caption_key: str, separator: str = "") -> Iterator[Row]:
-    """The rows of a CSV or TSV file in UTF-8, or in UTF-16 with a byte-order mark.
-
-    ``separator`` is a tab for .tsv files and else a comma, unless one is given. An ``image_path`` column holds the
-    folder, relative to the file. Without the two keys, open_clip's columns ``filepath`` and ``title`` are taken.
-    """
-    separator = separator.replace("\\t", "\t") or ("\t" if path.suffix.lower() == ".tsv" else ",")
-    require(len(separator) == 1, "csv_separator", separator, "give one character, such as ';'")
-    with path.open("rb") as file:
-        utf_16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    encoding, parent, finder = "utf-16" if utf_16 else "utf-8-sig", str(path.parent), Finder()
-    folder_of = cache(lambda folder: str(Path(parent, os.path.expanduser(folder))))
-    with path.open(newline="", encoding=encoding) as handle:
-        try:
-            records = _records(handle, separator)
-            _, header, _, problem = next(records, (0, "", 0, ""))
-            if problem or not header:
-                problem = problem or "the file is empty; it needs a header line such as file_name,image_path,caption"
-                raise DataError(f"{path}: {problem}.")
-            names, keys = _columns(path, header, separator, image_key, caption_key)
-            places = [names.index(key) for key in ("image_path", *keys) if key in names]
-            while chunk := list(islice(records, _AT_ONCE)):
-                whole = "".join(text for _, text, fields, problem in chunk if not problem and fields <= len(names))
-                columns = _parse(whole, separator, len(names), places)
-                for line, _, fields, problem in chunk:
-                    if problem:
-                        yield line, None, problem
-                    elif fields > len(names):
-                        remedy = f"put a text that holds {separator!r} in double quotes"
-                        yield line, None, f"{fields} fields, but the header has {len(names)}: {remedy}"
-                    else:
-                        *folders, name, caption = next(columns)
-                        folder = folder_of(folders[0]) if folders else parent
-                        picture = finder.find(name, [folder])
-                        yield line, picture, caption if picture else f"no picture at {os.path.join(folder, name)}"
-        except UnicodeDecodeError as error:
-            where = "" if utf_16 else f", line {_undecodable_line(path)}"
-            raise DataError(f"{path}{where}: not readable as UTF-8 ({error}); save it as UTF-8 text.") from error
-
-
-def _undecodable_line(path: Path) -> int:
-    with path.open("rb") as file:
-        return next(number for number, line in enumerate(file, 1) if "\ufffd" in line.decode("utf-8", "replace"))
-
-
-def _parse(text: str, separator: str, width: int, places: Sequence[int]) -> Iterator[tuple[str, ...]]:
-    """The columns at ``places`` of each record in ``text``; fields that a short record lacks are empty."""
-    if not text:
-        return iter(())
-    frame = pd.read_csv(
-        io.StringIO(text),
-        sep=separator,
-        header=None,
-        names=range(width),
-        usecols=sorted(places),
-        dtype=str,
-        index_col=False,
-        keep_default_na=False,
-        skip_blank_lines=False,
-    )
-    return zip(*(frame[place].tolist() for place in places), strict=True)
-
-
-def _records(handle: TextIO, separator: str) -> Iterator[tuple[int, str, int, str]]:
-    """For each record: its first line, its text as pandas reads it, the number of its fields, and what is wrong.
-
-    pandas drops surplus fields without a word, and after a stray quote it joins lines. Here only lines with a quote need
-    a parser. After a bad record the reading goes on at the next line.
-    """
-    ahead: deque[str] = deque()
-    number = 1
-    while line := ahead.popleft() if ahead else handle.readline():
-        following: list[str] = []
-        problem, fields = "", line.count(separator) + 1
-        if '"' in line and separator == "\t":
-            # A quote that is not closed on its line is a character like any other, so all fields are quoted anew.
-            found = [quoted or plain.replace('"', '""') for quoted, plain in _TSV_FIELD.findall(line.rstrip("\r\n"))]
-            line, fields = separator.join(f'"{field}"' for field in found) + "\n", len(found)
-        elif '"' in line:
-            try:
-                reader = csv.reader(_and_following(line, ahead, handle, following), delimiter=separator, strict=True)
-                fields = len(next(reader))
-            except csv.Error as error:
-                problem = (
-                    f"a double quote is not closed, or stands inside a quoted text without being doubled ({error})"
-                )
-                ahead.extendleft(reversed(following))
-                following = []
-        if fields > 1 or line.strip(" \r\n"):
-            yield number, line + "".join(following), fields, problem
-        number += 1 + len(following)
-
-
-def _and_following(line: str, ahead: deque[str], handle: TextIO, following: list[str]) -> Iterator[str]:
-    yield line
-    while line := ahead.popleft() if ahead else handle.readline():
-        following.append(line)
-        yield line
-
-
-def _columns(
-    path: Path, header: str, separator: str, image_key: str, caption_key: str
-) -> tuple[list[str], tuple[str, str]]:
-    """All columns, and the two that are wanted; DataError with the likely cause if one is not there."""
-    names, keys = next(csv.reader([header], delimiter=separator)), (image_key, caption_key)
-    if keys == ("file_name", "caption") and not {*keys} & {*names} and {"filepath", "title"} <= {*names}:
-        return names, ("filepath", "title")
-    options = dict(zip(keys, ("image_key (--csv_img_key)", "caption_key (--csv_caption_key)"), strict=True))
-    for key in keys:
-        if names.count(key) == 1:
-            continue
-        stray = next((name for name in names if name.strip() == key and name != key), None)
-        others = [other for other in ",;\t|" if len(names) < 2 and other in header]
-        if key in names:
-            cause = "two columns have this name: rename one"
-        elif "\0" in header:
-            cause = "it looks like UTF-16 without a byte-order mark: save it as UTF-8 text"
-        elif others:
-            cause = f"it seems to be separated by {others[0]!r}: pass csv_separator={others[0]!r} (--csv_separator)"
-        elif stray:
-            cause = f"a stray space: mend the header, or pass {stray!r} as {options[key]}"
-        elif any(name.lower().endswith(PICTURES) for name in names):
-            cause = "the first line looks like data: write a header line such as file_name,caption above it"
-        else:
-            cause = f"{closest(key, names)}; name another column with {options[key]}"
-        raise DataError(f"{path}: no column {key!r}; the columns are {', '.join(names)}. {cause}.")
-    return names, keys
+        return False
+    except ValueError:  # a NUL or a lone surrogate in the name
+        return False
+    return True
 
 
 def read_json(path: Path, split: str) -> Iterator[Row]:

@@ -7,13 +7,9 @@ those below, and PASCAL VOC, KITTI and two sets of videos, whose labels or pictu
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -22,12 +18,10 @@ from typing import Any
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from torch.utils.data import Dataset
 from torchvision import datasets
-from torchvision.datasets import utils
 
 from mclip.config import ConfigError, closest, require
 from mclip.evaluate import ZeroShotSet
-from mclip.files import atomic_path, cache_dir
-from mclip.sources.downloads import DownloadError, extract, fetch
+from mclip.files import cache_dir
 from mclip.sources.folders import VisibleFolder
 
 PHOTO_TEMPLATES = ["a photo of a {}"]
@@ -100,57 +94,19 @@ _SOURCES: dict[str, _Source] = {
 TORCHVISION_SETS = tuple(_SOURCES)
 
 
-def _retrieve(url: str, filename: str | Path) -> None:
-    Path(filename).unlink(missing_ok=True)  # torchvision asks only if there is no such file, or a damaged one
-    try:
-        fetch(url, filename)
-    except DownloadError as error:
-        raise RuntimeError(str(error)) from error  # after an OSError it would try again without encryption
-
-
-def _unpack(archive: str | Path, folder: str | Path, remove_finished: bool = False) -> None:
-    archive = Path(archive)
-    if archive.suffix == ".gz" and not archive.stem.endswith(".tar"):  # one file, as MNIST's are
-        with gzip.open(archive) as packed, atomic_path(Path(folder) / archive.stem) as temporary:
-            temporary.write_bytes(packed.read())
-        return
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking.") as temporary:
-        for entry in extract(archive, Path(temporary) / "all").iterdir():
-            if (Path(folder) / entry.name).is_dir():  # an earlier archive of the same set
-                shutil.copytree(entry, Path(folder) / entry.name, dirs_exist_ok=True)
-            else:
-                entry.replace(Path(folder) / entry.name)
-
-
-@contextmanager
-def _our_downloads() -> Iterator[None]:
-    """Let torchvision download and unpack through mclip, which resumes, and leaves no half of a set behind."""
-    ours: dict[str, Callable[..., Any]] = {
-        "_urlretrieve": _retrieve,
-        "_get_redirect_url": lambda url, max_hops=3: url,  # requests follows them, and tries again
-        "extract_archive": _unpack,
-    }
-    theirs = {name: getattr(utils, name) for name in ours}
-    vars(utils).update(ours)
-    try:
-        yield
-    finally:
-        vars(utils).update(theirs)
-
-
 def torchvision_set(name: str, root_dir: str | Path | None = None, download: bool = False) -> ZeroShotSet:
     """The test split of one of ``TORCHVISION_SETS`` (all of a set that has no splits).
 
-    ``root_dir`` (default: the cache folder) is looked at first; ``download`` fetches what is missing, against
-    torchvision's checksums. An unknown name, and missing or damaged files, raise :class:`ConfigError`, which
-    says where the files go.
+    ``root_dir`` (default: the cache folder) is looked at first. With ``download`` torchvision fetches what is missing,
+    and compares its checksums.
+
+    Raises: ConfigError for an unknown name, and for missing or damaged files; it says where the files go.
     """
     require(name in _SOURCES, "dataset", name, closest(name, _SOURCES))
     source, root = _SOURCES[name], Path(root_dir or cache_dir()).expanduser()
     settings = {**source.settings, **({"download": download} if source.downloads else {})}
     try:
-        with _our_downloads():
-            data: Any = source.build(str(root / source.folder), **settings)
+        data: Any = source.build(str(root / source.folder), **settings)
         _, label = data[0]  # a library that is missing, or labels, would show only now
     except ModuleNotFoundError as error:
         library = str(error.name).split(".")[0]
