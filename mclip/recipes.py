@@ -78,7 +78,7 @@ def load_data(
     val_scenes = SceneConfig(max(64, size // 20), image_size, "val")
     reading |= {"progress": progress}
     training = load_pairs(train_data_path, image_size, data_size=data_size, seed=seed, scenes=train_scenes, **reading)
-    return training, load_pairs(val_data_path, image_size, scenes=val_scenes, **reading)
+    return training, load_pairs(val_data_path, image_size, split="val", scenes=val_scenes, **reading)
 
 
 def student_prepare(config: ModelConfig) -> Callable[[Tensor], Tensor]:

@@ -43,6 +43,7 @@ class DataOptions:
         data_size: share of the pictures to train on, in (0, 1].
         csv_img_key: column of a CSV that names the pictures.
         csv_caption_key: column of a CSV that holds the captions.
+        csv_separator: what separates the columns of a CSV; empty is a tab for .tsv files and a comma for others.
         on_error: stop at a bad row (raise), or leave it out and count it (skip).
         decoding: keep decoded pictures in the cache (once) or decode them in each epoch (always); auto keeps 4 GiB.
     """
@@ -52,6 +53,7 @@ class DataOptions:
     data_size: float = 1.0
     csv_img_key: str = "file_name"
     csv_caption_key: str = "caption"
+    csv_separator: str = ""
     on_error: Literal["raise", "skip"] = "raise"
     decoding: Decoding = "auto"
 
@@ -60,6 +62,7 @@ class DataOptions:
         return {
             "image_key": self.csv_img_key,
             "caption_key": self.csv_caption_key,
+            "csv_separator": self.csv_separator,
             "on_error": self.on_error,
             "decoding": self.decoding,
         }
@@ -95,6 +98,7 @@ def _student(
         val_data_path=data.val_data_path,
         data_size=data.data_size,
         seed=settings.seed,
+        progress=settings.progress,
         **data.keys(),
     )
     if run.use_swa and settings.ema_decay is None:
@@ -203,7 +207,7 @@ def teacher(
         out_dir: the run's folder; the model is its sub-folder "model".
         pictures: number of scenes.
     """
-    training, validation = teacher_data(data, pictures)
+    training, validation = teacher_data(data, pictures, settings.progress)
     result = train_open_clip(TEACHER_CONFIG, training, validation, settings, out_dir)
     metrics = result.validations()[-1]["validation"]
     print(f"{Path(out_dir) / 'model'}: {result.steps} steps in {result.seconds:.0f} s, validation {metrics}")
@@ -215,12 +219,13 @@ def teacher(
         write_card(Path(out_dir) / "model", "The teacher of the course", command, result.seconds, records)
 
 
-def teacher_data(data: DataOptions, pictures: int) -> tuple[Pairs, Pairs]:
+def teacher_data(data: DataOptions, pictures: int, progress: bool = True) -> tuple[Pairs, Pairs]:
     """Pairs for a teacher: of scenes ``pictures`` with clean captions, and no scene that a student sees."""
     size = TEACHER_CONFIG["model_cfg"]["vision_cfg"]["image_size"]
     training = SceneConfig(pictures, size, "teacher", two_objects=0.1, captions="clean")
     validation = SceneConfig(500, size, "val", captions="clean")
+    reading = {"progress": progress, **data.keys()}
     return (
-        load_pairs(data.train_data_path, size, scenes=training, data_size=data.data_size, **data.keys()),
-        load_pairs(data.val_data_path, size, scenes=validation, **data.keys()),
+        load_pairs(data.train_data_path, size, scenes=training, data_size=data.data_size, **reading),
+        load_pairs(data.val_data_path, size, split="val", scenes=validation, **reading),
     )

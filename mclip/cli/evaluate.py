@@ -50,7 +50,8 @@ def evaluate(
     require(len(models) == len(names), "compare_with", compare_with, remedy)
     if _is_captions(dataset):
         ((name, (model, tokenizer)),) = models.items()
-        record = evaluate_retrieval(model, tokenizer, load_pairs(dataset, image_size_of(model)), name, seed=seed)
+        pairs = load_pairs(dataset, image_size_of(model), split="test")
+        record = evaluate_retrieval(model, tokenizer, pairs, name, seed=seed)
         for way, recalls in record["metrics"].items():
             print(f"{name:10} {way.replace('_', ' '):14} {_shown(recalls)}  n={record['n']}")
         _save(record, save_results, name)

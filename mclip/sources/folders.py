@@ -148,16 +148,13 @@ def _is_caption(key: str, caption_key: str) -> bool:
 
 
 def _texts(content: bytes, extension: str, caption_key: str) -> list[str]:
-    """The captions in a member; none if it is damaged."""
+    """The captions in a member; none if it is damaged or empty."""
     try:
         if extension != "json":
-            return [content.decode("utf-8")]
-        sidecar = json.loads(content)
-    except (ValueError, RecursionError):
+            values = [content.decode("utf-8")]
+        else:
+            values = [value for key, value in json.loads(content).items() if _is_caption(key, caption_key)]
+    except (ValueError, AttributeError, RecursionError):  # AttributeError: JSON of another shape
         return []
-    values = (
-        [value for key, value in sidecar.items() if _is_caption(key, caption_key)] if isinstance(sidecar, dict) else []
-    )
-    return [
-        text for value in values for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)
-    ]
+    texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
+    return [text for text in texts if isinstance(text, str) and text.strip()]

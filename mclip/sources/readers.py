@@ -184,7 +184,7 @@ def read_json(path: Path, split: str) -> Iterator[Row]:
         content = json.loads(path.read_bytes())
         images = [image for image in content["images"] if isinstance(image, dict)]
         karpathy = any("sentences" in image for image in images)
-        rows = _karpathy(images, split) if karpathy else _coco(images, list(content["annotations"]))
+        rows = _karpathy(path, images, split) if karpathy else _coco(images, list(content["annotations"]))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path}: not COCO Captions JSON ({error!r}); it needs 'images' (id, file_name) and 'annotations' "
@@ -208,8 +208,11 @@ def _coco(images: list[dict], annotations: list[Any]) -> Iterator[Row]:
         yield number, name if found else None, entry.get("caption") if found else f"no image with id {key}"
 
 
-def _karpathy(images: list[dict], split: str) -> Iterator[Row]:
+def _karpathy(path: Path, images: list[dict], split: str) -> Iterator[Row]:
     wanted = ("train", "restval") if split == "train" else (split,)
+    splits = sorted({str(image.get("split", split)) for image in images})
+    if not {*wanted} & {*splits}:
+        raise DataError(f"{path}: no picture of the split {split!r}; it has {', '.join(splits)}")
     for number, image in enumerate(images):
         if image.get("split", split) in wanted:
             name = os.path.join(str(image.get("filepath", "")), str(image.get("filename")))

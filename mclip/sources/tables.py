@@ -49,8 +49,8 @@ def read_csv(path: Path, image_key: str, caption_key: str, separator: str = "") 
                 pairs = _parse("".join(whole), separator, columns)
                 for line, _, fields, problem in chunk:
                     if problem or fields != width:
-                        few = f"{fields} fields, but the header has {width}; a text with {separator!r} needs double quotes"
-                        yield line, None, problem or few
+                        quotes = f"a text with {separator!r} needs double quotes around it"
+                        yield line, None, problem or f"{fields} fields, but the header has {width}; {quotes}"
                         continue
                     name, caption, folder = next(pairs)
                     folder = folder_of(folder)
