@@ -21,7 +21,7 @@ from mclip.cli.main import main
 from mclip.pictures import RATIOS, Crops, PictureError, crop_box, decode, open_picture, square
 from mclip.scenes.world import SceneConfig
 from mclip.sources.decoding import Pictures
-from mclip.sources.loading import fraction, load_pairs
+from mclip.sources.loading import load_pairs
 from mclip.sources.readers import DataError
 from mclip.sources.zero_shot import image_folder_set
 
@@ -64,9 +64,6 @@ def test_decoding_always_gives_what_decoding_once_gives(folder):
     np.testing.assert_array_equal(always.images[rows], once.images[rows])
     np.testing.assert_array_equal(always.images[1:3], once.images[1:3])
     np.testing.assert_array_equal(always.images[2], once.images[2])
-    half = fraction(always, 0.5)
-    np.testing.assert_array_equal(half.images[:], fraction(once, 0.5).images[:])
-    assert half.key == fraction(once, 0.5).key
 
 
 def test_a_damaged_picture_is_found_when_it_is_needed_or_skipped_at_once(folder, capsys):
@@ -320,7 +317,7 @@ def test_captions_of_shards_in_every_form(tmp_path, capsys):
     assert pairs.captions == [["one", "two", "three"], ["a", "b"], ["four"], ["six"]]
     assert pairs.skipped == 3  # two samples without a caption, one archive that is not there
     assert "3 rows left out" in capsys.readouterr().out
-    with pytest.raises(DataError, match=r"00000\.tar: the sample 3 has no caption"):
+    with pytest.raises(DataError, match=r"00000\.tar: the sample .*3 has no caption"):
         load_pairs(tmp_path, 32, progress=False)
     write_shard(tmp_path / "00000.tar", range(0), sample(1, json=several))
     with pytest.raises(DataError, match=r"00001\.tar: no such file"):

@@ -69,8 +69,12 @@ def load_pairs(
     if str(source) in ("", SCENES):
         config = scenes or SceneConfig(split=split, image_size=image_size, seed=seed)
         drawn = make_scenes(replace(config, image_size=image_size), progress)
-        key = content_key("scenes", DRAWING_VERSION, config, image_size)
-        return fraction(Pairs(drawn.images, drawn.captions, key, f"scenes-{config.split}"), data_size, seed)
+        key, name = content_key("scenes", DRAWING_VERSION, config, image_size), f"scenes-{config.split}"
+        if data_size == 1:
+            return Pairs(drawn.images, drawn.captions, key, name)
+        rows = _random_rows(len(drawn), data_size, seed)
+        captions = [drawn.captions[row] for row in rows]
+        return Pairs(Rows(drawn.images, rows), captions, content_key(key, data_size, seed), name)
     path = Path(source).expanduser()
     kind = path.suffix.lower()
     if shards_of(path):
@@ -87,30 +91,11 @@ def load_pairs(
         label, rows = "line", read_csv(path, image_key, caption_key, csv_separator)
     table = collect(path, label, rows, on_error)
     if data_size < 1:
-        table = table.take(random_rows(len(table.pictures), data_size, seed))
+        table = table.take(_random_rows(len(table.pictures), data_size, seed))
     pairs = _with_pictures(table, path.stem, image_size, on_error, decoding, progress)
     if pairs.skipped:
         print(f"{path}: {pairs.skipped} rows left out (on_error='skip').")
     return pairs
-
-
-def random_rows(count: int, data_size: float, seed: int) -> np.ndarray:
-    """The numbers, in order, of a random ``data_size`` of ``count`` rows; at least one."""
-    return np.sort(np.random.default_rng(seed).permutation(count)[: max(1, round(data_size * count))])
-
-
-def fraction(pairs: Pairs, data_size: float, seed: int = 0) -> Pairs:
-    """A random ``data_size`` of the pictures, chosen by ``seed``, in their old order; no picture is copied."""
-    if data_size == 1:
-        return pairs
-    rows = random_rows(len(pairs), data_size, seed)
-    return replace(
-        pairs,
-        images=Rows(pairs.images, rows),
-        captions=[pairs.captions[row] for row in rows],
-        key=content_key(pairs.key, data_size, seed),
-        files=None if pairs.files is None else [pairs.files[row] for row in rows],
-    )
 
 
 def _with_pictures(table: Table, name: str, size: int, on_error: OnError, decoding: Decoding, progress: bool) -> Pairs:
@@ -119,20 +104,25 @@ def _with_pictures(table: Table, name: str, size: int, on_error: OnError, decodi
 
     names, whole = table.pictures, len(table.captions.texts)
     key = content_key("pictures", DECODING_VERSION, _digest(names), fingerprint(names), on_error)
+    images = None
     if decoding == "once" or (decoding == "auto" and len(names) * 3 * size * size <= DECODE_ONCE):
         images, kept = decoded_once(names, size, content_key(key, size), bad, progress)
-        kept_table = table.take(kept)
-    else:
-        kept_table = table.take(readable(names, key, bad, progress)) if on_error == "skip" else table
-        images = Pictures(kept_table.pictures, size)
-    captions = kept_table.captions
+        table = table.take(kept)
+    elif on_error == "skip":
+        table = table.take(readable(names, key, bad, progress))
+    captions = table.captions
     key = content_key(key, _digest(captions.texts), hashlib.sha256(captions.first.tobytes()).hexdigest())
-    skipped = table.skipped + whole - len(captions.texts)
-    return Pairs(images, captions, key, name, kept_table.pictures, skipped)
+    images = Pictures(table.pictures, size) if images is None else images
+    return Pairs(images, captions, key, name, table.pictures, table.skipped + whole - len(captions.texts))
+
+
+def _random_rows(count: int, data_size: float, seed: int) -> np.ndarray:
+    """The numbers, in order, of a random ``data_size`` of ``count`` rows; at least one."""
+    return np.sort(np.random.default_rng(seed).permutation(count)[: max(1, round(data_size * count))])
 
 
 def _digest(texts: np.ndarray) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for start in range(0, len(texts), 10_000):
-        found.update("\0".join([*texts[start : start + 10_000], ""]).encode())
-    return found.hexdigest()
+        digest.update("\0".join([*texts[start : start + 10_000], ""]).encode())
+    return digest.hexdigest()

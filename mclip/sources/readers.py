@@ -10,8 +10,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -122,56 +121,44 @@ def collect(source: str | Path, label: str, rows: Iterable[Row], on_error: OnErr
 
 def _problem(picture: str, caption: Any) -> str:
     """What is wrong with a pair; empty if nothing."""
-    if type(caption) is str and caption.isascii() and picture.isascii() and _WORDS.search(caption):
-        return ""  # the usual case, told apart quickly
     if not isinstance(caption, str):
         return f"the caption is {str(caption)[:40]}, not a text"
-    if _WORDS.search(caption) is None and clean_caption(caption) == "":
+    if not (_WORDS.search(caption) or clean_caption(caption)):  # a letter or a digit answers at once
         return "the caption is empty"
-    for text in (picture, caption):
-        if not text.isascii() and SURROGATE.search(text):
-            return f"{text!r} is not valid Unicode"
-    return ""
+    pair = picture + caption
+    return "" if pair.isascii() or not SURROGATE.search(pair) else f"{pair!r} is not valid Unicode"
 
 
-class Finder:
-    """Finds pictures. Each folder is listed once, since asking the system for every file takes five times as long."""
+def picture_finder() -> Callable[[str, Sequence[str]], str | None]:
+    """A function that looks for a picture by its name, or its whole path, in several folders.
 
-    def __init__(self) -> None:
-        self._names = cache(self._list)
+    It returns the path, or None. Each folder is listed once: asking for every file takes five times as long. The
+    function raises OSError if the system cannot list a folder that exists.
+    """
 
-    @staticmethod
-    def _list(folder: str) -> set[str]:
-        with suppress(OSError, ValueError):  # then the system is asked for every file
+    @cache
+    def listed(folder: str) -> set[str]:
+        try:
             return set(os.listdir(folder or os.sep))
+        except OSError as error:
+            if error.errno not in NO_FILE:
+                raise
+        except ValueError:  # a NUL in the name
+            pass
         return set()
 
-    def find(self, name: str, folders: Sequence[str]) -> str | None:
-        """The path of the picture ``name`` in the first of ``folders`` that has it; a name may also be a whole path.
-
-        Raises: OSError if the system cannot tell whether a file exists.
-        """
+    def find(name: str, folders: Sequence[str]) -> str | None:
         for folder in folders:
-            if name in self._names(folder):  # the usual case, told apart quickly
+            if name in listed(folder):  # the usual case, told apart quickly
                 return f"{folder}{os.sep}{name}"
         name = os.path.expanduser(name)
         for path in [name] if os.path.isabs(name) else [f"{folder}{os.sep}{name}" for folder in folders]:
             folder, _, base = path.rpartition(os.sep)
-            if base and (base in self._names(folder) or _exists(path)):
+            if base and (base in listed(folder) or os.path.exists(path)):
                 return path
         return None
 
-
-def _exists(path: str) -> bool:
-    try:
-        os.stat(path)
-    except OSError as error:
-        if error.errno not in NO_FILE:
-            raise
-        return False
-    except ValueError:  # a NUL or a lone surrogate in the name
-        return False
-    return True
+    return find
 
 
 def read_json(path: Path, split: str) -> Iterator[Row]:
@@ -190,10 +177,10 @@ def read_json(path: Path, split: str) -> Iterator[Row]:
             f"{path}: not COCO Captions JSON ({error!r}); it needs 'images' (id, file_name) and 'annotations' "
             "(image_id, caption). Of Karpathy's JSON 'images' is enough (filename, split, sentences)."
         ) from error
-    here, above, finder = path.parent, path.parent.parent, Finder()
+    here, above, find = path.parent, path.parent.parent, picture_finder()
     folders = [str(f) for f in (here, here / "images", above / path.stem.rpartition("_")[2], above, above / "images")]
     for number, name, captions in rows:
-        picture = None if name is None else finder.find(name, folders)
+        picture = None if name is None else find(name, folders)
         missing = captions if name is None else f"no picture {name} in {' or '.join(folders)}"
         yield number, picture, captions if picture else missing
 

@@ -10,14 +10,14 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from functools import cache
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import TextIO
 
 import pandas as pd
 
 from mclip.config import closest, require
-from mclip.sources.readers import PICTURES, SURROGATE, DataError, Finder, Row
+from mclip.sources.readers import PICTURES, SURROGATE, DataError, Row, picture_finder
 
 _AT_ONCE = 20_000  # records
 _TSV_FIELD = re.compile(r'(?:^|\t)(?:"((?:[^"]|"")*)"(?=\t|$)|([^\t]*))')
@@ -35,7 +35,7 @@ def read_csv(path: Path, image_key: str, caption_key: str, separator: str = "") 
         utf_16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     # A byte that is not UTF-8 becomes a lone surrogate, so that its row can be named.
     coding = {"encoding": "utf-16"} if utf_16 else {"encoding": "utf-8-sig", "errors": "surrogateescape"}
-    finder = Finder()
+    find = picture_finder()
     folder_of = cache(lambda folder: str(path.parent / os.path.expanduser(folder)))
     with path.open(newline="", **coding) as handle:
         try:
@@ -45,8 +45,9 @@ def read_csv(path: Path, image_key: str, caption_key: str, separator: str = "") 
                 raise DataError(f"{path}: {problem}, such as file_name,image_path,caption.")
             columns = _columns(path, header, separator, image_key, caption_key)
             while chunk := list(islice(records, _AT_ONCE)):
-                whole = [text for _, text, fields, problem in chunk if fields == width and not problem]
-                pairs = _parse("".join(whole), separator, columns)
+                pairs = _parse(
+                    [text for _, text, fields, wrong in chunk if fields == width and not wrong], separator, columns
+                )
                 for line, _, fields, problem in chunk:
                     if problem or fields != width:
                         quotes = f"a text with {separator!r} needs double quotes around it"
@@ -54,27 +55,21 @@ def read_csv(path: Path, image_key: str, caption_key: str, separator: str = "") 
                         continue
                     name, caption, folder = next(pairs)
                     folder = folder_of(folder)
-                    picture = finder.find(name, [folder])
+                    picture = find(name, [folder])
                     yield line, picture, caption if picture else f"no picture at {os.path.join(folder, name)}"
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not readable as UTF-16 ({error}); save it as UTF-8 text.") from error
 
 
-def _parse(text: str, separator: str, columns: list[str | None]) -> Iterator[tuple[str, str, str]]:
-    """Name, caption and folder of each record in ``text``; ``columns`` has None for those that are not needed."""
-    if not text:
-        return iter(())
+def _parse(records: list[str], separator: str, columns: list[str]) -> Iterator[tuple[str, str, str]]:
+    """Name, caption and folder of each record."""
+    text = io.StringIO("".join(records) or "\n")
+    names = range(len(columns))
     frame = pd.read_csv(
-        io.StringIO(text),
-        sep=separator,
-        names=range(len(columns)),
-        dtype=str,
-        index_col=False,
-        keep_default_na=False,
-        skip_blank_lines=False,
+        text, sep=separator, names=names, dtype=str, index_col=False, keep_default_na=False, skip_blank_lines=False
     )
-    lists = [frame[columns.index(key)].tolist() for key in ("name", "caption", "folder") if key in columns]
-    return zip(*(lists if len(lists) == 3 else [*lists, [""] * len(frame)]), strict=True)
+    found = [frame[columns.index(kind)].tolist() for kind in ("name", "caption", "folder") if kind in columns]
+    return zip(*found, *[repeat("")] * (3 - len(found)), strict=False)
 
 
 def _records(handle: TextIO, separator: str) -> Iterator[tuple[int, str, int, str]]:
@@ -83,44 +78,38 @@ def _records(handle: TextIO, separator: str) -> Iterator[tuple[int, str, int, st
     pandas drops surplus fields without a word, and after a stray quote it joins lines. Only lines with a quote need a
     parser here. After a bad record the reading goes on at the next line.
     """
+    number, taken = 1, []
     ahead: deque[str] = deque()
-    number = 1
-    while line := ahead.popleft() if ahead else handle.readline():
-        following: list[str] = []
-        problem, fields = "", line.count(separator) + 1
-        if '"' in line and separator == "\t":
+
+    def lines() -> Iterator[str]:
+        while line := ahead.popleft() if ahead else handle.readline():
+            taken.append(line)
+            yield line
+
+    for text in lines():
+        problem, fields = "", text.count(separator) + 1
+        if '"' in text and separator == "\t":
             # A quote that is not closed on its line is a character like any other, so all fields are quoted anew.
-            found = [quoted or plain.replace('"', '""') for quoted, plain in _TSV_FIELD.findall(line.rstrip("\r\n"))]
-            line, fields = separator.join(f'"{field}"' for field in found) + "\n", len(found)
-        elif '"' in line:
-            later = _noted(chain(_drain(ahead), iter(handle.readline, "")), following)
+            cells = [quoted or plain.replace('"', '""') for quoted, plain in _TSV_FIELD.findall(text.rstrip("\r\n"))]
+            text, fields = separator.join(f'"{cell}"' for cell in cells) + "\n", len(cells)
+        elif '"' in text:
             try:
-                fields = len(next(csv.reader(chain([line], later), delimiter=separator, strict=True)))
+                fields = len(next(csv.reader(chain([text], lines()), delimiter=separator, strict=True)))
+                text = "".join(taken)
             except csv.Error as error:
                 problem = f"a double quote is not closed, or not doubled inside a quoted text ({error})"
-                ahead.extendleft(reversed(following))
-                following = []
-        text = line + "".join(following)
+                ahead.extendleft(reversed(taken[1:]))
+                del taken[1:]
         if "\0" in text or (not text.isascii() and SURROGATE.search(text)):
             problem = "not UTF-8 text; save the file as UTF-8"
         if fields > 1 or text.strip(" \r\n"):
             yield number, text, fields, problem
-        number += 1 + len(following)
+        number += len(taken)
+        taken.clear()
 
 
-def _drain(lines: deque[str]) -> Iterator[str]:
-    while lines:
-        yield lines.popleft()
-
-
-def _noted(lines: Iterator[str], notes: list[str]) -> Iterator[str]:
-    for line in lines:
-        notes.append(line)
-        yield line
-
-
-def _columns(path: Path, header: str, separator: str, image_key: str, caption_key: str) -> list[str | None]:
-    """What each column is: "name", "caption", "folder" or None. DataError with the likely cause if one is missing."""
+def _columns(path: Path, header: str, separator: str, image_key: str, caption_key: str) -> list[str]:
+    """What each column is: "name", "caption", "folder" or "". DataError with the likely cause if one is missing."""
     names, keys = next(csv.reader([header], delimiter=separator)), {image_key: "name", caption_key: "caption"}
     if [*keys] == ["file_name", "caption"] and not {*keys} & {*names} and {"filepath", "title"} <= {*names}:
         keys = {"filepath": "name", "title": "caption"}  # open_clip's names
@@ -141,4 +130,4 @@ def _columns(path: Path, header: str, separator: str, image_key: str, caption_ke
         else:
             cause = f"{closest(key, names)} Name another column with {option}"
         raise DataError(f"{path}: no column {key!r}; the columns are {', '.join(names)}. {cause}.")
-    return [keys.get(name) or ("folder" if name == "image_path" else None) for name in names]
+    return [keys.get(name) or ("folder" if name == "image_path" else "") for name in names]

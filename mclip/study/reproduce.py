@@ -37,7 +37,7 @@ from mclip.show.tables import (
     scene_results,
     zero_shot_table,
 )
-from mclip.sources.loading import fraction, load_pairs
+from mclip.sources.loading import load_pairs
 from mclip.sources.zero_shot import zero_shot_set
 from mclip.study.examples import prompt_sensitivity
 from mclip.study.jobs import results_folder
@@ -212,7 +212,7 @@ def photographs(
     labelled = zero_shot_set(dataset) if dataset else None
     out, size = Path(out_dir), PRESETS["course"].image.image_size
     everything, validation = load_pairs(train_data_path, size), load_pairs(val_data_path, size)
-    shares = [fraction(everything, data_size, seed) for seed in range(seeds)]
+    shares = [load_pairs(train_data_path, size, data_size=data_size, seed=seed) for seed in range(seeds)]
     remedy = f"the students see {len(shares[0])} pictures; choose a smaller batch"
     require(batch_size <= len(shares[0]), "batch_size", batch_size, remedy)
     train_open_clip(TEACHER_CONFIG, everything, validation, of_teacher, out / "teacher")
