@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from mclip.files import cache_dir, missing_folder, write_json
+from mclip.files import cache_dir, missing_folder, read_json, write_json
 from mclip.pictures import PictureError, decode, met_late, pool, split_name
 
 Bad = Callable[[int, PictureError], None]
@@ -66,25 +66,24 @@ class Rows:
         return self.array[self.rows[place]]
 
 
-def _each(names: Paths, work: Callable[[str], Any], bad: Bad, progress: bool, label: str) -> Iterator[Any]:
-    """(number, ``work`` of the picture) for each that can be read, in order, by all threads."""
+def _each(names: Paths, size: int, bad: Bad, progress: bool, label: str) -> Iterator[tuple[int, np.ndarray]]:
+    """Number and pixels of each picture that can be read, in order, decoded by all threads."""
 
-    def attempt(name: str) -> Any:
+    def attempt(name: str) -> np.ndarray | PictureError:
         try:
-            return work(name)
+            return decode(name, size)
         except PictureError as error:
             return error
 
     waiting: deque[Future] = deque()
     upcoming = iter(names)
     for number in tqdm(range(len(names)), label, disable=not progress, leave=False):
-        while len(waiting) < 64 and (name := next(upcoming, None)) is not None:
-            waiting.append(pool().submit(attempt, name))
-        result = waiting.popleft().result()
-        if isinstance(result, PictureError):
-            bad(number, result)
+        waiting.extend(pool().submit(attempt, name) for name in islice(upcoming, 64 - len(waiting)))
+        picture = waiting.popleft().result()
+        if isinstance(picture, PictureError):
+            bad(number, picture)
         else:
-            yield number, result
+            yield number, picture
 
 
 def decoded_once(names: Paths, size: int, key: str, bad: Bad, progress: bool) -> tuple[np.ndarray, list[int]]:
@@ -95,12 +94,12 @@ def decoded_once(names: Paths, size: int, key: str, bad: Bad, progress: bool) ->
             kept: list[int] = []
             shape = (len(names), 3, size, size)
             images = np.lib.format.open_memmap(temporary / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
-            for number, picture in _each(names, lambda name: decode(name, size), bad, progress, "decoding pictures"):
+            for number, picture in _each(names, size, bad, progress, "decoding pictures"):
                 images[len(kept)] = picture
                 kept.append(number)
             images.flush()
             write_json(temporary / "kept.json", kept)
-    kept = json.loads((folder / "kept.json").read_text(encoding="utf-8"))
+    kept = read_json(folder / "kept.json")
     return np.load(folder / "images.npy", mmap_mode="r")[: len(kept)], kept
 
 
@@ -109,9 +108,9 @@ def readable(names: Paths, key: str, bad: Bad, progress: bool) -> list[int]:
     folder = cache_dir() / "readable" / key
     with missing_folder(folder) as temporary:
         if temporary:
-            found = _each(names, lambda name: decode(name, 32) is not None, bad, progress, "checking pictures")
-            write_json(temporary / "kept.json", [number for number, _ in found])
-    return json.loads((folder / "kept.json").read_text(encoding="utf-8"))
+            kept = [number for number, _ in _each(names, 32, bad, progress, "checking pictures")]
+            write_json(temporary / "kept.json", kept)
+    return read_json(folder / "kept.json")
 
 
 def fingerprint(names: Paths, at_most: int = 100_000) -> list[tuple[str, int, int]]:

@@ -50,8 +50,8 @@ def fetch(
 ) -> Path:
     """Download ``url`` to ``path`` unless the file is there already, and return ``path``.
 
-    What has arrived is kept in ``path.part`` and resumed, now or by a later call. The file takes its name only once
-    it is whole. Of several processes that want the same file one downloads it.
+    What has arrived is kept in ``path.part`` and resumed, now or by a later call. Only a whole file takes its name.
+    Of several processes that want the same file one downloads it.
 
     Args:
         checksum: "md5:..." or "sha256:..."; without it and ``size`` any file at ``path`` is taken as right.
@@ -120,52 +120,36 @@ def _append(url: str, part: Path, size: int | None, progress: bool, timeout: flo
     have = _length(part)
     if have and have == size:
         return
-    _require_space(part, size, have)
     headers = {"Accept-Encoding": "identity", "User-Agent": f"mclip/{__version__}"}
     headers |= {"Range": f"bytes={have}-"} if have else {}
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
-        given = response.headers.get("Content-Range", "")
-        if have and response.status_code == 416:  # no byte after those: either all are here, or too many
-            if given == f"bytes */{have}":
-                return
+        if have and response.status_code == 416:  # the server has no byte after those
             part.unlink()
-            raise requests.ConnectionError(f"the server has fewer than {have} bytes")
+            raise requests.ConnectionError(f"the file ends before byte {have}")
         response.raise_for_status()
-        resumed = response.status_code == 206
-        if resumed and not given.startswith(f"bytes {have}-"):
-            raise OSError(f"the server sent {given} where bytes from {have} on were asked for")
-        start, length = have if resumed else 0, response.headers.get("Content-Length")
+        start = have if response.headers.get("Content-Range", "").startswith(f"bytes {have}-") else 0
+        length = response.headers.get("Content-Length")
         total = start + int(length) if length else size
         if size not in (None, total):
             raise OSError(f"the server offers {total} bytes, not {size}: this is not the file")
-        _require_space(part, total, have)
-        # Some servers call the compression of a .tar.gz an encoding of the transfer: the file is wanted as it is.
-        response.raw.headers.pop("Content-Encoding", None)
+        free = shutil.disk_usage(part.parent).free
+        if total and total - have > free:
+            raise OSError(f"{human_size(total - have)} are still to be written, but only {human_size(free)} are free")
         bar = tqdm(None, part.stem, total, initial=start, unit="B", unit_scale=True, disable=not progress, leave=False)
         with part.open("ab") as handle, bar:
             handle.truncate(start)
             for chunk in response.iter_content(CHUNK):
                 handle.write(chunk)
                 bar.update(len(chunk))
-    if total is not None and _length(part) < total:
+    if total and _length(part) < total:
         raise requests.ConnectionError(f"it ended after {_length(part)} of {total} bytes")
 
 
-def _require_space(part: Path, total: int | None, have: int) -> None:
-    free = shutil.disk_usage(part.parent).free
-    if total and total - have > free:
-        missing = f"{human_size(total - have)} of {human_size(total)} are still to be written"
-        raise OSError(f"{missing}, but only {human_size(free)} are free in {part.parent}")
-
-
 def extract(archive: str | Path, folder: str | Path, *, only: str = "") -> Path:
-    """Unpack a zip or tar archive as ``folder``, unless that is there, and return it.
+    """Unpack a zip or tar archive as ``folder``, unless that is there, and return it; with ``only``, one folder of it.
 
-    The folder takes its name only once all is unpacked. An archive is refused if a member's path or link leads outside
-    the folder, or if it holds more bytes than are free or than an honest archive holds.
-
-    Args:
-        only: unpack this folder of the archive alone: ``folder`` holds what it holds.
+    The folder takes its name only once all is unpacked. An archive is refused if a member's path or link leads outside,
+    or if it holds more bytes than are free or than an honest archive holds.
 
     Raises: DownloadError, naming the archive.
     """
@@ -173,14 +157,15 @@ def extract(archive: str | Path, folder: str | Path, *, only: str = "") -> Path:
     try:
         with missing_folder(folder) as temporary:
             if temporary:
-                kind = pooch.Untar if tarfile.is_tarfile(archive) else pooch.Unzip
-                _check_members(archive, temporary.resolve(), kind is pooch.Untar)
-                kind([only] if only else None, str(temporary.resolve()))(str(archive), "download", None)
+                whole = temporary.resolve()
+                is_tar = tarfile.is_tarfile(archive)
+                _check_members(archive, whole, is_tar)
+                unpack = (pooch.Untar if is_tar else pooch.Unzip)([only] if only else None, str(whole))
+                unpack(str(archive), "download", None)
                 if only:
-                    inner = temporary.with_name(f"{temporary.name}.inner")
-                    (temporary / only).rename(inner)
-                    shutil.rmtree(temporary)
-                    inner.rename(temporary)
+                    inner = (whole / only).rename(f"{whole}.inner")
+                    shutil.rmtree(whole)
+                    inner.rename(whole)
     except (OSError, EOFError, RuntimeError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
         raise DownloadError(
             f"{archive}: {error or 'it ends too early'}; nothing was left in {folder}. "
@@ -190,20 +175,16 @@ def extract(archive: str | Path, folder: str | Path, *, only: str = "") -> Path:
 
 
 def _check_members(archive: Path, folder: Path, is_tar: bool) -> None:
-    """OSError or TarError unless it is safe to unpack; zipfile writes links as plain files, tarfile as links."""
-    if is_tar:
-        with tarfile.open(archive) as bundle:
-            members = [(tarfile.data_filter(member, folder) and member.name, member.size) for member in bundle]
-    else:
-        with zipfile.ZipFile(archive) as bundle:
-            members = [(member.filename, member.file_size) for member in bundle.infolist()]
-    for name, _ in members:
+    """OSError or TarError unless it is safe to unpack. zipfile writes a link as a plain file, so only tar needs more."""
+    with tarfile.open(archive) if is_tar else zipfile.ZipFile(archive) as bundle:
+        if is_tar:
+            sizes = {tarfile.data_filter(member, folder) and member.name: member.size for member in bundle}
+        else:
+            sizes = {member.filename: member.file_size for member in bundle.infolist()}
+    for name in sizes:
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts:
             raise OSError(f"the path of the member {name!r} leads outside the folder")
-    unpacked, free = sum(size for _, size in members), shutil.disk_usage(folder).free
-    if unpacked > min(free, MAX_RATIO * archive.stat().st_size):
-        raise OSError(
-            f"{human_size(unpacked)} would come out of it: more than the {human_size(free)} that are free, "
-            f"or more than {MAX_RATIO} times its size"
-        )
+    unpacked, room = sum(sizes.values()), min(shutil.disk_usage(folder).free, MAX_RATIO * archive.stat().st_size)
+    if unpacked > room:
+        raise OSError(f"{human_size(unpacked)} would come out of it, more than the {human_size(room)} that it may take")
