@@ -86,11 +86,11 @@ def test_devices_are_refused_and_a_link_in_a_zip_archive_is_a_text(tmp_path):
 @pytest.mark.parametrize("name", ["x.zip", "x.tgz"])
 def test_bombs_are_refused(tmp_path, monkeypatch, name):
     archive = (zipped if name == "x.zip" else tarred)({"zeros": bytes(10**6)}, tmp_path / name)
-    refused(archive, "1.0 MB would come out")
+    refused(archive, "1.00MB would come out")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(downloads.shutil, "disk_usage", lambda _: usage._replace(free=100))
     shutil.rmtree(tmp_path / "inside")
-    refused(archive, "1.0 MB would come out of it, more than the 100 bytes")
+    refused(archive, "1.00MB would come out of it, more than the 100B")
 
 
 @pytest.mark.parametrize("name", ["x.zip", "x.tar", "x.tgz"])

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tarfile
 import time
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import pooch
 import requests
 from filelock import FileLock
 from requests.exceptions import ChunkedEncodingError, HTTPError, SSLError
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from mclip import __version__
 from mclip.files import missing_folder
@@ -22,20 +22,12 @@ from mclip.files import missing_folder
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
 BACK_OFF = 1.0  # seconds before the second try; each further wait is twice as long
 CHUNK = 64 * 1024
+human_size = partial(tqdm.format_sizeof, suffix="B")
 MAX_RATIO = 200  # deflate reaches 1,000 on bytes that are all alike; pictures and captions stay below 20
 
 
 class DownloadError(OSError):
     """A file that cannot be had or unpacked; the message names what, why, what is kept and the remedy."""
-
-
-def human_size(count: float) -> str:
-    """``count`` bytes in the largest unit that suits it: 815.6 MB."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
 
 
 def fetch(
@@ -110,8 +102,7 @@ def _difference(path: Path, checksum: str | None, size: int | None) -> str:
     name, _, expected = (checksum or "").partition(":")
     if not name:
         return ""
-    with path.open("rb") as handle:
-        digest = hashlib.file_digest(handle, lambda: hashlib.new(name, usedforsecurity=False)).hexdigest()
+    digest = pooch.file_hash(str(path), alg=name)
     return "" if digest == expected else f"{name} {digest}, not {expected}"
 
 
@@ -175,16 +166,17 @@ def extract(archive: str | Path, folder: str | Path, *, only: str = "") -> Path:
 
 
 def _check_members(archive: Path, folder: Path, is_tar: bool) -> None:
-    """OSError or TarError unless it is safe to unpack. zipfile writes a link as a plain file, so only tar needs more."""
+    """OSError or TarError unless it is safe to unpack. Of a zip archive a link would become a plain file."""
     with tarfile.open(archive) if is_tar else zipfile.ZipFile(archive) as bundle:
         if is_tar:
-            sizes = {tarfile.data_filter(member, folder) and member.name: member.size for member in bundle}
+            members = [(member.name, member.size) for member in bundle if tarfile.data_filter(member, folder)]
         else:
-            sizes = {member.filename: member.file_size for member in bundle.infolist()}
-    for name in sizes:
+            members = [(member.filename, member.file_size) for member in bundle.infolist()]
+    for name, _ in members:
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts:
             raise OSError(f"the path of the member {name!r} leads outside the folder")
-    unpacked, room = sum(sizes.values()), min(shutil.disk_usage(folder).free, MAX_RATIO * archive.stat().st_size)
+    unpacked = sum(size for _, size in members)
+    room = min(shutil.disk_usage(folder).free, MAX_RATIO * archive.stat().st_size)
     if unpacked > room:
         raise OSError(f"{human_size(unpacked)} would come out of it, more than the {human_size(room)} that it may take")
