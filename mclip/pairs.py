@@ -66,6 +66,8 @@ class Pairs:
     @cached_property
     def first_caption(self) -> np.ndarray:
         """(N + 1,) position of each picture's first caption in the flat list of all captions."""
+        if hasattr(self.captions, "first"):  # the readers of files know it
+            return self.captions.first
         return np.concatenate([[0], np.cumsum([len(own) for own in self.captions])])
 
     def picture(self, row: int) -> Image.Image:
@@ -207,9 +209,8 @@ class BatchSource:
         if self.crops:
             view = self.crops.view(pictures, epoch)
             seeds = self.crops.seeds(pictures, view)
-        batch = Batch(
-            torch.from_numpy(self._pixels(pictures, seeds)), tokens, torch.from_numpy(pictures), prepare=self.prepare
-        )
+        pixels = torch.from_numpy(self._pixels(pictures, seeds))
+        batch = Batch(pixels, tokens, torch.from_numpy(pictures), prepare=self.prepare)
         if self.targets is None:
             return batch
         image, text = self.targets.of(pictures, captions, view, seeds)

@@ -290,7 +290,7 @@ def test_bad_shards_are_named(tmp_path, capsys):
     with pytest.raises(DataError, match=r"bad\.tar: not a WebDataset shard"):
         load_pairs(tmp_path / "bad.tar", 32, progress=False)
     write_shard(tmp_path / "part.tar", range(2), {"000000009.txt": b"a caption without a picture"})
-    with pytest.raises(DataError, match=r"part\.tar: the sample .*000000009 has no picture"):
+    with pytest.raises(DataError, match=r"part\.tar: the sample '.*000000009' has no picture"):
         load_pairs(tmp_path / "part.tar", 32, progress=False)
     assert load_pairs(tmp_path / "part.tar", 32, on_error="skip", progress=False).skipped == 1
 
@@ -309,15 +309,20 @@ def test_captions_of_shards_in_every_form(tmp_path, capsys):
         sample(1, txt="one", json=several) | sample(2, json={"caption": ["a", "b"]}) | sample(3, json={"url": "x"})
     )
     members |= (
-        sample(4, txt="four", json="{damaged") | {"5.png": b"", "5.json": b"[]"} | sample(6, txt="", caption="six")
+        sample(4, txt="four", json="{damaged")
+        | sample(7, json={"caption": "\ud800"})
+        | {"8": b"no kind"}
+        | {"5.png": b"", "5.json": b"[]"}
+        | sample(6, txt="", caption="six")
     )
     write_shard(tmp_path / "00000.tar", range(0), members)
     source = f"{tmp_path}/{{00000..00001}}.tar"
     pairs = load_pairs(source, 32, on_error="skip", progress=False)
     assert pairs.captions == [["one", "two", "three"], ["a", "b"], ["four"], ["six"]]
-    assert pairs.skipped == 3  # two samples without a caption, one archive that is not there
-    assert "3 rows left out" in capsys.readouterr().out
-    with pytest.raises(DataError, match=r"00000\.tar: the sample .*3 has no caption"):
+    # Samples 3, 5, 7 and 8 lack a caption or a picture, or are not Unicode; one archive is not there.
+    assert pairs.skipped == 5
+    assert "5 rows left out" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"00000\.tar: the sample '.*3' has no caption"):
         load_pairs(tmp_path, 32, progress=False)
     write_shard(tmp_path / "00000.tar", range(0), sample(1, json=several))
     with pytest.raises(DataError, match=r"00001\.tar: no such file"):

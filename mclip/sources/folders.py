@@ -16,14 +16,14 @@ from pathlib import Path
 from torchvision.datasets import ImageFolder
 from tqdm.auto import tqdm
 
-from mclip.files import cache_dir, content_key, missing_folder, write_json
+from mclip.files import cache_dir, content_key, missing_folder, read_json
 from mclip.pictures import open_picture
 from mclip.sources.decoding import fingerprint
 from mclip.sources.readers import PICTURES, Row
 
 CLASS_CAPTION = "a photo of a {}"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_CAPTION_KEY = re.compile(r"(captions?|txt|text)?[ ._-]?\d*")
+_CAPTION_KEY = re.compile(r"captions?[ ._-]?\d*")
 
 
 def hidden(name: str) -> bool:
@@ -130,21 +130,23 @@ def _index(shard: str, caption_key: str) -> list[list]:
                     base, _, extension = base.partition(".")
                     name = f"{place}/{base}"
                     own = captions.setdefault(name, [])
+                    kind = "caption" if extension == "txt" else extension.removesuffix(".txt")
                     if is_picture(f".{extension}"):
                         pictures[name] = f"{os.path.abspath(shard)}::{member.offset_data}:{member.size}"
-                    elif extension == "json" or _is_caption(extension.removesuffix(".txt"), caption_key):
+                    elif extension == "json" or _is_caption(kind, caption_key):
                         own += _texts(archive.extractfile(member).read(), extension, caption_key)
             samples = []
             for name, own in captions.items():
                 lacks = "picture" if name not in pictures else "" if own else "caption"
-                problem = f"{shard}: the sample {name} has no {lacks}"
+                problem = f"{shard}: the sample {name!r} has no {lacks}"
                 samples.append(["", problem] if lacks else [pictures[name], list(dict.fromkeys(own))])
-            write_json(temporary / "samples.json", samples)
-    return json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+            (temporary / "samples.json").write_text(json.dumps(samples), encoding="utf-8")
+    return read_json(folder / "samples.json")
 
 
 def _is_caption(key: str, caption_key: str) -> bool:
-    return key == caption_key or (caption_key == "caption" and _CAPTION_KEY.fullmatch(key) is not None)
+    several = caption_key == "caption" and _CAPTION_KEY.fullmatch(key) is not None
+    return several or key == caption_key
 
 
 def _texts(content: bytes, extension: str, caption_key: str) -> list[str]:
