@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -120,7 +121,10 @@ def fingerprint(names: Paths, at_most: int = 100_000) -> list[tuple[str, int, in
     the table that names them.
     """
     step = max(1, math.ceil(len(names) / at_most))
-    files = dict.fromkeys(split_name(names[row])[0] for row in range(0, len(names), step))
-    stats = ((file, os.stat(file)) for file in files)
-    here = os.getcwd()
-    return [(os.path.join(here, file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    files = dict.fromkeys(os.path.abspath(split_name(names[row])[0]) for row in range(0, len(names), step))
+    prints = []
+    for file in files:
+        with suppress(FileNotFoundError):  # a link to nothing: its row is reported when the picture is read
+            stat = os.stat(file)
+            prints.append((file, stat.st_size, stat.st_mtime_ns))
+    return prints

@@ -45,9 +45,8 @@ def read_csv(path: Path, image_key: str, caption_key: str, separator: str = "") 
                 raise DataError(f"{path}: {problem}, such as file_name,image_path,caption.")
             columns = _columns(path, header, separator, image_key, caption_key)
             while chunk := list(islice(records, _AT_ONCE)):
-                pairs = _parse(
-                    [text for _, text, fields, wrong in chunk if fields == width and not wrong], separator, columns
-                )
+                good = [text for _, text, fields, problem in chunk if fields == width and not problem]
+                pairs = _parse(good, separator, columns)
                 for line, _, fields, problem in chunk:
                     if problem or fields != width:
                         quotes = f"a text with {separator!r} needs double quotes around it"
