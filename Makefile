@@ -8,6 +8,7 @@ READY := .venv/.ready
 MCLIP := .venv/bin/python -m mclip
 NBVAL := .venv/bin/python -m pytest --nbval-lax --nbval-current-env
 CHECK := runs/test-notebooks
+LESSONS = $(if $(findstring not slow,$(ARGS)),echo left out,$(NBVAL) -p no:cacheprovider $(CHECK)/notebooks --ignore $(CHECK)/notebooks/solutions)
 # --inexact keeps pip and uv, which the lock file does not name; the interpreter is the one that made .venv.
 SYNC  := UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON=.venv/bin/python UV_PYTHON_DOWNLOADS=never .venv/bin/uv sync --locked --inexact
 NEWS  := {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}
@@ -19,14 +20,14 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 course: $(READY) ## run the whole course; PROFILE=smoke|cpu|gpu, OUT=folder, ARGS="-p NAME VALUE --only 04 08"
-	$(MCLIP) course --profile $(PROFILE) --out $(OUT) $(ARGS)
+	$(MCLIP) course --profile $(PROFILE) --out "$(OUT)" $(ARGS)
 
 # nbval executes the prepared copies: the lessons beside tests and solutions, since either keeps one core busy.
-test: $(READY) ## run the tests, and every notebook in profile smoke against its stored outputs
+test: $(READY) ## run the tests, and every notebook in profile smoke against its stored outputs; ARGS='-m "not slow"'
 	rm -rf $(CHECK)
 	$(MCLIP) course --profile smoke --out $(CHECK) --prepare
 	@export OMP_NUM_THREADS=1; \
-	$(NBVAL) -p no:cacheprovider $(CHECK)/notebooks --ignore $(CHECK)/notebooks/solutions > $(CHECK)/lessons.log 2>&1 & lessons=$$!; \
+	$(LESSONS) > $(CHECK)/lessons.log 2>&1 & lessons=$$!; \
 	$(NBVAL) tests $(CHECK)/notebooks/solutions $(ARGS); tests=$$?; \
 	echo "the lessons:"; wait $$lessons; lessons=$$?; cat $(CHECK)/lessons.log; \
 	test $$tests = 0 && test $$lessons = 0
@@ -37,8 +38,8 @@ lab: $(READY) ## open the notebooks in JupyterLab
 app: $(READY) ## serve the explorers as a page without code; ARGS="--port 8866"
 	$(MCLIP) app $(ARGS)
 
-reproduce: $(READY) ## the long run: several seeds, the results that are committed in data/results
-	$(MCLIP) reproduce $(ARGS)
+reproduce: $(READY) ## the long run: train and measure what data/results has no record of; ARGS="ablations --seeds 3"
+	$(MCLIP) study $(ARGS)
 
 bench: $(READY) ## measure speed and memory: one table of ratios, kept in data/results/bench.json
 	$(MCLIP) bench $(ARGS)

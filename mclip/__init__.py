@@ -31,7 +31,8 @@ def load(
         device: where the model computes, for example "cuda".
 
     Returns:
-        model; preprocess, a PIL picture -> (3, S, S) float32; tokenizer, captions -> token ids (B, context length).
+        model; preprocess, a PIL picture of any mode -> (3, S, S) float32, which raises PictureError for one that
+        cannot be read; tokenizer, captions -> token ids (B, context length).
 
     Raises:
         ConfigError: no such model or device. ModelError or TeacherError: the folder cannot be read.
@@ -39,16 +40,20 @@ def load(
     import torch
 
     from mclip.config import ConfigError
-    from mclip.evaluate import preprocess_of
+    from mclip.evaluate import input_of
+    from mclip.files import model_folder
     from mclip.model import MobileCLIP
-    from mclip.recipes import load_model
+    from mclip.teacher import CONFIG_FILE, load_open_clip
     from mclip.text_encoder import Tokenizer
 
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f'device={str(device)!r} cannot be used here ({error}); "cpu" always can.') from error
-    model, tokenizer = load_model(name, device)
-    if isinstance(model, MobileCLIP):
-        tokenizer = Tokenizer(tokenizer.context_length, padded=True)
-    return model, preprocess_of(model), tokenizer
+    folder = model_folder(name)
+    if (folder / CONFIG_FILE).is_file():
+        model, tokenizer = load_open_clip(str(folder))
+    else:
+        model = MobileCLIP.from_pretrained(folder)
+        tokenizer = Tokenizer(model.config.text.context_length, padded=True)
+    return model.eval().to(device), input_of(model).transform, tokenizer

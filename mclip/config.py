@@ -1,4 +1,7 @@
-"""Checks that keep impossible values out: one error, one form, from Python, YAML files and the command line."""
+"""Every setting of the course: the student's presets, training, distillation and profiles, and how they are checked.
+
+A setting that cannot work raises :class:`ConfigError`, whether it comes from Python, a YAML file or the command line.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,11 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 SHIPPED = "scenes"
+"""The name of the teacher that ships with the course, which learned from drawn scenes."""
+TRAINING = ("max_epochs", "batch_size", "learning_rate", "crop_scale", "views")
+"""The settings of :class:`TrainConfig` that a profile decides."""
 
-
+Balancing = Literal["fixed", "magnitude", "gradient_norm", "uncertainty"]
 Config = TypeVar("Config")
 
 
@@ -36,7 +42,16 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known names: {', '.join(known)}"
 
 
-def _check_type(value: Any, expected: Any, key: str) -> Any:
+def from_mapping(kind: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
+    """Build the dataclass ``kind`` from ``values``; unknown keys and wrong types raise :class:`ConfigError`."""
+    hints = typing.get_type_hints(kind)
+    for key, value in values.items():
+        remedy = f"no such setting of {kind.__name__}; {closest(key, hints)}"
+        require(key in hints, f"{prefix}{key}", value, remedy)
+    return kind(**{key: _typed(value, hints[key], prefix + key) for key, value in values.items()})
+
+
+def _typed(value: Any, expected: Any, key: str) -> Any:
     """``value`` as ``expected`` (int is a float, a list is a tuple, a mapping is a dataclass), or ConfigError."""
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if dataclasses.is_dataclass(expected):
@@ -45,38 +60,26 @@ def _check_type(value: Any, expected: Any, key: str) -> Any:
     if origin is Literal:
         require(value in arguments, key, value, closest(value, map(str, arguments)))
         return value
-    if origin is types.UnionType:
-        if value is None and type(None) in arguments:
-            return None
-        return _check_type(value, next(a for a in arguments if a is not type(None)), key)
+    if origin is types.UnionType:  # of one type and None
+        return None if value is None else _typed(value, arguments[0], key)
     if origin is tuple:
         require(isinstance(value, list | tuple), key, value, "give a list")
         inner = arguments if arguments[-1] is not Ellipsis else (arguments[0],) * len(value)
         require(len(inner) == len(value), key, value, f"give exactly {len(inner)} values")
-        return tuple(_check_type(v, t, key) for v, t in zip(value, inner, strict=True))
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return tuple(_typed(v, t, key) for v, t in zip(value, inner, strict=True))
+    if expected is float and type(value) is int:
         return float(value)
     remedy = f"expected {expected.__name__}, got {type(value).__name__}"
     if expected is float and isinstance(value, str):
         remedy += " (YAML reads 1e-3 as text: write 1.0e-3)"
-    require(isinstance(value, expected) and (expected is bool or not isinstance(value, bool)), key, value, remedy)
+    require(type(value) is expected, key, value, remedy)  # not isinstance: a bool is no int here
     return value
-
-
-def from_mapping(kind: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
-    """Build the dataclass ``kind`` from ``values``; unknown keys and wrong types raise :class:`ConfigError`."""
-    hints = typing.get_type_hints(kind)
-    for key in values:
-        require(
-            key in hints, prefix + str(key), values[key], f"no such setting of {kind.__name__}; {closest(key, hints)}"
-        )
-    return kind(**{key: _check_type(value, hints[key], prefix + key) for key, value in values.items()})
 
 
 def from_yaml(kind: type[Config], path: str | Path) -> Config:
     """Read ``kind`` from a YAML file; the error for a file that is not a YAML mapping names the file."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give the path of a YAML file of settings.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -85,8 +88,23 @@ def from_yaml(kind: type[Config], path: str | Path) -> Config:
     return from_mapping(kind, values)
 
 
+class Settings:
+    """What all dataclasses of settings share: checks of fields, called from ``__post_init__``."""
+
+    PREFIX: typing.ClassVar[str] = ""
+
+    def check(self, key: str, good: bool, remedy: str) -> None:
+        """ConfigError, naming the field ``key``, its value and ``remedy``, unless ``good``."""
+        require(good, self.PREFIX + key, getattr(self, key), remedy)
+
+    def at_least(self, bound: float, *keys: str) -> None:
+        """ConfigError for the first of the fields ``keys`` that is below ``bound``."""
+        for key in keys:
+            self.check(key, getattr(self, key) >= bound, f"use {bound} or more")
+
+
 @dataclass(frozen=True)
-class ImageConfig:
+class ImageConfig(Settings):
     """MobileNetV3-Large (Howard et al. 2019).
 
     Attributes:
@@ -98,6 +116,7 @@ class ImageConfig:
         pretrained: start from ImageNet weights where they can be had (width 1.0 only).
     """
 
+    PREFIX = "image."
     width: float = 1.0
     image_size: int = 224
     bn_momentum: float = 0.01
@@ -105,25 +124,16 @@ class ImageConfig:
     pretrained: bool = False
 
     def __post_init__(self) -> None:
-        require(0.1 <= self.width <= 4, "image.width", self.width, "choose a multiplier between 0.1 and 4")
-        require(
-            self.image_size >= 32,
-            "image.image_size",
-            self.image_size,
-            "the five stride-2 stages need 32 pixels or more",
-        )
-        require(0 < self.bn_momentum <= 1, "image.bn_momentum", self.bn_momentum, "choose a share in (0, 1]")
-        require(all(w > 0 for w in self.head), "image.head", self.head, "layer widths are positive")
-        require(
-            not (self.pretrained and self.width != 1.0),
-            "image.pretrained",
-            self.pretrained,
-            f"ImageNet weights exist for width 1.0, not {self.width}",
-        )
+        self.check("width", 0.1 <= self.width <= 4, "choose a multiplier between 0.1 and 4")
+        self.check("image_size", self.image_size >= 32, "the five stride-2 stages need 32 pixels or more")
+        self.check("bn_momentum", 0 < self.bn_momentum <= 1, "choose a share in (0, 1]")
+        self.check("head", all(w > 0 for w in self.head), "layer widths are positive")
+        only_full_width = not self.pretrained or self.width == 1.0
+        self.check("pretrained", only_full_width, f"ImageNet weights exist for width 1.0, not {self.width}")
 
 
 @dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Settings):
     """Lite Transformer with Long-Short Range Attention (Wu et al. 2020).
 
     Attributes:
@@ -137,6 +147,7 @@ class TextConfig:
         dropout: probability applied to each residual branch.
     """
 
+    PREFIX = "text."
     width: int = 512
     heads: int = 8
     kernels: tuple[int, ...] = (3, 7, 15, 15, 15, 15)
@@ -147,39 +158,23 @@ class TextConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        require(
-            self.width > 0 and self.width % 2 == 0,
-            "text.width",
-            self.width,
-            "LSRA splits it in two, so it must be even",
-        )
-        require(
-            self.heads > 0 and (self.width // 2) % self.heads == 0,
-            "text.heads",
-            self.heads,
-            f"heads must divide half the width, {self.width // 2}",
-        )
-        require(len(self.kernels) > 0, "text.kernels", self.kernels, "name one kernel size per block")
-        require(
-            all(k > 0 and k % 2 == 1 for k in self.kernels),
-            "text.kernels",
-            self.kernels,
-            "kernel sizes are odd, so that each has a centre",
-        )
-        require(self.feed_forward > 0, "text.feed_forward", self.feed_forward, "use a positive width")
-        require(self.context_length >= 3, "text.context_length", self.context_length, "start, one token and end need 3")
-        require(self.vocab_size > 2, "text.vocab_size", self.vocab_size, "use 49408 for CLIP's vocabulary")
-        require(
-            self.embedding_rank is None or 0 < self.embedding_rank <= self.width,
-            "text.embedding_rank",
-            self.embedding_rank,
-            f"choose 1 to {self.width}, or null for a full embedding",
-        )
-        require(0 <= self.dropout < 1, "text.dropout", self.dropout, "choose a probability in [0, 1)")
+        even, half, rank = self.width > 0 and self.width % 2 == 0, self.width // 2, self.embedding_rank
+        self.check("width", even, "LSRA splits it in two, so it must be even")
+        divides = self.heads > 0 and half % self.heads == 0
+        self.check("heads", divides, f"heads must divide half the width, {half}")
+        self.check("kernels", len(self.kernels) > 0, "name one kernel size per block")
+        odd = all(k > 0 and k % 2 == 1 for k in self.kernels)
+        self.check("kernels", odd, "kernel sizes are odd, so that each has a centre")
+        self.check("feed_forward", self.feed_forward > 0, "use a positive width")
+        self.check("context_length", self.context_length >= 3, "start, one token and end need 3")
+        self.check("vocab_size", self.vocab_size > 2, "use 49408 for CLIP's vocabulary")
+        remedy = f"choose 1 to {self.width}, or null for a full embedding"
+        self.check("embedding_rank", rank is None or 0 < rank <= self.width, remedy)
+        self.check("dropout", 0 <= self.dropout < 1, "choose a probability in [0, 1)")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """A student: both encoders and the width of the shared embedding."""
 
     name: str = "custom"
@@ -188,43 +183,28 @@ class ModelConfig:
     text: TextConfig = field(default_factory=TextConfig)
 
     def __post_init__(self) -> None:
-        require(self.embed_dim > 0, "embed_dim", self.embed_dim, "use 256 or 512")
+        self.check("embed_dim", self.embed_dim > 0, "use 256 or 512")
 
 
-MOBILE_TEXT = TextConfig(width=512, heads=8, kernels=(3, 7, 15, 15, 31, 31), feed_forward=512, embedding_rank=128)
-PRESETS: dict[str, ModelConfig] = {
+MOBILE_TEXT = TextConfig(kernels=(3, 7, 15, 15, 31, 31))
+KLMOBILE_TEXT = TextConfig(
+    kernels=(15,) * 2 + (31,) * 4 + (63,) * 6, feed_forward=1024, context_length=77, embedding_rank=None
+)
+PRESETS = {
     "course": ModelConfig(
         "course",
         256,
         ImageConfig(width=0.5, image_size=64, bn_momentum=0.1),
-        TextConfig(width=128, heads=4, kernels=(3, 7, 15, 15), feed_forward=128, context_length=32, embedding_rank=24),
+        TextConfig(width=128, heads=4, kernels=(3, 7, 15, 15), feed_forward=128, embedding_rank=24),
     ),
     "mobile-256": ModelConfig("mobile-256", 256, ImageConfig(pretrained=True), MOBILE_TEXT),
     "mobile-512": ModelConfig("mobile-512", 512, ImageConfig(pretrained=True), MOBILE_TEXT),
-    "klmobile": ModelConfig(
-        "klmobile",
-        2048,
-        ImageConfig(head=(1280, 1280)),
-        TextConfig(
-            width=512,
-            heads=8,
-            kernels=(15,) * 2 + (31,) * 4 + (63,) * 6,
-            feed_forward=1024,
-            context_length=77,
-            embedding_rank=None,
-        ),
-    ),
+    "klmobile": ModelConfig("klmobile", 2048, ImageConfig(head=(1280, 1280)), KLMOBILE_TEXT),
 }
 
 
-def preset(name: str) -> ModelConfig:
-    """The model preset called ``name``; an unknown name raises :class:`ConfigError` with the nearest ones."""
-    require(name in PRESETS, "preset", name, closest(name, PRESETS))
-    return PRESETS[name]
-
-
 @dataclass(frozen=True)
-class DistillConfig:
+class DistillConfig(Settings):
     """Loss terms, the phases in which they begin, and how they are balanced.
 
     The weights of the terms are priors: 0 switches a term off, and the balancer multiplies them. Until the image
@@ -241,8 +221,8 @@ class DistillConfig:
         icl_weight: prior of the interactive contrastive term.
         feature_source: distil the final embedding, or the encoders' penultimate features.
         feature_form: "cosine" is 1 - cos; "mse" is the mean squared error summed over dimensions.
-        aligner: "mlp" (Linear, ReLU, Dropout 0.1, Linear), "identity", which needs equal widths, or "auto":
-            identity where the widths agree, so that what is distilled is what inference uses.
+        aligner: "mlp" (Linear, ReLU, Dropout 0.1, Linear), "identity", which needs equal widths, or "auto": identity
+            where the widths agree, so that what is distilled is what inference uses.
         online_teacher: embed each batch anew while training, in place of cached targets; slower, but every crop is new.
         phases: start of phase 2 (feature), start of phase 3 (response), end of the temperature's descent; all
             fractions of the run (at most 1) or all steps (above 1), in order.
@@ -271,41 +251,31 @@ class DistillConfig:
     ramp: float = 0.02
     max_temperature: float = 8.0
     min_temperature: float = 4.0
-    balancers: tuple[Literal["fixed", "magnitude", "gradient_norm", "uncertainty"], ...] = (
-        "gradient_norm",
-        "magnitude",
-    )
+    balancers: tuple[Balancing, ...] = ("gradient_norm", "magnitude")
     adaptation_rate: float = 0.1
     gradient_check_frequency: int = 10
     plateau_patience: int = 3
 
     def __post_init__(self) -> None:
-        def check(key: str, good: bool, remedy: str) -> None:
-            require(good, key, getattr(self, key), remedy)
-
-        for key in ("original", "feature", "img_distill", "txt_distill", "response", "similarity", "icl"):
-            check(f"{key}_weight", getattr(self, f"{key}_weight") >= 0, "weights are 0 (off) or positive")
-        check("original_weight", self.original_weight > 0, "phase 1 has no other term; use a positive weight")
-        both = self.img_distill_weight + self.txt_distill_weight
-        check(
-            "img_distill_weight",
-            both > 0,
-            "one of img_distill_weight and txt_distill_weight must be positive; feature_weight=0 switches the term off",
-        )
+        for key, value in vars(self).items():
+            self.check(key, not key.endswith("_weight") or value >= 0, "weights are 0 (off) or positive")
+        self.check("original_weight", self.original_weight > 0, "phase 1 has no other term; use a positive weight")
+        remedy = "it or txt_distill_weight must be positive; feature_weight=0 switches the term off"
+        self.check("img_distill_weight", self.img_distill_weight + self.txt_distill_weight > 0, remedy)
         fractions, steps = all(0 <= p <= 1 for p in self.phases), all(p == 0 or p > 1 for p in self.phases)
-        check("phases", fractions or steps, "give three fractions in [0, 1] or three step numbers above 1")
-        check("phases", list(self.phases) == sorted(self.phases), "the bounds must be in rising order")
-        check("ramp", self.ramp >= 0, "use 0 or more")
+        self.check("phases", fractions or steps, "give three fractions in [0, 1] or three step numbers above 1")
+        self.check("phases", list(self.phases) == sorted(self.phases), "the bounds must be in rising order")
+        self.at_least(0, "ramp")
         cooling = self.max_temperature >= self.min_temperature > 0
-        check("min_temperature", cooling, f"choose a positive value, at most max_temperature={self.max_temperature}")
-        check("balancers", len(self.balancers) > 0, "name at least one strategy, for example ('fixed',)")
-        check("adaptation_rate", 0 < self.adaptation_rate <= 1, "choose a share in (0, 1]")
-        for key in ("gradient_check_frequency", "plateau_patience"):
-            check(key, getattr(self, key) >= 1, "use 1 or more")
+        remedy = f"choose a positive value, at most max_temperature={self.max_temperature}"
+        self.check("min_temperature", cooling, remedy)
+        self.check("balancers", len(self.balancers) > 0, "name at least one strategy, for example ('fixed',)")
+        self.check("adaptation_rate", 0 < self.adaptation_rate <= 1, "choose a share in (0, 1]")
+        self.at_least(1, "gradient_check_frequency", "plateau_patience")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """The optimiser and the loop.
 
     A step takes ``accumulate_grad_batches`` batches of ``batch_size`` pairs, over all processes together; whatever
@@ -352,19 +322,14 @@ class TrainConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        def check(key: str, good: bool, remedy: str) -> None:
-            require(good, key, getattr(self, key), remedy)
-
-        for key in ("max_epochs", "batch_size", "accumulate_grad_batches", "validate_every"):
-            check(key, getattr(self, key) >= 1, "use 1 or more")
-        check("batch_size", self.batch_size >= 2, "in-batch negatives need at least 2 pairs")
+        self.at_least(1, "max_epochs", "accumulate_grad_batches", "validate_every")
+        self.at_least(0, "weight_decay", "views")
+        self.check("batch_size", self.batch_size >= 2, "in-batch negatives need at least 2 pairs")
         for key in ("learning_rate", "clip_grad_norm", "checkpoint_minutes"):
-            check(key, getattr(self, key) > 0, "use a positive number")
-        check("weight_decay", self.weight_decay >= 0, "use 0 or more")
-        check("crop_scale", 0 < self.crop_scale <= 1, "choose a share of the area in (0, 1]")
-        check("views", self.views >= 0, "use 0 or more")
-        check("warmup", 0 <= self.warmup < 1, "choose a fraction of the run in [0, 1)")
-        check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "choose a decay in (0, 1), or null")
+            self.check(key, getattr(self, key) > 0, "use a positive number")
+        self.check("crop_scale", 0 < self.crop_scale <= 1, "choose a share of the area in (0, 1]")
+        self.check("warmup", 0 <= self.warmup < 1, "choose a fraction of the run in [0, 1)")
+        self.check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "choose a decay in (0, 1), or null")
 
 
 @dataclass(frozen=True)
@@ -389,9 +354,6 @@ class Profile:
         """The settings of a run of this size; ``changes`` replace some."""
         return TrainConfig(**({key: getattr(self, key) for key in TRAINING} | changes))
 
-
-TRAINING = ("max_epochs", "batch_size", "learning_rate", "crop_scale", "views")
-"""What a profile decides of a run's settings."""
 
 PROFILES = {
     "smoke": Profile(pictures=256, max_epochs=1, batch_size=64, test_pictures=128),

@@ -1,4 +1,4 @@
-"""Embeddings of pictures and texts by a model, in batches.
+"""Embeddings of pictures and texts by a model, and the results records of zero-shot classification and retrieval.
 
 A model is anything with open_clip's ``encode_image(images, normalize=True)`` and
 ``encode_text(tokens, normalize=True)``.
@@ -6,12 +6,13 @@ A model is anything with open_clip's ``encode_image(images, normalize=True)`` an
 
 from __future__ import annotations
 
-import hashlib
 import operator
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,27 +21,62 @@ from open_clip.model import get_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL.Image import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import Compose
 
 from mclip.config import ConfigError, require
-from mclip.metrics import (
-    EvaluationError,
-    answers,
-    class_ranks,
-    rank_metrics,
-    require_finite,
-    retrieval,
-    zero_shot_metrics,
-)
+from mclip.metrics import EvaluationError, answers, class_ranks, rank_metrics, require_finite, retrieval
 from mclip.pairs import Pairs, normalise
-from mclip.pictures import UNREADABLE, PictureError, as_rgb
+from mclip.pictures import UNREADABLE, PictureError, as_rgb, open_picture, pool
 from mclip.results import describe_model, make_result
 
-if TYPE_CHECKING:
-    from mclip.deploy.reader import Deployed
-from dataclasses import dataclass
-
 BATCH_SIZE = 128  # beyond it the feature maps leave a processor's cache: 256 is slower on two cores
+
+
+@dataclass(frozen=True)
+class ZeroShotSet:
+    """Pictures to classify, and the words to classify them with.
+
+    Attributes:
+        images: uint8 tensor or array (N, 3, H, W), list of PIL pictures, or dataset of (PIL picture, label).
+        labels: (N,) class numbers; None where ``images`` is a dataset that gives them.
+        class_names: one name per class number.
+        templates: prompts with "{}" in the place of the class name; several are averaged.
+        metric: the one that the literature reports for this set: "top1" or "mean_per_class_recall".
+    """
+
+    name: str
+    images: Tensor | np.ndarray | Sequence[Image] | Dataset
+    labels: Tensor | np.ndarray | None
+    class_names: list[str]
+    templates: list[str]
+    split: str = "test"
+    metric: str = "top1"
+
+    def __post_init__(self) -> None:
+        key, names = f"{self.name}.class_names", self.class_names
+        require(len(self.images) > 0, f"{self.name}.images", self.images, "a test set needs a picture")
+        different = len(set(names)) == len(names) or self.name == "imagenet"  # CLIP has two missiles, two sunglasses
+        require(different and len(names) > 1, key, names, "give at least two names, all different")
+
+
+class Input(NamedTuple):
+    """What a model reads: size and statistics of its pictures, and its transform, PIL picture -> (3, S, S)."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    transform: Callable[[Image], Tensor]
+
+
+def input_of(model: nn.Module) -> Input:
+    """What ``model``, a student or open_clip's, reads in evaluation; its transform takes pictures of any mode."""
+    if hasattr(model, "preprocess"):
+        return Input(model.config.image.image_size, model.MEAN, model.STD, model.preprocess)
+    settings = PreprocessCfg(**get_model_preprocess_cfg(model))
+    size = settings.size if isinstance(settings.size, int) else settings.size[0]
+    transform = Compose([open_picture, image_transform_v2(settings, is_train=False)])
+    return Input(size, tuple(settings.mean), tuple(settings.std), transform)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -76,92 +112,54 @@ def embed_texts(model: nn.Module, tokenizer: Any, texts: Sequence[str], batch_si
     return require_finite(torch.cat(embeddings), "text")
 
 
-def image_size_of(model: nn.Module) -> int:
-    """Side of the pictures that the model reads, in pixels."""
-    return input_of(model)[0]
-
-
-def preprocess_of(model: nn.Module) -> Callable[[Image], Tensor]:
-    """The model's own transform for evaluation: PIL picture -> (3, S, S)."""
-    return input_of(model)[3]
-
-
-def input_of(model: nn.Module) -> tuple[int, Sequence[float], Sequence[float], Any]:
-    """Image size, mean and standard deviation that ``model`` expects, and its transform of PIL pictures."""
-    if hasattr(model, "preprocess"):
-        return model.config.image.image_size, model.MEAN, model.STD, model.preprocess
-    settings = PreprocessCfg(**get_model_preprocess_cfg(model))
-    size = settings.size if isinstance(settings.size, int) else settings.size[0]
-    return size, settings.mean, settings.std, image_transform_v2(settings, is_train=False)
-
-
-class _Prepared(Dataset):
-    """PIL pictures, alone or with labels, as tensors; one that cannot be read is named."""
-
-    def __init__(self, images: Any, transform: Any) -> None:
-        self.images, self.transform = images, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        try:
-            item = self.images[index]
-            picture, label = item if isinstance(item, tuple) else (item, -1)
-            picture = as_rgb(picture)
-        except PictureError as error:  # which names the file
-            raise EvaluationError(f"{error}.") from error
-        except UNREADABLE as error:
-            samples = getattr(self.images, "samples", None)
-            where = samples[index][0] if samples else f"picture {index}"
-            raise EvaluationError(f"{where}: not readable as a picture ({error}).") from error
-        try:
-            number = operator.index(label)
-        except TypeError:
-            raise ConfigError(f"labels={label!r} cannot work: give class numbers as whole numbers.") from None
-        return self.transform(picture), number
-
-
-@contextmanager
-def _naming_dead_workers() -> Iterator[None]:
-    """EvaluationError for a DataLoader's process that died: PyTorch raises wherever the caller then is."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise EvaluationError(f"{error}; it read pictures: use fewer workers, or workers=0.") from error
-
-
-def _batches(model: nn.Module, images: Any, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    size, mean, std, transform = input_of(model)
-    if not hasattr(images, "shape"):
-        yield from DataLoader(_Prepared(images, transform), batch_size, num_workers=workers)
-        return
-    valid = images.dtype in (torch.uint8, np.uint8) and len(images.shape) == 4 and images.shape[1] == 3
-    require(valid, "images", f"{images.dtype} {tuple(images.shape)}", "give uint8 pictures (N, 3, H, W)")
-    for start in range(0, len(images), batch_size):
-        batch = torch.tensor(np.asarray(images[start : start + batch_size]))  # a copy: the file may be mapped
-        yield normalise(batch, size, mean, std), torch.full((len(batch),), -1)
-
-
-def embed_images(
-    model: nn.Module, images: Any, batch_size: int = BATCH_SIZE, workers: int = 0
-) -> tuple[Tensor, Tensor]:
+def embed_images(model: nn.Module, images: Any, batch_size: int = BATCH_SIZE) -> tuple[Tensor, Tensor]:
     """Normalised float32 embeddings (N, d) on the CPU, and the labels (N,) that came with the pictures.
 
-    ``images`` as in :class:`~mclip.datasets.ZeroShotSet`, or :class:`~mclip.pictures.Pictures`, which are decoded a
-    batch at a time; the model's own preparation is applied. A picture without a label has -1.
+    ``images`` as in :class:`ZeroShotSet`, or :class:`~mclip.pictures.Pictures`, which are decoded a batch at a time;
+    the model's own preparation is applied. A picture without a label has -1.
 
     Raises: ConfigError for none, or arrays of another kind; EvaluationError, naming a picture that cannot be read.
     """
     require(len(images) > 0, "images", len(images), "give at least one picture")
     embeddings, labels = [], []
-    with evaluating(model) as device, _naming_dead_workers():
-        for batch, label in _batches(model, images, batch_size, workers):
+    with evaluating(model) as device:
+        for batch, label in _batches(input_of(model), images, batch_size):
             embeddings.append(model.encode_image(batch.to(device), normalize=True).float().cpu())
             labels.append(label)
     return require_finite(torch.cat(embeddings), "image"), torch.cat(labels)
+
+
+def _batches(reads: Input, images: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    array = hasattr(images, "shape")
+    valid = not array or (images.dtype in (torch.uint8, np.uint8) and tuple(images.shape[1:-2]) == (3,))
+    require(valid, "images", array and f"{images.dtype} {tuple(images.shape)}", "give uint8 pictures (N, 3, H, W)")
+    for start in range(0, len(images), batch_size):
+        rows = slice(start, start + batch_size)
+        if array:
+            batch = torch.tensor(np.asarray(images[rows]))  # a copy: the file may be mapped
+            yield normalise(batch, reads.size, reads.mean, reads.std), torch.full((len(batch),), -1)
+        else:
+            numbers = range(len(images))[rows]
+            pictures, labels = zip(*pool().map(partial(_read, images, reads.transform), numbers), strict=True)
+            yield torch.stack(pictures), torch.tensor(labels)
+
+
+def _read(images: Any, transform: Callable[[Image], Tensor], number: int) -> tuple[Tensor, int]:
+    """A PIL picture, alone or with a label, as the model reads it; EvaluationError names one that cannot be read."""
+    try:
+        item = images[number]
+        picture, label = item if isinstance(item, tuple) else (item, -1)
+        picture = as_rgb(picture)
+    except PictureError as error:  # which names the file
+        raise EvaluationError(f"{error}.") from error
+    except UNREADABLE as error:
+        samples = getattr(images, "samples", None)
+        where = samples[number][0] if samples else f"picture {number}"
+        raise EvaluationError(f"{where}: not readable as a picture ({error}).") from error
+    try:
+        return transform(picture), operator.index(label)
+    except TypeError:
+        raise ConfigError(f"labels={label!r} cannot work: give class numbers as whole numbers.") from None
 
 
 def as_templates(prompt: str | Sequence[str]) -> list[str]:
@@ -187,24 +185,6 @@ def build_classifier(
     return F.normalize(embeddings.mean(1), dim=-1).T
 
 
-def zero_shot(
-    model: nn.Module,
-    tokenizer: Any,
-    images: Tensor | Iterable[Tensor],
-    labels: Tensor,
-    class_names: Sequence[str],
-    templates: str | Sequence[str],
-    seed: int = 0,
-    batch_size: int = BATCH_SIZE,
-) -> dict[str, Any]:
-    """:func:`zero_shot_metrics` of float pictures prepared for the model: one (N, 3, S, S), or batches."""
-    classifier = build_classifier(model, tokenizer, class_names, templates)
-    batches = images.split(batch_size) if isinstance(images, Tensor) else images
-    with evaluating(model) as device:
-        parts = [model.encode_image(batch.to(device), normalize=True).float().cpu() for batch in batches]
-    return zero_shot_metrics(torch.cat(parts), classifier, labels.cpu(), class_names, seed)
-
-
 def evaluate_zero_shot(
     model: nn.Module,
     tokenizer: Any,
@@ -214,7 +194,6 @@ def evaluate_zero_shot(
     prompt: str | Sequence[str] | None = None,
     seed: int = 0,
     batch_size: int = BATCH_SIZE,
-    workers: int = 0,
     embeddings: Tensor | None = None,
 ) -> dict[str, Any]:
     """The results record of ``model``, called ``name``, on ``dataset``.
@@ -223,56 +202,37 @@ def evaluate_zero_shot(
     pictures by :func:`embed_images`, where another set has the same pictures; the set must then bring its labels.
     """
     start, templates = time.perf_counter(), as_templates(dataset.templates if prompt is None else prompt)
-    classifier = build_classifier(model, tokenizer, dataset.class_names, templates)
-    found = None
+    classifier, labels = build_classifier(model, tokenizer, dataset.class_names, templates), dataset.labels
     if embeddings is None:
-        embeddings, found = embed_images(model, dataset.images, batch_size, workers)
-    labels = found if dataset.labels is None else torch.as_tensor(dataset.labels).cpu()
-    described = describe_model(name, model)
-    return _record(dataset, templates, described, classifier, embeddings, labels, seed, start, device_of(model))
+        embeddings, own_labels = embed_images(model, dataset.images, batch_size)
+        labels = own_labels if labels is None else labels
+    more = {"templates": templates, "seed": seed, "device": device_of(model)}
+    return zero_shot_record(dataset, describe_model(name, model), embeddings, classifier, labels, start, **more)
 
 
-def evaluate_deployed(reader: Deployed, dataset: ZeroShotSet, name: str, *, seed: int = 0) -> dict[str, Any]:
-    """The results record of an exported student: preparation, tokens and graphs are those that a device has.
-
-    The pictures of ``dataset`` are an array (N, 3, H, W), and their labels are known. The record's SHA-256 is over
-    those of both graphs.
-    """
-    start, templates = time.perf_counter(), as_templates(dataset.templates)
-    classifier = torch.from_numpy(reader.classifier(dataset.class_names, templates))
-    embeddings = torch.from_numpy(reader.encode_images(np.asarray(dataset.images).transpose(0, 2, 3, 1)))
-    graphs = "".join(reader.manifest["files"][graph]["sha256"] for graph in reader.graphs)
-    described = {**reader.manifest["model"], "name": name, "sha256": hashlib.sha256(graphs.encode()).hexdigest()}
-    labels = torch.as_tensor(dataset.labels)
-    return _record(dataset, templates, described, classifier, embeddings, labels, seed, start, "cpu")
-
-
-def _record(
+def zero_shot_record(
     dataset: ZeroShotSet,
-    templates: list[str],
     described: dict[str, Any],
-    classifier: Tensor,
     embeddings: Tensor,
-    labels: Tensor,
-    seed: int,
+    classifier: Tensor,
+    labels: Tensor | np.ndarray,
     start: float,
-    device: torch.device | str,
+    *,
+    templates: list[str],
+    seed: int,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    ranks = class_ranks(embeddings, classifier, labels)
-    metrics = rank_metrics(ranks, labels, dataset.class_names, seed)
-    return make_result(
-        "zero_shot",
-        dataset.name,
-        dataset.split,
-        len(labels),
-        described,
-        metrics,
-        templates=templates,
-        seed=seed,
-        seconds=time.perf_counter() - start,
-        device=device,
-        details={"metric": dataset.metric, **answers(ranks < 1, labels.tolist())},
-    )
+    """The results record of embeddings (N, d) of ``dataset`` against a classifier (d, n_classes).
+
+    ``described`` is the record's field "model"; ``start`` is when the measurement began, by ``time.perf_counter``.
+    """
+    truth = torch.as_tensor(labels).cpu()
+    ranks = class_ranks(embeddings, classifier, truth)
+    metrics = rank_metrics(ranks, truth, dataset.class_names, seed)
+    details = {"metric": dataset.metric, **answers(ranks < 1, truth.tolist())}
+    seconds, n = time.perf_counter() - start, len(truth)
+    more = {"templates": templates, "seed": seed, "seconds": seconds, "device": device, "details": details}
+    return make_result("zero_shot", dataset.name, dataset.split, n, described, metrics, **more)
 
 
 def evaluate_retrieval(
@@ -289,43 +249,6 @@ def evaluate_retrieval(
     start = time.perf_counter()
     owner = torch.tensor([i for i, own in enumerate(pairs.captions) for _ in own])
     texts = embed_texts(model, tokenizer, [text for own in pairs.captions for text in own])
-    images, _ = embed_images(model, pairs.images, batch_size)
-    metrics, seconds = retrieval(images, texts, owner, seed), time.perf_counter() - start
-    return make_result(
-        "retrieval",
-        pairs.name,
-        split,
-        len(pairs),
-        describe_model(name, model),
-        metrics,
-        seed=seed,
-        seconds=seconds,
-        device=device_of(model),
-    )
-
-
-@dataclass(frozen=True)
-class ZeroShotSet:
-    """Pictures to classify, and the words to classify them with.
-
-    Attributes:
-        images: uint8 tensor or array (N, 3, H, W), list of PIL pictures, or dataset of (PIL picture, label).
-        labels: (N,) class numbers; None where ``images`` is a dataset that gives them.
-        class_names: one name per class number.
-        templates: prompts with "{}" in the place of the class name; several are averaged.
-        metric: the one that the literature reports for this set: "top1" or "mean_per_class_recall".
-    """
-
-    name: str
-    images: Tensor | np.ndarray | Sequence[Image] | Dataset
-    labels: Tensor | np.ndarray | None
-    class_names: list[str]
-    templates: list[str]
-    split: str = "test"
-    metric: str = "top1"
-
-    def __post_init__(self) -> None:
-        key, names = f"{self.name}.class_names", self.class_names
-        require(len(self.images) > 0, f"{self.name}.images", self.images, "a test set needs a picture")
-        different = len(set(names)) == len(names) or self.name == "imagenet"  # CLIP has two missiles, two sunglasses
-        require(different and len(names) > 1, key, names, "give at least two names, all different")
+    metrics = retrieval(embed_images(model, pairs.images, batch_size)[0], texts, owner, seed)
+    more = {"seed": seed, "seconds": time.perf_counter() - start, "device": device_of(model)}
+    return make_result("retrieval", pairs.name, split, len(pairs), describe_model(name, model), metrics, **more)

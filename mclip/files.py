@@ -8,20 +8,51 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+from mclip.config import ConfigError, closest, require
+
+PACKAGE = Path(__file__).resolve().parent
+CLONE = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else None
+"""The repository that holds this package, or None where the package is installed."""
+DATA = (CLONE or PACKAGE) / "data"
 """What ships with the course: teacher, student checkpoints, published figures, results."""
+MODELS = ("base", "kd", "clip", "teacher")
+"""The models that ship."""
 
 
 def cache_dir() -> Path:
-    """Folder for what can be made again; the variable ``MCLIP_CACHE`` moves it."""
-    folder = Path(os.environ.get("MCLIP_CACHE", DATA / "cache"))
-    folder.mkdir(parents=True, exist_ok=True)
+    """Folder for what can be made again: ``MCLIP_CACHE``, the clone's ``data/cache``, or ``~/.cache/mclip``.
+
+    The last one, which XDG_CACHE_HOME moves, serves where there is no clone or where it cannot be written.
+    ConfigError if no folder can be had.
+    """
+    if given := os.environ.get("MCLIP_CACHE"):
+        candidates = [Path(given).expanduser()]
+    else:
+        candidates = [DATA / "cache"] if CLONE else []
+        with suppress(RuntimeError):  # no HOME, and no entry in the password file
+            candidates.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mclip")
+    for folder in candidates:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    tried = ", ".join(map(str, candidates)) or "no home folder"
+    raise ConfigError(f"no folder to write the cache to ({tried}): set MCLIP_CACHE to one that can be written.")
+
+
+def model_folder(name: str | Path) -> Path:
+    """The folder of a model that ships (``MODELS``), or ``name`` itself if it is a folder; ``~`` is expanded."""
+    ships = DATA / "teacher" if str(name) == "teacher" else DATA / "checkpoints" / str(name)
+    folder = ships if str(name) in MODELS and ships.is_dir() else Path(name).expanduser()
+    require(folder.is_dir(), "model", str(name), f"give a model folder or a name; {closest(str(name), MODELS)}")
     return folder
 
 
@@ -33,7 +64,7 @@ def processes() -> tuple[int, int]:
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it takes the final name only if the block succeeds."""
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
@@ -49,7 +80,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; it takes the final name only if the block succeeds."""
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
@@ -89,14 +120,18 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def read_json(path: str | Path) -> Any:
     """What a JSON file holds; ConfigError, with the file and the line, for one that is missing or damaged."""
-    from mclip.config import ConfigError
-
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; it ships with the course: restore it, or measure anew.") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: line {error.lineno} is not JSON ({error.msg}); restore the file.") from error
+
+
+def file_hash(path: str | Path) -> dict[str, str]:
+    """``{name: SHA-256}`` of a file, as it is kept beside weights under the key "sha256"."""
+    with Path(path).open("rb") as handle:
+        return {Path(path).name: hashlib.file_digest(handle, "sha256").hexdigest()}
 
 
 def content_key(*parts: Any) -> str:

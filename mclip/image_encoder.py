@@ -85,8 +85,7 @@ def imagenet_trunk_weights() -> dict[str, Tensor] | None:
         return None
     finally:
         socket.setdefaulttimeout(timeout)
-    prefix = "features."
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")}
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -103,15 +102,8 @@ class DepthwiseConv(nn.Conv2d):
     @classmethod
     def of(cls, conv: nn.Conv2d) -> DepthwiseConv:
         """The depthwise ``conv`` in this form, with its weights."""
-        new = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            groups=conv.groups,
-            bias=False,
-        )
+        shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
+        new = cls(*shape, groups=conv.groups, bias=False)
         new.weight = conv.weight
         return new
 
@@ -121,30 +113,22 @@ class DepthwiseConv(nn.Conv2d):
         # A 3x3 kernel gains nothing: there the library is the faster one.
         if height * width > self.LARGEST or x.is_cuda or not torch.is_grad_enabled() or kernel < 5:
             return super().forward(x)
-        rows, columns = (self._taps(size) for size in (height, width))
-        # Tap of the kernel that joins output pixel (i, j) to input pixel (h, w); -1, the zero at the end, for none.
-        taps = rows[:, None, :, None] * kernel + columns[None, :, None, :]
-        taps = taps.where((rows >= 0)[:, None, :, None] & (columns >= 0)[None, :, None, :], -1)
-        padded = F.pad(self.weight.flatten(1), (0, 1))
-        matrix = padded.T[taps.reshape(len(rows) * len(columns), height * width)]
+        numbers = torch.arange(1.0, height * width + 1).view(1, 1, height, width)  # of the input pixels; 0 is padding
+        under_tap = F.unfold(numbers, kernel, padding=self.padding, stride=self.stride)[0].long().T
+        # Tap of the kernel that joins each output pixel to each input pixel; for none the zero after the last.
+        taps = torch.full((len(under_tap), height * width + 1), kernel**2)
+        taps = taps.scatter(1, under_tap, torch.arange(kernel**2).expand_as(under_tap))[:, 1:]
+        matrix = F.pad(self.weight.flatten(1), (0, 1)).T[taps]
         pixels = x.permute(0, 2, 3, 1).reshape(len(x), 1, height * width, -1)
-        return (pixels * matrix).sum(2).unflatten(1, (len(rows), len(columns))).permute(0, 3, 1, 2)
-
-    def _taps(self, size: int) -> Tensor:
-        """(outputs, inputs): which row of the kernel an output line lays on an input line; -1 for none."""
-        (kernel, _), (stride, _), (padding, _) = self.kernel_size, self.stride, self.padding
-        starts = torch.arange((size + 2 * padding - kernel) // stride + 1) * stride - padding
-        taps = torch.arange(size) - starts[:, None]
-        return taps.where((taps >= 0) & (taps < kernel), -1)
+        outputs = (height + 2 * self.padding[0] - kernel) // self.stride[0] + 1
+        return (pixels * matrix).sum(2).unflatten(1, (outputs, -1)).permute(0, 3, 1, 2)
 
 
 class ImageEncoder(nn.Module):
     """MobileNetV3-Large without its classifier (Howard et al. 2019).
 
-    Attributes:
-        features: width of the output.
-        trunk: stem, inverted residual blocks and last 1x1 convolution, in order; torchvision's ``features``.
-        head: fully connected layers after pooling (``config.head``), with Hardswish between them.
+    ``trunk`` is torchvision's ``features``: stem, inverted residual blocks and last 1x1 convolution, in order. ``head``
+    has the fully connected layers after pooling, with Hardswish between them. ``features`` is the width of the output.
     """
 
     def __init__(self, config: ImageConfig) -> None:
@@ -159,12 +143,11 @@ class ImageEncoder(nn.Module):
             elif isinstance(block, nn.Hardswish):
                 block.inplace = False  # its backward pass needs the input, which would be copied first
         self.features = self.trunk[-1].out_channels
-        layers: list[nn.Module] = []
+        self.head = nn.Sequential()
         for width in config.head:
-            layers += [nn.Hardswish()] if layers else []
-            layers.append(nn.Linear(self.features, width))
+            self.head.extend([nn.Hardswish()] if len(self.head) else [])
+            self.head.append(nn.Linear(self.features, width))
             self.features = width
-        self.head = nn.Sequential(*layers)
         if config.pretrained and (state := imagenet_trunk_weights()) is not None:
             self.trunk.load_state_dict(state)
 

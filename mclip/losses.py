@@ -1,14 +1,14 @@
 """Every loss of the course, as a pure function of tensors.
 
-Notation: ``image`` u and ``text`` v are the student's L2-normalised embeddings (B, d), row i of each from
-pair i; ``logit_scale`` s is its learned scale; ``teacher_image`` U, ``teacher_text`` V (B, D) and
-``teacher_logit_scale`` S are the teacher's. Each function returns a scalar, averaged over the batch, and
-takes whole batches: for a run on several processes, gather the embeddings first and call the same functions.
+``image`` u and ``text`` v are the student's L2-normalised embeddings (B, d), row i of each from pair i;
+``logit_scale`` s is its learned scale. ``teacher_image`` U, ``teacher_text`` V (B, D) and ``teacher_logit_scale`` S
+are the teacher's. Each function returns a scalar, averaged over the batch. For a run on several processes, gather the
+embeddings first and call the same functions.
 
-All losses but ``feature`` compare each pair with every other of the batch and know the pairs by position
-alone. Two pictures with the same caption therefore count as each other's negatives (``info_nce``, ``siglip``,
-``jsd``, ``icl``): a target out of reach, which puts a floor under the loss. ``response`` and ``similarity``
-take their targets from the teacher, who gives duplicates equal scores, and have no such floor.
+All losses but ``feature`` compare each pair with every other of the batch and know pairs by position alone. Two
+pictures with the same caption are therefore each other's negatives in ``info_nce``, ``siglip``, ``jsd`` and ``icl``,
+which puts a floor under these losses. ``response`` and ``similarity`` take their targets from the teacher, who gives
+duplicates equal scores, and have no such floor.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from mclip.config import require
 def cosines(a: Tensor, b: Tensor) -> Tensor:
     """All cosines (B, B) of two sets of normalised embeddings (B, d), in float32 or better.
 
-    Mixed precision is switched off here: bfloat16 rounds a cosine near 1 by up to 0.002, which a scale of 100
-    turns into 0.2 in the logits. Teacher targets stored in half precision can be given as they are.
+    Mixed precision is switched off here: bfloat16 rounds a cosine near 1 by up to 0.002, which a scale of 100 turns
+    into 0.2 in the logits. Targets stored in half precision can be given as they are.
     """
     if a.shape != b.shape:
         raise ValueError(f"embeddings {tuple(a.shape)} and {tuple(b.shape)} differ in shape: both are (B, d)")
@@ -38,10 +38,7 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 
 def info_nce(image: Tensor, text: Tensor, logit_scale: Tensor | float) -> Tensor:
-    """Symmetric cross-entropy of s u v^T with the diagonal (CLIP: Radford et al. 2021, figure 3).
-
-    log B where every pair looks alike; 0 where each is told from all others without doubt.
-    """
+    """Symmetric cross-entropy of s u v^T with the diagonal (Radford et al. 2021, figure 3); log B at chance."""
     logits = logit_scale * cosines(image, text)
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -60,10 +57,9 @@ def siglip(image: Tensor, text: Tensor, logit_scale: Tensor | float, logit_bias:
 def jsd(image: Tensor, text: Tensor, logit_scale: Tensor | float) -> Tensor:
     """CLIP-Lite's Jensen-Shannon bound in softplus form (Shrivastava et al. 2023), critic T = s u v^T.
 
-    mean softplus(-T) over the positives, which are the diagonal, plus mean softplus(T) over the negatives,
-    which are all that is off it: a pair is never both. The paper draws one negative for each positive; this
-    averages over all B - 1, the same in expectation. 2 log 2 where nothing is known. ValueError for B < 2: no
-    negatives.
+    Mean softplus(-T) over the positives, on the diagonal, plus mean softplus(T) over the negatives, off it: a pair is
+    never both. The paper draws one negative for each positive; this averages over all B - 1, the same in expectation.
+    2 log 2 where nothing is known. ValueError for B < 2: no negatives.
     """
     logits = logit_scale * cosines(image, text)
     if len(logits) < 2:
@@ -75,9 +71,9 @@ def jsd(image: Tensor, text: Tensor, logit_scale: Tensor | float) -> Tensor:
 def feature(student: Tensor, teacher: Tensor, form: Literal["cosine", "mse"] = "cosine") -> Tensor:
     """Distance of the aligned student features (B, D) from the teacher's (B, D), for one modality.
 
-    "cosine" is 1 - cos, in [0, 2], blind to length. "mse" is the squared error SUMMED over the dimensions and
-    averaged over the batch, which for unit vectors is 2 (1 - cos). Averaged over D = 512 as well it would be
-    512 times smaller, with gradients too weak to matter beside a contrastive term.
+    "cosine" is 1 - cos, in [0, 2], blind to length. "mse" is the squared error SUMMED over the dimensions and averaged
+    over the batch, 2 (1 - cos) for unit vectors. Averaged over D = 512 as well it would be 512 times smaller, with
+    gradients too weak to matter beside a contrastive term.
     """
     if student.shape != teacher.shape:
         raise ValueError(
@@ -101,45 +97,38 @@ def response(
 ) -> Tensor:
     """KL(softmax(S U V^T / T) || softmax(s u v^T / T)) T^2, images to texts and texts to images averaged.
 
-    Over the student's own similarity matrix, the one that inference uses. A true divergence, the teacher's
-    entropy taken off: 0 where the distributions are equal, positive elsewhere. The T^2 keeps the size of the
-    gradients as T changes (Hinton et al. 2015, section 2; for CLIP: Yang et al. 2024, CLIP-KD). Computed from
-    logarithms, so that a probability too small for a float costs nothing. The widths d and D may differ.
+    Over the student's own similarity matrix, the one that inference uses. A true divergence, the teacher's entropy
+    taken off: 0 where the distributions are equal. The T^2 keeps the size of the gradients as T changes (Hinton et al.
+    2015, section 2; for CLIP: Yang et al. 2024, CLIP-KD). Computed from logarithms, so that a probability too small for
+    a float costs nothing. The widths d and D may differ.
 
-    Of several teachers, given as sequences of equal length, the target is the mean of their distributions (Vasu
-    et al. 2024, MobileCLIP, section 3.2).
+    Of several teachers, given as sequences of equal length, the target is the mean of their distributions (Vasu et al.
+    2024, MobileCLIP, section 3.2).
     """
     if isinstance(teacher_image, Tensor):
         teacher_image, teacher_text, teacher_logit_scale = [teacher_image], [teacher_text], [teacher_logit_scale]
-    student = logit_scale * cosines(image, text) / temperature
-    teachers = [
-        scale * cosines(images, texts) / temperature
-        for images, texts, scale in zip(teacher_image, teacher_text, teacher_logit_scale, strict=True)
-    ]
-    for teacher in teachers:
-        _same_batch(student, teacher)
+    student, teachers = logit_scale * cosines(image, text) / temperature, []
+    for images, texts, scale in zip(teacher_image, teacher_text, teacher_logit_scale, strict=True):
+        _same_batch(image, images)
+        teachers.append(scale * cosines(images, texts) / temperature)
     divergences = []
-    for direction in (lambda logits: logits, torch.t):
-        targets = torch.stack([direction(teacher).log_softmax(1) for teacher in teachers])
-        target = targets.logsumexp(0) - math.log(len(teachers))
-        ours = direction(student).log_softmax(1)
-        divergences.append(F.kl_div(ours, target, reduction="batchmean", log_target=True))
+    for ours, theirs in ((student, teachers), (student.T, [teacher.T for teacher in teachers])):
+        target = torch.stack([logits.log_softmax(1) for logits in theirs]).logsumexp(0) - math.log(len(theirs))
+        divergences.append(F.kl_div(ours.log_softmax(1), target, reduction="batchmean", log_target=True))
     return temperature**2 * torch.stack(divergences).mean()
 
 
 def similarity(image: Tensor, text: Tensor, teacher_image: Tensor, teacher_text: Tensor) -> Tensor:
     """Mean squared difference of teacher's and student's cosines: image-image, text-text and image-text.
 
-    Similarity-preserving distillation (Tung and Mori 2019) with cosines. What is matched is how the pictures
-    and captions of a batch lie to each other, not where, so the widths d and D may differ.
+    Similarity-preserving distillation (Tung and Mori 2019) with cosines. What is matched is how the pictures and
+    captions of a batch lie to each other, not where, so the widths d and D may differ.
     """
     _same_batch(image, teacher_image)
-    pairs = (
-        (image, image, teacher_image, teacher_image),
-        (text, text, teacher_text, teacher_text),
-        (image, text, teacher_image, teacher_text),
-    )
-    return torch.stack([F.mse_loss(cosines(a, b), cosines(A, B)) for a, b, A, B in pairs]).mean()
+    images = F.mse_loss(cosines(image, image), cosines(teacher_image, teacher_image))
+    texts = F.mse_loss(cosines(text, text), cosines(teacher_text, teacher_text))
+    across = F.mse_loss(cosines(image, text), cosines(teacher_image, teacher_text))
+    return torch.stack([images, texts, across]).mean()
 
 
 def icl(
@@ -148,8 +137,7 @@ def icl(
     """Interactive contrastive learning (Yang et al. 2024, CLIP-KD): find the pair in the teacher.
 
     The mean of two cross-entropies with the diagonal, each with the student as anchor: its images over the
-    teacher's texts, its texts over the teacher's images. Raises ValueError unless both embed into the same
-    width.
+    teacher's texts, its texts over the teacher's images. ValueError unless both embed into the same width.
     """
     if image.shape != teacher_image.shape:
         raise ValueError(
@@ -173,24 +161,17 @@ class Aligner(nn.Module):
 
     "mlp" is Linear -> ReLU -> Dropout 0.1 -> Linear, used in training and then thrown away. "identity" has no
     parameters and needs equal widths: the student's own embedding then has to lie where the teacher's does.
-    Raises ConfigError for an unknown kind, and for "identity" between different widths.
+    ConfigError for another kind, and for "identity" between different widths.
     """
 
     def __init__(self, in_features: int, out_features: int, kind: Literal["mlp", "identity"] = "mlp") -> None:
         super().__init__()
         require(kind in ("mlp", "identity"), "aligner", kind, "use 'mlp' or 'identity'")
-        if kind == "identity":
-            require(
-                in_features == out_features,
-                "aligner",
-                kind,
-                f"student width {in_features}, teacher width {out_features}; use 'mlp'",
-            )
-            self.layers = nn.Sequential()
-        else:
-            self.layers = nn.Sequential(
-                nn.Linear(in_features, out_features), nn.ReLU(), nn.Dropout(0.1), nn.Linear(out_features, out_features)
-            )
+        remedy = f"student width {in_features}, teacher width {out_features}; use 'mlp'"
+        require(kind == "mlp" or in_features == out_features, "aligner", kind, remedy)
+        first, last = (in_features, out_features), (out_features, out_features)
+        layers = [nn.Linear(*first), nn.ReLU(), nn.Dropout(0.1), nn.Linear(*last)] if kind == "mlp" else []
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features)

@@ -1,4 +1,4 @@
-"""Top-k accuracy, retrieval recall and their 95 % bootstrap intervals, from embeddings alone.
+"""Numbers from embeddings: top-k accuracy, retrieval recall, their 95 % intervals, and the comparison of two models.
 
 Every decision is taken on cosine similarities: a softmax of 100 cos underflows in float32 and invents ties.
 """
@@ -9,18 +9,17 @@ import base64
 import math
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
+from scipy.special import bdtr, stdtrit
 from torch import Tensor
 
 from mclip.config import require
 from mclip.files import content_key
-from mclip.results import ResultError, make_result, save_result
+from mclip.results import ResultError, make_result
 
 CHUNK = 256  # queries ranked at a time: 256 x 25,000 similarities take 26 MB
 RESAMPLES = 1000
@@ -60,7 +59,7 @@ def first_hit_ranks(queries: Tensor, keys: Tensor, query_groups: Tensor, key_gro
 
 
 def bootstrap_interval(
-    values: Any, seed: int = 0, samples: int = RESAMPLES, level: float = 0.95, weights: Any = None
+    values: Any, seed: int = 0, samples: int = RESAMPLES, weights: Any = None
 ) -> tuple[float, float, float]:
     """Mean of ``values`` (N,), weighted by ``weights`` (N,), and its bootstrap percentiles (Efron 1979).
 
@@ -78,11 +77,11 @@ def bootstrap_interval(
     for start in range(0, samples, step):
         draws = rng.multinomial(len(values), counts / len(values), size=min(step, samples - start)) * pairs[1]
         means.append(draws @ pairs[0] / draws.sum(1))
-    return _interval(mean, np.concatenate(means), level)
+    return _interval(mean, np.concatenate(means))
 
 
-def _interval(mean: float, resampled: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+def _interval(mean: float, resampled: np.ndarray) -> tuple[float, float, float]:
+    low, high = np.quantile(resampled, [(1 - 0.95) / 2, (1 + 0.95) / 2])
     return mean, min(float(low), mean), max(float(high), mean)  # rounding must not put the mean outside
 
 
@@ -210,11 +209,7 @@ def mcnemar(first_only: int, second_only: int) -> float:
     If neither model is better, each of these is as likely to be the first one's as the second one's: their
     number is binomial with probability 1/2.
     """
-    discordant, term, tail = first_only + second_only, 1, 1
-    for k in range(min(first_only, second_only)):
-        term = term * (discordant - k) // (k + 1)
-        tail += term
-    return min(1.0, 2 * tail / 2**discordant)
+    return min(1.0, 2 * float(bdtr(min(first_only, second_only), first_only + second_only, 0.5)))
 
 
 def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +231,7 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
     difference = bootstrap_interval(hits.astype(float) - others, first["seed"])
     only = int((hits & ~others).sum()), int((others & ~hits).sum())
     metrics = {
-        "difference": dict(zip(("value", "low", "high"), (100 * x for x in difference), strict=True)),
+        "difference": _percent(difference),
         "p_value": mcnemar(*only),
         "first_only": only[0],
         "second_only": only[1],
@@ -253,21 +248,6 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
         seconds=time.perf_counter() - start,
         details={"against": second["model"]},
     )
-
-
-def compare_all(
-    records: Iterable[Mapping[str, Any]],
-    first: str = "kd",
-    second: str = "base",
-    save_results: str | Path | None = None,
-) -> list[dict[str, Any]]:
-    """:func:`compare` of the models called ``first`` and ``second`` on every set where both have a number."""
-    measured = {(r["model"]["name"], r["dataset"]): r for r in records if r["task"] == "zero_shot" and "error" not in r}
-    sets = [dataset for name, dataset in measured if name == first and (second, dataset) in measured]
-    found = [compare(measured[first, dataset], measured[second, dataset]) for dataset in sets]
-    for record in found if save_results else ():
-        save_result(Path(save_results) / f"paired_{record['dataset']}_{first}-{second}.json", record)
-    return found
 
 
 def describe(record: Mapping[str, Any]) -> str:

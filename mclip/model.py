@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from mclip.config import ConfigError, ModelConfig, from_mapping
-from mclip.files import atomic_path, write_json
+from mclip.files import atomic_path, file_hash, write_json
 from mclip.image_encoder import ImageEncoder
+from mclip.pictures import open_picture
 from mclip.text_encoder import TextEncoder, Tokenizer
 
 CLIP_VIT_B32_PARAMETERS = 151_277_313
@@ -100,11 +101,11 @@ class MobileCLIP(nn.Module):
 
     @property
     def preprocess(self) -> v2.Compose:
-        """PIL picture -> tensor (3, S, S) for evaluation: shortest side resized, then the centre cut out."""
+        """PIL picture of any mode -> (3, S, S) for evaluation: shortest side resized, then the centre cut out."""
         size = self.config.image.image_size
         return v2.Compose(
             [
-                v2.RGB(),
+                open_picture,
                 v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC),
                 v2.CenterCrop(size),
                 v2.PILToTensor(),
@@ -119,11 +120,11 @@ class MobileCLIP(nn.Module):
         return Tokenizer(self.config.text.context_length)
 
     def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
-        """Write ``config.json`` and ``model.safetensors``, each whole or not at all; ``half`` stores fp16.
+        """Write ``model.safetensors``, and ``config.json`` with its SHA-256; ``half`` stores fp16.
 
         A folder that cannot be written, or a weight that fp16 cannot hold, raises :class:`ModelError`.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         if half:
             state = {key: v.half() if v.is_floating_point() else v for key, v in state.items()}
@@ -132,7 +133,8 @@ class MobileCLIP(nn.Module):
         try:
             with atomic_path(folder / WEIGHTS_FILE) as temporary:
                 save_file(state, temporary)
-            write_json(folder / CONFIG_FILE, {"kind": KIND, "config": dataclasses.asdict(self.config)})
+            record = {"kind": KIND, "config": dataclasses.asdict(self.config)}
+            write_json(folder / CONFIG_FILE, {**record, "sha256": file_hash(folder / WEIGHTS_FILE)})
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{folder}: cannot write here ({error}); choose another folder.") from error
 
@@ -143,10 +145,14 @@ class MobileCLIP(nn.Module):
         ``config``, where given, must describe the stored model. A missing, damaged or foreign file, or a
         disagreement, raises :class:`ModelError`.
         """
-        stored, path = read_config(folder), _require_file(folder, WEIGHTS_FILE)
+        folder = Path(folder).expanduser()
+        stored, sha256 = _read_record(folder)
+        path = _require_file(folder, WEIGHTS_FILE)
         if config is not None:
             _require_same(stored, config, folder)
         try:
+            if sha256 and sha256 != file_hash(path):  # an older folder has none
+                raise ModelError(f"{path}: damaged, its SHA-256 is not that of {CONFIG_FILE}; copy or save it again.")
             state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: damaged or not safetensors ({error}); save it again.") from error
@@ -160,47 +166,37 @@ class MobileCLIP(nn.Module):
         return model.eval()
 
 
-def _require_file(folder: str | Path, name: str) -> Path:
-    path = Path(folder) / name
-    if not path.is_file():
-        missing = f"no {name} in it" if path.parent.is_dir() else "no such folder"
+def _require_file(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        missing = f"no {name} in it" if folder.is_dir() else "no such folder"
         raise ModelError(f"{folder}: {missing}; give a folder that save_pretrained wrote.")
-    return path
+    return folder / name
 
 
-def read_config(folder: str | Path) -> ModelConfig:
-    """The configuration stored in a model folder; :class:`ModelError` if it is missing or not a student's."""
+def _read_record(folder: Path) -> tuple[ModelConfig, dict[str, str] | None]:
+    """Configuration and hash that ``config.json`` holds; ModelError if it is missing or not a student's."""
     path = _require_file(folder, CONFIG_FILE)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({error}); copy or save it again.") from error
-    foreign = not isinstance(record, dict) or record.get("kind") != KIND
-    if foreign or not isinstance(record.get("config"), dict):
-        raise ModelError(f"{path}: of another kind of model; give a folder that save_pretrained wrote.")
-    try:
-        return from_mapping(ModelConfig, record["config"])
+        if not isinstance(record, dict) or record.get("kind") != KIND or not isinstance(record.get("config"), dict):
+            raise ModelError(f"{path}: of another kind of model; give a folder that save_pretrained wrote.")
+        return from_mapping(ModelConfig, record["config"]), record.get("sha256")
     except ConfigError as error:
         raise ModelError(f"{path}: {error} Restore the file, or save the model again.") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path}: not readable as JSON ({error}); copy or save it again.") from error
 
 
-def _settings(config: ModelConfig) -> dict[str, object]:
-    """The settings by dotted name, without the two that say nothing of a trained model."""
-    flat: dict[str, object] = {"embed_dim": config.embed_dim}
-    for part in ("image", "text"):
-        flat |= {f"{part}.{key}": value for key, value in vars(getattr(config, part)).items()}
-    del flat["image.pretrained"]
-    return flat
-
-
-def _require_same(stored: ModelConfig, given: ModelConfig, folder: str | Path) -> None:
-    theirs = _settings(given)
-    for key, value in _settings(stored).items():
-        if value != theirs[key]:
-            raise ModelError(
-                f"{Path(folder) / CONFIG_FILE}: the model has {key}={value!r}, but {key}={theirs[key]!r} was "
-                "given; load it without a configuration, or with the one it was trained with."
-            )
+def _require_same(stored: ModelConfig, given: ModelConfig, folder: Path) -> None:
+    """ModelError for the first setting that differs, but for those that a trained model does not show."""
+    parts = {"": (stored, given), "image.": (stored.image, given.image), "text.": (stored.text, given.text)}
+    for prefix, (ours, theirs) in parts.items():
+        for key, value in vars(ours).items():
+            if key not in ("name", "pretrained", "image", "text") and value != getattr(theirs, key):
+                name, other = f"{prefix}{key}", getattr(theirs, key)
+                found = f"the model has {name}={value!r}, but {name}={other!r} was given"
+                remedy = "load it without a configuration, or with the one it was trained with"
+                raise ModelError(f"{folder / CONFIG_FILE}: {found}; {remedy}.")
 
 
 def parameter_counts(model: MobileCLIP) -> dict[str, int]:

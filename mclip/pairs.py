@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from torchvision.transforms.v2 import functional as VF
 
 from mclip.config import require
 from mclip.pictures import Crops, decode, met_late, open_picture, pool, square
-
-if TYPE_CHECKING:
-    from mclip.targets import OnlineTargets
 
 READ_AHEAD = 2  # batches
 
@@ -85,24 +82,42 @@ class Pairs:
         return square(torch.from_numpy(np.array(self.images[row])), size, seed, crops.smallest).numpy()
 
 
+class TeacherTargets(Protocol):
+    """What a teacher says of each picture and caption: read from the cache, or computed batch by batch.
+
+    ``key`` changes with the teacher's weights, its view of the pictures and the data.
+    """
+
+    @property
+    def logit_scale(self) -> float: ...
+    @property
+    def key(self) -> str: ...
+    def of(self, pictures: np.ndarray, captions: np.ndarray, view: Any, seeds: Any) -> tuple[Tensor, Tensor]:
+        """The embeddings (B, D) of these pictures, each in its view, and of these captions."""
+
+
 @dataclass(frozen=True)
 class Targets:
     """A frozen teacher's embeddings of every picture (N, D) and every caption (M, D), and its logit scale.
 
-    With crops, ``images`` is (N, K, D), of the K views of each picture that ``seeds`` (N, K) replay. ``key`` changes
-    with the teacher's weights, its view of the pictures and the data.
+    With ``crops``, ``images`` is (N, K, D), of the K views of each picture.
     """
 
     images: np.ndarray
     texts: np.ndarray
     logit_scale: float
     key: str = ""
-    seeds: np.ndarray | None = None
+    crops: Crops | None = None
 
-    def of(self, pictures: np.ndarray, captions: np.ndarray, view: np.ndarray, seeds: Any) -> tuple[Tensor, Tensor]:
+    @property
+    def seeds(self) -> np.ndarray:
+        """The seed (N, K) with which each view is cut again."""
+        return self.crops.seeds(np.arange(len(self.images))[:, None], np.arange(self.crops.views))
+
+    def of(self, pictures: np.ndarray, captions: np.ndarray, view: Any, seeds: Any) -> tuple[Tensor, Tensor]:
         """The embeddings (B, D) of these pictures, each in its view, and of these captions."""
         rows = self.images[pictures]
-        rows = rows if self.seeds is None else rows[np.arange(len(rows)), view]
+        rows = rows if self.crops is None else rows[np.arange(len(rows)), view]
         return tuple(torch.from_numpy(np.asarray(found, np.float32)) for found in (rows, self.texts[captions]))
 
 
@@ -125,7 +140,7 @@ def join_targets(several: Sequence[Targets]) -> Targets:
         return several[0]
     images, texts = (SideBySide([getattr(targets, kind) for targets in several]) for kind in ("images", "texts"))
     scale = math.prod(targets.logit_scale for targets in several) ** (1 / len(several))
-    return Targets(images, texts, scale, "+".join(targets.key for targets in several), several[0].seeds)
+    return Targets(images, texts, scale, "+".join(targets.key for targets in several), several[0].crops)
 
 
 @dataclass(frozen=True)
@@ -167,7 +182,7 @@ class BatchSource:
         prepare: Callable[[Tensor], Tensor],
         batch_size: int,
         seed: int,
-        targets: Targets | OnlineTargets | None = None,
+        targets: TeacherTargets | None = None,
         crops: Crops | None = None,
     ) -> None:
         remedy = f"there are {len(pairs)} pictures; choose a smaller batch"

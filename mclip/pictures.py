@@ -1,4 +1,7 @@
-"""One form for every kind of picture that Pillow opens: RGB, upright, and nothing in it made invisible."""
+"""The way from a file to pixels: opened, upright, in RGB, cropped, resized.
+
+Training, evaluation, ``mclip.load`` and the reader of exported students share :func:`as_rgb`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import io
 import math
 import os
 import re
+import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -23,20 +27,33 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as VF
 
-DECODING_VERSION = 2
+DECODING_VERSION = 3
 """Part of the keys of cached pictures; to be raised whenever :func:`as_rgb` makes something else of a file."""
-UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError)
+UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow and :func:`as_rgb` raise for a picture that cannot be read."""
+LONGEST = 8
+"""A picture may be this many times as long as it is wide; of a longer one only the middle is used."""
 
 
 class PictureError(ValueError):
     """A picture that cannot be read; the message names it."""
 
 
+def middle(width: int, height: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the part that is used: the whole picture, or the middle of a very long one.
+
+    The model sees a square. Resizing all of a picture of 1 x 60,000 pixels would take gigabytes for pixels that the
+    centre crop then throws away. The middle that is left is wide enough for the resampling filter.
+    """
+    left, top = (max(0, side - LONGEST * min(width, height)) // 2 for side in (width, height))
+    return left, top, width - left, height - top
+
+
 def as_rgb(picture: Image.Image) -> Image.Image:
     """``picture`` in mode RGB, turned as the camera's note in EXIF says; one that is so already comes back itself.
 
-    Greys of 16 bits are scaled to 8, 65,535 to 255. What is transparent becomes white, as on a page.
+    Greys of 16 bits are scaled to 8, 65,535 to 255. What is transparent becomes white, as on a page. Of an animation
+    the first picture is used, of a very long picture the middle (see :func:`middle`).
 
     Raises: one of ``UNREADABLE``: ValueError for modes I and F, which do not say what is white, or what Pillow makes
         of a damaged file. Whoever knows the file's name says it.
@@ -44,6 +61,9 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     picture.load()
     if "exif" in picture.info and picture.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
         picture = ImageOps.exif_transpose(picture)  # takes the note away too, so that nothing is turned twice
+    box = middle(*picture.size)
+    if box != (0, 0, *picture.size):
+        picture = picture.crop(box)
     if picture.mode.startswith("I;16"):  # Pillow would cut off at 255
         grey = (np.asarray(picture).astype(np.uint32) + 128) // 257
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
@@ -105,11 +125,15 @@ def _opened(name: str) -> tuple[bytes, Image.Image]:
         raise UnidentifiedImageError(f"the file {start}, which no known kind of picture does") from error
 
 
-def open_picture(name: str) -> Image.Image:
-    """The picture ``name`` as :func:`~mclip.rgb.as_rgb` makes it, for a model's own transform. Raises: PictureError."""
+def open_picture(picture: str | Path | Image.Image) -> Image.Image:
+    """A file, or a picture that Pillow has opened, as :func:`as_rgb` makes it, for a model's own transform.
+
+    Raises: PictureError, which names the file where it is known.
+    """
     try:
-        return as_rgb(_opened(name)[1])
+        return as_rgb(picture if isinstance(picture, Image.Image) else _opened(str(picture))[1])
     except UNREADABLE as error:
+        name = getattr(picture, "filename", "") or "a picture" if isinstance(picture, Image.Image) else picture
         raise unreadable(name, error) from error
 
 
@@ -117,7 +141,8 @@ def read_picture(name: str) -> Tensor:
     """The picture ``name`` (3, H, W) uint8; a JPEG in half the time of :func:`open_picture`. Raises: PictureError."""
     try:
         content, opened = _opened(name)
-        if opened.format == "JPEG" and opened.mode in ("RGB", "L"):
+        whole = middle(*opened.size) == (0, 0, *opened.size)
+        if opened.format == "JPEG" and opened.mode in ("RGB", "L") and whole:
             with suppress(RuntimeError):  # Pillow, below, reads it all the same or says what is wrong with it
                 coded, turned = torch.frombuffer(bytearray(content), dtype=torch.uint8), "exif" in opened.info
                 return decode_jpeg(coded, ImageReadMode.RGB, apply_exif_orientation=turned)

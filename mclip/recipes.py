@@ -6,28 +6,22 @@ Notebooks and the command line call the same functions, so that equal settings g
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mclip.config import (
-    PRESETS,
-    SHIPPED,
-    DistillConfig,
-    ModelConfig,
-    TrainConfig,
-    closest,
-    from_yaml,
-    get_profile,
-    require,
-)
+from mclip import load
+from mclip.config import PRESETS, DistillConfig, ModelConfig, TrainConfig, closest, from_yaml, get_profile, require
 from mclip.evaluate import embed_images, embed_texts, evaluate_zero_shot
-from mclip.files import DATA, atomic_path, processes
+from mclip.files import atomic_folder, atomic_path, file_hash, model_folder, processes, read_json, write_json
 from mclip.metrics import first_hit_ranks
 from mclip.model import MobileCLIP
 from mclip.objectives import Contrastive, Distillation
@@ -38,11 +32,25 @@ from mclip.scenes.world import SceneConfig
 from mclip.sources.loading import load_pairs
 from mclip.steps import Record
 from mclip.targets import get_crops, get_targets
-from mclip.teacher import load_open_clip, load_teacher, load_teachers, save_weights, write_untrained
+from mclip.teacher import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, load_open_clip, load_teacher, load_teachers
 from mclip.train import TrainResult, train
 
 BASE = DistillConfig(feature_weight=0.0, response_weight=0.0)
 """The student's own loss and nothing else."""
+CARD = """# {title}
+
+Parameters: {parameters:,}. Weights' SHA-256: `{sha256}`.
+
+Trained in {seconds:.0f} s on {device} by
+
+    {command}
+
+| set | metric | percent | 95 % interval | n |
+|---|---|---|---|---|
+{rows}
+
+Trained on drawn scenes alone: it knows their shapes, colours and words, and nothing of photographs.
+"""
 
 
 def get_model_config(name_or_path: str) -> ModelConfig:
@@ -52,6 +60,14 @@ def get_model_config(name_or_path: str) -> ModelConfig:
     is_file = Path(name_or_path).suffix in (".yaml", ".yml")
     require(is_file, "config_path", name_or_path, f"give a .yaml file or a name; {closest(name_or_path, PRESETS)}")
     return from_yaml(ModelConfig, name_or_path)
+
+
+def require_both(train_data_path: str, val_data_path: str) -> None:
+    """ConfigError where pairs to train on come without pairs to validate with, or the other way round."""
+    remedy = "pairs to train on need pairs of the same kind to validate with; give both paths, or neither for scenes"
+    there = "{" in train_data_path or (train_data_path != "" and Path(train_data_path).expanduser().exists())
+    require(bool(val_data_path) or not there, "val_data_path", val_data_path, remedy)
+    require(bool(train_data_path) or not val_data_path, "train_data_path", train_data_path, remedy)
 
 
 def load_data(
@@ -68,11 +84,10 @@ def load_data(
 ) -> tuple[Pairs, Pairs]:
     """Training and validation pairs: scenes of the profile's size where both paths are empty.
 
-    ``reading`` is passed on to :func:`~mclip.data.load_pairs`: the keys of a CSV, and what to do with bad rows.
+    ``reading`` is passed on to :func:`~mclip.sources.loading.load_pairs`: the keys of a CSV, and what to do with bad
+    rows. ConfigError where only one of the paths is given.
     """
-    remedy = "pairs to train on need pairs of the same kind to validate with"
-    given = "{" in train_data_path or (train_data_path != "" and Path(train_data_path).exists())
-    require(bool(val_data_path) or not given, "val_data_path", val_data_path, remedy)
+    require_both(train_data_path, val_data_path)
     size = get_profile(profile).pictures
     train_scenes = SceneConfig(size, image_size, "train", noise=noise)
     val_scenes = SceneConfig(max(64, size // 20), image_size, "val")
@@ -108,7 +123,7 @@ def train_student(
     out_dir: str | Path,
     *,
     distill: DistillConfig = BASE,
-    teacher_model: str = SHIPPED,
+    teacher_model: str = "scenes",
     teacher_pretrained: str | None = None,
     base_checkpoint: str = "",
     resume: bool = True,
@@ -121,6 +136,7 @@ def train_student(
 
     The model folder is ``out_dir/model``; log and checkpoints lie beside it.
     """
+    out_dir = Path(out_dir).expanduser()
     torch.manual_seed(settings.seed)
     model = MobileCLIP.from_pretrained(model_folder(base_checkpoint), config) if base_checkpoint else MobileCLIP(config)
     objective, targets, crops = Contrastive(distill), None, get_crops(settings, distill.online_teacher)
@@ -137,23 +153,21 @@ def train_student(
     batches = BatchSource(
         training, model.tokenizer, student_prepare(config), settings.batch_size, settings.seed, targets, crops
     )
-    result = train(
-        model,
-        batches,
-        settings,
-        objective=objective,
-        out_dir=out_dir,
-        resume=resume,
-        on_record=on_record,
-        validate=retrieval_validation(model.tokenizer, validation),
-    )
+    run = {"out_dir": out_dir, "resume": resume, "on_record": on_record}
+    validate = retrieval_validation(model.tokenizer, validation)
+    result = train(model, batches, settings, objective=objective, validate=validate, **run)
     if processes()[0] == 0:
-        model.save_pretrained(Path(out_dir) / "model")
+        model.save_pretrained(out_dir / "model")
     return result
 
 
+def open_clip_config(like: str | Path) -> dict[str, Any]:
+    """The open_clip configuration of a model folder, or of a model that ships: "teacher" or "clip"."""
+    return read_json(model_folder(like) / CONFIG_FILE)
+
+
 def train_open_clip(
-    config: dict[str, Any],
+    like: str | Path,
     training: Pairs,
     validation: Pairs,
     settings: TrainConfig,
@@ -164,37 +178,42 @@ def train_open_clip(
 ) -> TrainResult:
     """Train an open_clip model from scratch with the contrastive loss: the plain CLIP, or a teacher.
 
-    ``config`` is an open_clip configuration such as ``TEACHER_CONFIG``. The model folder, in open_clip's own
-    form and fp16, is ``out_dir/model``.
+    It has the architecture and the tokenizer of ``like``: of "clip", a small Vision Transformer, of "teacher", a
+    ten-layer ResNet, or of another folder in open_clip's form. ``out_dir/model`` is such a folder too, in fp16.
     """
     remedy = "a teacher or plain CLIP of this size is trained by one process; start it without torchrun"
     require(processes()[1] == 1, "WORLD_SIZE", processes()[1], remedy)
-    folder = Path(out_dir) / "model"
-    write_untrained(folder, config, settings.seed)
+    folder = Path(out_dir).expanduser() / "model"
+    write_untrained(folder, like, settings.seed)
     model, tokenizer = load_open_clip(str(folder))
     prepare = load_teacher(str(folder)).prepare
     batches = BatchSource(training, tokenizer, prepare, settings.batch_size, settings.seed, crops=get_crops(settings))
-    result = train(
-        model,
-        batches,
-        settings,
-        objective=Contrastive(BASE),
-        out_dir=out_dir,
-        resume=resume,
-        on_record=on_record,
-        validate=retrieval_validation(tokenizer, validation),
-    )
-    save_weights(result.model, folder)
+    run = {"out_dir": folder.parent, "resume": resume, "on_record": on_record}
+    validate = retrieval_validation(tokenizer, validation)
+    result = train(model, batches, settings, objective=Contrastive(BASE), validate=validate, **run)
+    save_weights(result.model, folder, half=True)
     return result
 
 
-def model_folder(name: str | Path) -> Path:
-    """The folder of a model that ships ("base", "kd", "clip", "teacher"), or ``name`` itself if it is a folder."""
-    ships = DATA / "teacher" if str(name) == "teacher" else DATA / "checkpoints" / str(name)
-    known = ("base", "kd", "clip", "teacher")
-    folder = ships if str(name) in known and ships.is_dir() else Path(name).expanduser()
-    require(folder.is_dir(), "model", str(name), f"give a model folder or a name; {closest(str(name), known)}")
-    return folder
+def write_untrained(folder: str | Path, like: str | Path, seed: int = 0) -> None:
+    """Write a folder of an open_clip model with the architecture and tokenizer of ``like``, and random weights."""
+    config = open_clip_config(like)["model_cfg"]
+    torch.manual_seed(seed)
+    model = open_clip.CustomTextCLIP(**{key: value for key, value in config.items() if key != "custom_text"})
+    with atomic_folder(folder) as temporary:
+        for name in (CONFIG_FILE, MERGES_FILE):
+            shutil.copyfile(model_folder(like) / name, temporary / name)
+        save_weights(model, temporary)
+
+
+def save_weights(model: nn.Module, folder: Path, half: bool = False) -> None:
+    """Replace the weights in an open_clip model's folder, and their SHA-256 there; ``half`` stores fp16."""
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    if half:
+        state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    with atomic_path(folder / WEIGHTS_FILE) as temporary:
+        save_file(state, temporary)
+    write_json(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE) | {"sha256": file_hash(folder / WEIGHTS_FILE)})
 
 
 def model_name(name: str | Path) -> str:
@@ -209,13 +228,9 @@ def device_for(accelerator: str) -> str:
 
 
 def load_model(name: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Any]:
-    """A trained model and its tokenizer, in evaluation mode; ``name`` as in :func:`model_folder`."""
-    folder = model_folder(name)
-    if (folder / "open_clip_config.json").is_file():
-        model, tokenizer = load_open_clip(str(folder))
-        return model.eval().to(device), tokenizer
-    model = MobileCLIP.from_pretrained(folder).to(device)
-    return model, model.tokenizer
+    """A trained model and the tokenizer of its training, in evaluation mode; ``name`` as in :func:`mclip.load`."""
+    model, _, tokenizer = load(name, device)
+    return model, getattr(model, "tokenizer", tokenizer)
 
 
 def evaluate_all(
@@ -228,11 +243,10 @@ def evaluate_all(
     relation: bool = True,
 ) -> list[dict[str, Any]]:
     """Results records of every model, given as name: (model, tokenizer), on every zero-shot set of scenes."""
-    count = get_profile(profile).test_pictures
-    records = []
+    count, records = get_profile(profile).test_pictures, []
     for name, (model, tokenizer) in models.items():
-        sets, embedded = scene_sets(image_size, count).values(), {}
-        for dataset in sets:
+        embedded = {}
+        for dataset in scene_sets(image_size, count).values():
             key, start = id(dataset.images), time.perf_counter()
             if key not in embedded:  # several sets ask about the same pictures
                 embedded[key] = embed_images(model, dataset.images)[0], time.perf_counter() - start
@@ -241,9 +255,8 @@ def evaluate_all(
             record["seconds"] = round(record["seconds"] + seconds, 3)
             records.append(record)
         if relation:
-            records.append(
-                evaluate_relation(model, tokenizer, name, image_size=image_size, count=count // 2, seed=seed)
-            )
+            half = {"image_size": image_size, "count": count // 2, "seed": seed}
+            records.append(evaluate_relation(model, tokenizer, name, **half))
     for record in records if save_results else ():
         save_result(Path(save_results) / f"{record['task']}_{record['dataset']}_{record['model']['name']}.json", record)
     return records
@@ -252,37 +265,15 @@ def evaluate_all(
 def write_card(
     folder: str | Path, title: str, command: str, seconds: float, records: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Write ``README.md`` into a model folder from results records of that model.
+    """Write ``README.md`` into the folder of a model, whose ``title`` is a sentence and whose results ``records`` are.
 
-    Args:
-        folder: the model's folder.
-        title: one sentence that says what the model is.
-        command: what to type to train it again.
-        seconds: how long that took.
-        records: results records, all of this model.
+    ``command`` is what to type to train it again, which takes ``seconds``.
     """
-    model = records[0]["model"]
-    lines = [
-        f"# {title}",
-        "",
-        f"Parameters: {model['parameters']:,}. Weights' SHA-256: `{model['sha256']}`.",
-        "",
-        f"Trained in {seconds:.0f} s on {records[0]['device']} by",
-        "",
-        f"    {command}",
-        "",
-        "| set | metric | percent | 95 % interval | n |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for record in records:
         if record["task"] == "zero_shot":
-            top1 = record["metrics"]["top1"]
-            interval = f"{top1['low']:.1f} to {top1['high']:.1f}"
-            lines.append(f"| {record['dataset']} | top-1 | {top1['value']:.1f} | {interval} | {record['n']} |")
-    lines += [
-        "",
-        "Trained on drawn scenes alone: it knows their shapes, colours and words, and nothing of photographs.",
-        "",
-    ]
+            cells = "{value:.1f} | {low:.1f} to {high:.1f}".format(**record["metrics"]["top1"])
+            rows.append(f"| {record['dataset']} | top-1 | {cells} | {record['n']} |")
+    values = {**records[0]["model"], "title": title, "command": command, "seconds": seconds, "rows": "\n".join(rows)}
     with atomic_path(Path(folder) / "README.md") as temporary:
-        temporary.write_text("\n".join(lines), encoding="utf-8")
+        temporary.write_text(CARD.format(**values, device=records[0]["device"]), encoding="utf-8")

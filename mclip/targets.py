@@ -1,7 +1,8 @@
 """What a student learns from: the teacher's embedding of every picture and caption, computed once and cached.
 
-The cache is a folder of shards, arrays in fp16 that are memory-mapped. A shard is written whole or not at all, so
-that a killed run goes on with the next one; several processes share the work, each taking shards that no other has.
+The cache is a folder of two arrays in fp16, memory-mapped, that are filled shard by shard. A finished shard leaves a
+marker, so that a killed run goes on with the next one. Several processes share the work: each takes shards that no
+other has.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -21,57 +23,15 @@ from tqdm.auto import tqdm
 
 from mclip.config import TrainConfig, require
 from mclip.files import atomic_path, cache_dir, content_key
-from mclip.pairs import Pairs, Targets, join_targets
+from mclip.pairs import Pairs, Targets, TeacherTargets, join_targets
 from mclip.pictures import Crops, pool, square
 from mclip.results import weights_sha256
 from mclip.teacher import Teacher, TeacherError
 
-Compute = Callable[[range], dict[str, np.ndarray]]
-Report = Callable[[str], None]
 PICTURES_IN_SHARD, CAPTIONS_IN_SHARD, BATCH = 8192, 65536, 256
 
-
-class Shards:
-    """Several arrays, each with the rows after those of the one before, indexed by a slice or by row numbers."""
-
-    def __init__(self, parts: list[np.ndarray]) -> None:
-        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        numbers = np.arange(len(self))[rows]
-        part = np.searchsorted(self.ends, numbers, side="right")
-        out = np.empty((len(numbers), *self.parts[0].shape[1:]), self.parts[0].dtype)
-        for each in np.unique(part):
-            here = part == each
-            out[here] = self.parts[each][numbers[here] - (self.ends[each] - len(self.parts[each]))]
-        return out
-
-
-def open_shards(files: list[Path], row_shape: tuple[int, ...], rows: int) -> np.ndarray | Shards:
-    """``files`` as one array of ``rows`` rows, memory-mapped; TeacherError names one that is damaged."""
-    parts = [_load(file, row_shape) for file in files]
-    if (found := sum(map(len, parts))) != rows:
-        raise TeacherError(
-            f"{files[0]} and those after it hold {found} rows, not {rows}; delete the folder, and they "
-            "are computed again."
-        )
-    return parts[0] if len(parts) == 1 else Shards(parts)
-
-
-def _load(file: Path, row_shape: tuple[int, ...]) -> np.ndarray:
-    try:
-        found = np.load(file, mmap_mode="r")  # never unpickles
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        raise TeacherError(f"{file}: damaged ({error}); delete it, and it is computed again.") from error
-    if found.shape[1:] != row_shape or found.dtype not in (np.float16, np.uint64):
-        raise TeacherError(
-            f"{file}: holds {found.dtype} of shape {found.shape}, not rows of {row_shape}; "
-            "delete it, and it is computed again."
-        )
-    return found
+Compute = Callable[[range], np.ndarray]
+Report = Callable[[str], None]
 
 
 def teacher_targets(
@@ -85,8 +45,7 @@ def teacher_targets(
 
     Kept under a key of the teacher's layers, weights and tokens, the data and the view (the teacher's own
     preparation), so that targets of another teacher or of edited data are never used. With ``crops``, of K views of
-    each picture, and the seeds that cut them again (dataset reinforcement, Faghri et al. 2023). ``report`` is told
-    pace and size.
+    each picture (dataset reinforcement, Faghri et al. 2023). ``report`` is told pace and size.
 
     Raises: TeacherError if all captions look alike to the teacher: distilling such targets teaches nothing; or if a
         stored file is damaged.
@@ -96,63 +55,85 @@ def teacher_targets(
     sample = teacher.tokenize([pairs.captions[i][0] for i in range(min(256, len(pairs)))]).tolist()
     identity = (str(teacher.model), sample, weights_sha256(teacher.model))
     folder = cache_dir() / "targets" / content_key("targets", identity, pairs.key, view)
-    count, first = len(pairs), pairs.first_caption
+    width, first = teacher.embed_dim, pairs.first_caption
+    views = () if crops is None else (crops.views,)
 
-    def captions(rows: range) -> dict[str, np.ndarray]:
-        return {"texts": embed_captions(teacher, pairs, first, rows)}
+    def captions(rows: range) -> np.ndarray:
+        return embed_captions(teacher, pairs, first, rows)
 
-    def pictures(rows: range) -> dict[str, np.ndarray]:
+    def pictures(rows: range) -> np.ndarray:
         if crops is None:
-            return {"images": embed_pictures(teacher, pairs, np.array(rows))}
-        numbers, views = np.repeat(rows, crops.views), np.tile(np.arange(crops.views), len(rows))
-        seeds = crops.seeds(numbers, views)
-        images = embed_pictures(teacher, pairs, numbers, seeds, crops)
-        return {"images": images.reshape(len(rows), crops.views, -1), "seeds": seeds.reshape(len(rows), -1)}
+            return embed_pictures(teacher, pairs, np.array(rows))
+        numbers, view = np.repeat(rows, crops.views), np.tile(np.arange(crops.views), len(rows))
+        embeddings = embed_pictures(teacher, pairs, numbers, crops.seeds(numbers, view), crops)
+        return embeddings.reshape(len(rows), *views, width)
 
-    text_files = _fill(folder, "texts", int(first[-1]), CAPTIONS_IN_SHARD, captions, "captions", progress, report)
-    picture_files = _fill(folder, "images", count, PICTURES_IN_SHARD, pictures, "pictures", progress, report)
-    width, views = teacher.embed_dim, () if crops is None else (crops.views,)
-    seed_files = [file.with_name(file.name.replace("images", "seeds")) for file in picture_files]
+    texts, images = folder / "texts.npy", folder / "images.npy"
     stored = Targets(
-        open_shards(picture_files, (*views, width), count),
-        open_shards(text_files, (width,), int(first[-1])),
-        teacher.logit_scale,
-        folder.name,
-        open_shards(seed_files, views, count) if crops else None,
+        texts=fill(texts, (int(first[-1]), width), CAPTIONS_IN_SHARD, captions, "captions", progress, report),
+        images=fill(images, (len(pairs), *views, width), PICTURES_IN_SHARD, pictures, "pictures", progress, report),
+        logit_scale=teacher.logit_scale,
+        key=folder.name,
+        crops=crops,
     )
     check_targets(stored)
     return stored
 
 
-def _fill(
-    folder: Path, kind: str, rows: int, size: int, compute: Compute, label: str, progress: bool, report: Report
-) -> list[Path]:
-    """The files of all shards of ``kind``; those that are missing are computed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{kind}-{number:05d}.npy" for number in range(-(-rows // size))]
-    begun, done, written = time.perf_counter(), 0, 0
-    bar = tqdm(total=rows, desc=f"teacher {label}", disable=not progress, leave=False)
-    for patience in (0, -1):  # first those that nobody works on; then wait for the others, and stand in for the dead
-        for number, file in enumerate(files):
-            try:
-                with FileLock(folder / f".{file.name}.lock", timeout=patience):
-                    if file.exists():
-                        continue
-                    here = range(number * size, min(rows, (number + 1) * size))
-                    for name, array in sorted(compute(here).items(), reverse=True):  # "images" last: then all is there
-                        target = file.with_name(file.name.replace(kind, name))
-                        with atomic_path(target) as temporary, temporary.open("wb") as handle:
-                            np.save(handle, array)
-                        written += target.stat().st_size
-                    done += len(here)
-                    bar.update(len(here))
-            except Timeout:
-                continue
-    bar.close()
+def fill(
+    file: Path, shape: tuple[int, ...], size: int, compute: Compute, label: str, progress: bool, report: Report
+) -> np.ndarray:
+    """The fp16 array of ``shape`` in ``file``, memory-mapped; of its shards of ``size`` rows, the missing are computed.
+
+    TeacherError for a file that is damaged or holds something else.
+    """
+    array, rows, done = _mapped(file, shape), shape[0], 0
+    begun = time.perf_counter()
+    with tqdm(total=rows, desc=f"teacher {label}", disable=not progress, leave=False) as bar:
+        for patience in (0, -1):  # first the shards that nobody works on; then wait, and stand in for the dead
+            for number, start in enumerate(range(0, rows, size)):
+                marker, here = _marker(file, number), range(start, min(rows, start + size))
+                try:
+                    with FileLock(file.with_name(f".{marker.name}.lock"), timeout=patience):
+                        if marker.exists():
+                            continue
+                        values = compute(here)
+                        # Not through the map: two machines would overwrite each other's part of a shared page.
+                        with file.open("r+b") as handle:
+                            handle.seek(array.offset + start * values[0].nbytes)
+                            handle.write(values.tobytes())
+                        marker.touch()
+                except Timeout:
+                    continue
+                done += len(here)
+                bar.update(len(here))
     seconds = time.perf_counter() - begun
-    pace = f"in {seconds:.1f} s ({done / seconds:.0f} a second), {written / done:.0f} bytes each" if done else ""
+    pace = f"in {seconds:.1f} s ({done / seconds:.0f} a second), {array[0].nbytes} bytes each" if done else ""
     report(f"{rows - done} {label} were there; {done} computed {pace}".rstrip())
-    return files
+    return array
+
+
+def _marker(file: Path, number: int | str) -> Path:
+    return file.with_name(f"{file.stem}-{number:05}.done")
+
+
+def _mapped(file: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The array in ``file``, created without a finished shard where it is missing; TeacherError if it is another."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        if not file.exists():
+            for marker in file.parent.glob(f"{file.stem}-*.done"):  # of an array that somebody deleted
+                marker.unlink()
+            with atomic_path(file) as temporary:
+                np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+    try:
+        array = np.load(file, mmap_mode="r")  # never unpickles
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise TeacherError(f"{file}: damaged ({error}); delete it, and it is computed again.") from error
+    if array.shape != shape or array.dtype != np.float16:
+        held = f"{array.dtype} of shape {array.shape}, not float16 of {shape}"
+        raise TeacherError(f"{file}: holds {held}; delete it, and it is computed again.")
+    return array
 
 
 def embed_captions(teacher: Teacher, pairs: Pairs, first: np.ndarray, rows: range) -> np.ndarray:
@@ -170,15 +151,14 @@ def embed_pictures(
 ) -> np.ndarray:
     """(len(rows), D) fp16: the teacher's normalised embeddings of pictures by number, or of their crops."""
 
-    def read(row: int, seed: int) -> Tensor:
-        return teacher.transform(square(pairs.picture(row), teacher.image_size, seed, crops.smallest))
+    def read(row: int, seed: int | None) -> Tensor:
+        picture = pairs.picture(row)
+        return teacher.transform(square(picture, teacher.image_size, seed, crops.smallest) if crops else picture)
 
     def batch(here: slice) -> Tensor:
-        if crops:
-            return torch.stack(list(pool().map(read, rows[here], seeds[here])))
-        if pairs.files is not None:
-            return torch.stack(list(pool().map(lambda row: teacher.transform(pairs.picture(row)), rows[here])))
-        return teacher.prepare(torch.from_numpy(np.array(pairs.images[rows[here]])))
+        if crops is None and pairs.files is None:  # pictures in memory have one size, and are prepared together
+            return teacher.prepare(torch.from_numpy(np.array(pairs.images[rows[here]])))
+        return torch.stack(list(pool().map(read, rows[here], repeat(None) if seeds is None else seeds[here])))
 
     inputs = (batch(slice(start, start + BATCH)) for start in range(0, len(rows), BATCH))
     return embed(teacher, teacher.model.encode_image, inputs)
@@ -211,7 +191,7 @@ class OnlineTargets:
         return "online " + "+".join(weights_sha256(teacher.model)[:16] for teacher in self.teachers)
 
     def of(self, pictures: np.ndarray, captions: np.ndarray, view: Any, seeds: Any) -> tuple[Tensor, Tensor]:
-        """As :meth:`~mclip.batches.Targets.of`."""
+        """As :meth:`~mclip.pairs.Targets.of`."""
         first = self.pairs.first_caption
         words = [self.pairs.captions[int(p)][c - first[p]] for p, c in zip(pictures, captions, strict=True)]
         images = [embed_pictures(teacher, self.pairs, pictures, seeds, self.crops) for teacher in self.teachers]
@@ -245,7 +225,7 @@ def get_targets(
     crops: Crops | None = None,
     progress: bool = True,
     report: Report = lambda line: None,
-) -> Targets | OnlineTargets:
+) -> TeacherTargets:
     """What ``teachers`` say of ``pairs``: from the cache, where it is computed if need be, or batch by batch."""
     if online:
         return OnlineTargets(teachers, pairs, crops)

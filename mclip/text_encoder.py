@@ -7,7 +7,7 @@ convolution along time, which sees the neighbours (Wu et al. 2020, https://arxiv
 from __future__ import annotations
 
 import unicodedata
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mclip.config import TextConfig, require
 
+_byte_pairs = cache(SimpleTokenizer)  # built at the first caption, not at import
 END_TOKEN = 49407
 TOEPLITZ_MAX_LENGTH = 128  # the matrix grows with the square of the length; beyond this the convolution wins
 
@@ -30,11 +31,6 @@ def clean_caption(text: str) -> str:
     text = unicodedata.normalize("NFKC", text)  # lower case can leave combining marks out of order
     kept = [i for i, c in enumerate(text) if not c.isspace() and unicodedata.category(c)[0] != "P"]
     return " ".join(text[kept[0] : kept[-1] + 1].split()) if kept else ""
-
-
-@lru_cache(maxsize=1)
-def _byte_pairs() -> SimpleTokenizer:
-    return SimpleTokenizer()
 
 
 class Tokenizer:

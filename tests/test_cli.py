@@ -22,6 +22,7 @@ def test_flags_of_the_existing_implementation_are_understood(tmp_path):
     assert settings["terms"].phases == (1000, 2000, 3000)
     assert settings["terms"].txt_distill_weight == 0.1
     assert settings["distill_temperature"] == 4.0
+    assert settings["teacher"].teacher_model == "ViT-B-32"
     assert not settings["run"].use_swa
     _, settings = parse("evaluate", THEIR_EVALUATION.split())
     assert (settings["dataset"], settings["root_dir"]) == ("cifar10", "data")

@@ -16,7 +16,6 @@ from mclip.config import (
     TrainConfig,
     from_mapping,
     from_yaml,
-    preset,
 )
 
 
@@ -59,11 +58,6 @@ WRONG = [
 def test_a_wrong_setting_is_named_with_the_remedy(kind, values, message):
     with pytest.raises(ConfigError, match=message):
         from_mapping(kind, values)
-
-
-def test_unknown_preset_offers_the_nearest():
-    with pytest.raises(ConfigError, match="did you mean 'course'"):
-        preset("corse")
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "just text"])

@@ -1,4 +1,4 @@
-"""Costs against closed forms and other counters; the deployed and the int8 form against the one that was trained."""
+"""Costs against closed forms and other counters; the deployed and the exported forms against the trained one."""
 
 from __future__ import annotations
 
@@ -20,21 +20,12 @@ from torch import nn
 from mclip.cli.main import main
 from mclip.config import ConfigError
 from mclip.deploy import cost
-from mclip.deploy.cost import (
-    candidate,
-    checkpoint_megabytes,
-    latency,
-    multiply_adds,
-    parameter_parts,
-    random_model,
-    time_by_part,
-)
+from mclip.deploy.cost import candidate, latency, multiply_adds, parameter_parts, random_model, stage_times, threads
 from mclip.deploy.fused import fold_batch_norm, fused
-from mclip.deploy.quantise import int8_image, int8_text
 from mclip.files import DATA
 from mclip.image_encoder import stage_names
 from mclip.recipes import load_model
-from mclip.results import ResultError, describe_model, weights_sha256
+from mclip.results import ResultError, weights_sha256
 from mclip.show import tables
 from mclip.show.cost import cost_of_models, pareto_front
 from mclip.study import efficiency
@@ -113,7 +104,7 @@ def test_only_a_student_is_fused_and_only_once(shipped):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is known on Linux alone")
 def test_peak_memory_is_the_weights_and_what_the_calls_add():
     deployed, trained = peak_memory("mobile-256"), peak_memory("mobile-256", "trained")
-    weights = checkpoint_megabytes(candidate("mobile-256").model) * 1e6 / 2**20
+    weights = candidate("mobile-256").megabytes * 1e6 / 2**20
     assert weights < deployed < 2 * weights, "a copy of the weights is counted"
     assert deployed < trained + 20, "what folding left behind is counted"
     pictures = 16 * 3 * 224 * 224 * 4 / 2**20
@@ -158,26 +149,37 @@ def shipped():
     return load_model("kd")
 
 
-def test_int8_is_small_and_near(shipped):
-    model, tokenizer = shipped
-    plain = fused(model)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(64, 3, 64, 64, generator=generator)
-    small = int8_image(int8_text(plain), images)
-    tokens = tokenizer(["a red star on grass", "a blue heart"])
-    with torch.inference_mode():
-        text = (small.encode_text(tokens, normalize=True) * plain.encode_text(tokens, normalize=True)).sum(1)
-        image = (small.encode_image(images, normalize=True) * plain.encode_image(images, normalize=True)).sum(1)
-    assert text.min() > 0.99
-    assert image.mean() > 0.9
-    assert describe_model("small", small)["parameters"] == describe_model("plain", plain)["parameters"]
-    assert checkpoint_megabytes(small) < 0.35 * checkpoint_megabytes(plain)
-    assert weights_sha256(small) != weights_sha256(int8_text(plain))
+@pytest.fixture(scope="module")
+def graphs():
+    return {form: candidate("course", form) for form in ("ONNX", "int8")}
 
 
-def test_calibration_needs_pictures(shipped):
-    with pytest.raises(ConfigError, match="pictures of the training set"):
-        int8_image(shipped[0], torch.zeros(0, 3, 64, 64))
+def test_graphs_are_the_deployed_student(graphs):
+    deployed = candidate("course")
+    images, tokens = torch.randn(3, 3, 64, 64), deployed.tokenizer(["a red star on grass", "a blue heart"])
+    for form, tolerance in (("ONNX", 1e-5), ("int8", 0.2)):
+        model = graphs[form].model
+        with torch.inference_mode():
+            for ours, theirs in (
+                (model.encode_text(tokens), deployed.model.encode_text(tokens, normalize=True)),
+                (model.encode_image(images), deployed.model.encode_image(images, normalize=True)),
+            ):
+                assert (ours * theirs).sum(1).min() > 1 - tolerance
+        assert graphs[form].name == f"course, {form}"
+        assert graphs[form].parameters == deployed.parameters
+        assert graphs[form].multiply_adds() == {}
+    assert graphs["ONNX"].megabytes == pytest.approx(deployed.megabytes, rel=0.05)
+    assert graphs["int8"].megabytes < 0.35 * deployed.megabytes
+
+
+def test_graphs_compute_with_as_many_threads_as_pytorch(graphs, monkeypatch):
+    opened, original = [], cost.session
+    monkeypatch.setattr(cost, "session", lambda file, count: opened.append(count) or original(file, count))
+    for count in (3, 2, 3):
+        with threads(count), torch.inference_mode():
+            for call in graphs["ONNX"].calls().values():
+                assert call().shape == (1, 256)
+    assert opened == [3, 3, 2, 2], "both graphs, once for each number"
 
 
 def test_latency_is_of_turns_and_knows_its_percentiles(monkeypatch):
@@ -201,16 +203,6 @@ def test_latency_is_of_turns_and_knows_its_percentiles(monkeypatch):
     assert found["b"] == pytest.approx({"median": 2000, "p95": 2000, "cpu": 1000})
 
 
-def test_time_is_given_to_the_part_that_takes_it(capfd):
-    small, large = nn.Linear(8, 8), nn.Linear(1500, 1500)
-    x, y = torch.zeros(1, 8), torch.zeros(200, 1500)
-    found = time_by_part({"small": small, "large": large}, lambda: (small(x), large(y)), rounds=3)
-    assert found.keys() == {"small", "large"}
-    assert found["large"] > found["small"] > 0
-    assert not small._forward_hooks
-    assert capfd.readouterr().err == ""  # the profiler's own log would stand in the notebook
-
-
 def test_stages_are_named_layer_by_layer():
     trunk = random_model("course")[0].image_encoder.trunk
     assert len(stage_names()) == len(trunk)
@@ -221,10 +213,16 @@ def test_stages_are_named_layer_by_layer():
     assert sides == {"stem": 32, "stage1": 32, "stage2": 16, "stage3": 8, "stage4": 4, "stage5": 2, "last": 2}
 
 
+def test_stages_are_timed_one_by_one():
+    times = stage_times("course", rounds=2)
+    assert list(times) == list(dict.fromkeys(stage_names()))
+    assert min(times.values()) > 0
+
+
 def test_a_wrong_model_or_form_is_named():
     with pytest.raises(ConfigError, match="did you mean 'mobile-256'"):
         candidate("mobile-265")
-    with pytest.raises(ConfigError, match="only the student has an int8 form"):
+    with pytest.raises(ConfigError, match="only the student has the form int8"):
         candidate("ViT-B-32", "int8")
 
 

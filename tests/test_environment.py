@@ -1,11 +1,13 @@
 """Set-up: pyproject.toml, uv.lock, environment.yml and the Makefile agree, and the linter passes."""
 
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,6 +15,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+PACKAGE = Path(__file__).resolve().parents[1] / "mclip"
+MODULES = sorted(PACKAGE.rglob("*.py"))
 CONDA_NAMES = {"pytorch-cpu": "torch"}
 Requirements = dict[str, tuple[frozenset[str], SpecifierSet]]
 
@@ -77,10 +81,27 @@ def test_torch_and_torchvision_are_the_pinned_pair(required):
     assert required["torchvision"][1] == SpecifierSet("==0.29.2")
 
 
-def test_ruff_passes_on_code_and_notebooks(repository):
-    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "."]
+@pytest.mark.parametrize("words", ["check", "format --check"])
+def test_ruff_passes_on_code_and_notebooks(repository, words):
+    command = [sys.executable, "-m", "ruff", *words.split(), "--no-cache", "."]
     result = subprocess.run(command, cwd=repository, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_everything_is_formatted_and_imported_from_its_home(path):
+    source = path.read_text(encoding="utf-8")
+    assert not re.search(r"#\s*(fmt|yapf):\s*(skip|off)", source)
+    names = [name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) for name in node.names]
+    assert not [name.name for name in names if name.name == name.asname], "a name has one home: import it from there"
+
+
+def test_imports_run_one_way(repository):
+    """The contracts of pyproject.toml: layers, nobody imports the top, and no circles."""
+    linter = Path(sys.executable).with_name("lint-imports")
+    environment = os.environ | {"PYTHONPATH": str(repository)}
+    result = subprocess.run([linter, "--no-cache"], cwd=repository, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[result.stdout.find("Broken contracts") :]
 
 
 def test_git_ignores_what_is_made_and_keeps_what_ships(repository):
@@ -112,6 +133,19 @@ def test_make_refuses_an_old_python_and_says_so(repository, project, tmp_path):
     assert "Python 3.9.2" in result.stderr
     assert not (tmp_path / ".venv").exists()
     assert project["project"]["requires-python"] == ">=3.11,<3.14"
+
+
+def test_make_course_takes_a_folder_with_spaces(repository):
+    command = ["make", "-n", "-o", ".venv/.ready", "course", "test", "OUT=runs/my course"]
+    shown = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
+    assert '--out "runs/my course"' in shown.stdout
+
+
+def test_citation_names_this_version(repository, project):
+    citation = yaml.safe_load((repository / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors", "version", "license", "type"} <= set(citation)
+    assert citation["cff-version"] == "1.2.0"
+    assert (citation["version"], citation["license"]) == (project["project"]["version"], project["project"]["license"])
 
 
 def test_continuous_integration_runs_the_test_command(repository):

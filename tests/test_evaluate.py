@@ -227,11 +227,10 @@ def test_classifier_and_zero_shot_agree_with_open_clip(clip, templates):
     images, labels = torch.randn(40, 3, 32, 32), torch.arange(40) % 6
     with torch.no_grad():
         logits = 100 * model.encode_image(images, normalize=True) @ theirs
-    metrics = evaluate.zero_shot(model, tokenizer, images, labels, NAMES, templates, batch_size=7)
+        metrics = zero_shot_metrics(model.encode_image(images, normalize=True), ours, labels, NAMES)
     for k in (1, 5):
         hits = (logits.topk(k).indices == labels[:, None]).any(1)
         assert metrics[f"top{k}"]["value"] == pytest.approx(100 * hits.float().mean().item())
-    assert metrics == evaluate.zero_shot(model, tokenizer, images.split(16), labels, NAMES, templates)
 
 
 def test_prompts():
@@ -359,7 +358,7 @@ def test_class_names_follow_torchvisions_labels(tmp_path, student):
     assert eurosat.class_names[0] == "annual crop land"
     assert eurosat.class_names[eurosat.images.class_to_idx["SeaLake"]] == "lake or sea"
     assert eurosat.split == "all"
-    record = evaluate.evaluate_zero_shot(student, student.tokenizer, eurosat, "base", workers=0)
+    record = evaluate.evaluate_zero_shot(student, student.tokenizer, eurosat, "base")
     assert set(record["metrics"]["per_class"]) == set(eurosat.class_names)
     (tmp_path / "eurosat" / "2750" / "Forest" / "0.jpg").unlink()
     (tmp_path / "eurosat" / "2750" / "Forest").rmdir()

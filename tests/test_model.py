@@ -3,16 +3,18 @@
 import dataclasses
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-from mclip.config import ImageConfig, ModelConfig, TextConfig, preset
+from mclip.config import PRESETS, ImageConfig, ModelConfig, TextConfig
 from mclip.model import CLIP_VIT_B32_PARAMETERS, MobileCLIP, ModelError, ProjectionHead, parameter_counts
+from mclip.pictures import PictureError
 
 SMALL = ModelConfig(
     "small",
@@ -42,16 +44,16 @@ def counts_of(config: ModelConfig) -> dict[str, int]:
 
 
 def test_klmobile_has_the_published_size_and_reduction():
-    total = counts_of(preset("klmobile"))["total"]
+    total = counts_of(PRESETS["klmobile"])["total"]
     assert total == pytest.approx(65_315_793, rel=0.01)
     assert 100 * (1 - total / CLIP_VIT_B32_PARAMETERS) == pytest.approx(56.8, abs=0.5)
-    narrow = dataclasses.replace(preset("klmobile"), embed_dim=512)
+    narrow = dataclasses.replace(PRESETS["klmobile"], embed_dim=512)
     assert counts_of(narrow)["total"] == pytest.approx(51.9e6, rel=0.01)
 
 
 def test_mobile_presets_are_small():
     course, mobile_256, mobile_512 = (
-        counts_of(preset(name))["total"] for name in ("course", "mobile-256", "mobile-512")
+        counts_of(PRESETS[name])["total"] for name in ("course", "mobile-256", "mobile-512")
     )
     assert course < 3e6 < mobile_256 < mobile_512 < 20e6
     assert 1 - mobile_512 / CLIP_VIT_B32_PARAMETERS > 0.87
@@ -208,6 +210,13 @@ def test_loading_does_not_ask_for_imagenet_weights(tmp_path):
         assert MobileCLIP.from_pretrained(tmp_path, config=config).config.image.pretrained
 
 
+def forget_hash(folder: Path) -> None:
+    """Make ``folder`` one of before hashes were kept."""
+    record = json.loads((folder / "config.json").read_text())
+    del record["sha256"]
+    (folder / "config.json").write_text(json.dumps(record))
+
+
 @pytest.fixture
 def saved(model, tmp_path):
     model.save_pretrained(tmp_path)
@@ -241,8 +250,11 @@ def test_a_configuration_that_is_not_ours_is_refused(saved, text, message):
     assert "config.json" in str(caught.value)
 
 
+@pytest.mark.parametrize("hashed", [True, False])
 @pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "pickle"])
-def test_damaged_weights_are_refused(saved, damage):
+def test_damaged_weights_are_refused(saved, damage, hashed):
+    if not hashed:
+        forget_hash(saved)
     path = saved / "model.safetensors"
     content = path.read_bytes()
     if damage == "pickle":
@@ -263,8 +275,46 @@ def test_weights_must_fit_exactly(saved, change):
     else:
         state["text_encoder.norm.weight"] = torch.zeros(2)
     save_file(state, saved / "model.safetensors")
+    forget_hash(saved)
     with pytest.raises(ModelError, match=r"does not fit config\.json"):
         MobileCLIP.from_pretrained(saved)
+
+
+def test_a_flipped_bit_in_the_middle_is_found_and_a_folder_without_a_hash_still_loads(saved, model):
+    path = saved / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.safetensors: damaged.*config\.json; copy or save it again"):
+        MobileCLIP.from_pretrained(saved)
+    model.save_pretrained(saved)
+    forget_hash(saved)
+    MobileCLIP.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "CMYK"])
+def test_preprocess_sees_what_a_viewer_shows(model, mode):
+    ramp = Image.fromarray(np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1)))
+    pictures = {
+        "RGBA": Image.merge("RGBA", [Image.new("L", (64, 64))] * 3 + [ImageOps.invert(ramp)]),
+        "LA": Image.merge("LA", [Image.new("L", (64, 64)), ImageOps.invert(ramp)]),
+        "P": ramp.convert("P"),
+        "I;16": Image.fromarray(np.asarray(ramp).astype(np.uint16) * 257),
+        "CMYK": ramp.convert("RGB").convert("CMYK"),
+    }
+    torch.testing.assert_close(model.preprocess(pictures[mode]), model.preprocess(ramp), atol=0.02, rtol=0)
+
+
+def test_preprocess_turns_a_picture_upright_and_names_one_that_cannot_be_read(model, tmp_path):
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 90, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side
+    wide.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lying.png", exif=exif)
+    assert torch.equal(model.preprocess(Image.open(tmp_path / "lying.png")), model.preprocess(wide))
+    content = (tmp_path / "lying.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(PictureError, match=r"cut\.png: not readable as a picture"):
+        model.preprocess(Image.open(tmp_path / "cut.png"))
 
 
 def test_a_configuration_that_disagrees_is_named_with_both_values(saved):

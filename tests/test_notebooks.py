@@ -1,13 +1,16 @@
 """Rules for every notebook that show without running it; ``make test`` also executes them under nbval."""
 
+import ast
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from mclip.cli.course import INPUTS, NOTEBOOKS, check_value, read_parameters
+from mclip.cli.course import NOTEBOOKS, declared_parameters
+from mclip.show.parameters import INPUTS, check_parameter
 
+PACKAGE = Path(__file__).resolve().parents[1] / "mclip"
 CHAPTERS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.ipynb"))
 KNOWN_KINDS = {"data_size": float, "max_epochs": int, "seed": int, "profile": str, "out_dir": str}
@@ -62,20 +65,53 @@ def test_is_a_clean_python_notebook(path):
 def test_parameters_are_declared_typed_and_explained(path):
     tagged = [cell for cell in cells_of(path, "code") if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1
-    parameters = read_parameters(path)
-    assert {"profile", "out_dir", "seed"} <= set(parameters)
-    assert parameters["profile"].default == "cpu"
-    for parameter in parameters.values():
-        assert parameter.comment, f"{parameter.name} needs a comment"
-        assert parameter.kind is KNOWN_KINDS.get(parameter.name, parameter.kind), parameter.name
-        if parameter.name not in INPUTS:  # a default path is relative to the notebook
-            check_value(parameter, parameter.default)
+    kinds = declared_parameters(path)
+    assert {"profile", "out_dir", "seed"} <= set(kinds)
+    lines = ast.parse(tagged[0].source).body
+    assert [line.target.id for line in lines] == list(kinds), "one line 'name: type = value  # meaning' for each"
+    defaults = {line.target.id: ast.literal_eval(line.value) for line in lines}
+    assert (defaults["profile"], defaults["out_dir"]) == ("cpu", "runs/notebooks")
+    for name, kind in kinds.items():
+        assert kind is KNOWN_KINDS.get(name, kind), name
+        check_parameter(name, kind, defaults[name])
+    for line in tagged[0].source.splitlines():
+        assert re.search(r"  # \S", line), f"a comment explains the parameter: {line}"
+
+
+@everywhere
+def test_parameters_are_checked_before_anything_runs(path):
+    code = cells_of(path, "code")
+    tagged = [number for number, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", [])]
+    for number in tagged:
+        assert "\ncheck_parameters(globals())" in code[number + 1].source
+    assert all(number == 0 for number in tagged)
+
+
+ALLOWED = ("recipes", "scenes", "show", "deploy")
+CORE = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+
+
+@everywhere
+def test_lessons_import_from_few_places(path):
+    """From the core, recipes, scenes, show and deploy; never from what stands above or reads files."""
+    for cell in cells_of(path, "code"):
+        source = "".join(line for line in cell.source.splitlines(keepends=True) if line[:1] not in "%!")
+        for node in ast.walk(ast.parse(source)):
+            modules = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                package = node.module == "mclip"
+                modules = [f"mclip.{name.name}" for name in node.names] if package else [node.module]
+            for module in modules:
+                first, _, rest = module.partition(".")
+                assert first != "mclip" or not rest or rest.split(".")[0] in CORE | {*ALLOWED, "load"}, module
 
 
 @everywhere
 def test_never_more_than_three_code_cells_without_prose(path):
     row = 0
     for number, cell in enumerate(nbformat.read(path, as_version=4).cells, start=1):
+        if "\ncheck_parameters(" in cell.source:
+            continue  # it belongs to the cell above
         row = row + 1 if cell.cell_type == "code" else 0
         assert row <= 3, f"cell {number} is the fourth code cell in a row"
 

@@ -1,14 +1,25 @@
-"""Pictures of every mode, by every way in: training's reader, a teacher's, and the evaluation of a folder."""
+"""Pictures of every kind, by every way in: training, a teacher, evaluation, ``mclip.load`` and the exported reader."""
 
 from __future__ import annotations
 
+import inspect
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, features
+from torch import nn
 
-from mclip.pictures import PictureError, as_rgb, open_picture, read_picture
+import mclip
+from mclip import pictures
+from mclip.deploy import reader
+from mclip.evaluate import embed_images
+from mclip.metrics import EvaluationError
+from mclip.pictures import PictureError, as_rgb, decode, middle, open_picture, read_picture
 from mclip.sources.loading import load_pairs
 from mclip.sources.zero_shot import image_folder_set
 
@@ -132,3 +143,200 @@ def test_pictures_that_were_decoded_otherwise_are_decoded_again(place, monkeypat
     before = load_pairs(place.parent, 32, progress=False).key
     monkeypatch.setattr("mclip.sources.loading.DECODING_VERSION", 1)
     assert load_pairs(place.parent, 32, progress=False).key != before
+
+
+# One way for a picture: training, evaluation, mclip.load and the exported reader, from file to pixels
+
+SIZE = 64
+LEVELS = 3  # of 255: Pillow and torch round a resized pixel differently, and so do two JPEG decoders
+
+
+class Camera(nn.Module):
+    """A student that keeps what it is shown."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.config, self.preprocess, self.MEAN, self.STD = (
+            student.config,
+            student.preprocess,
+            student.MEAN,
+            student.STD,
+        )
+        self.shown: list[torch.Tensor] = []
+
+    def encode_image(self, images: torch.Tensor, normalize: bool) -> torch.Tensor:
+        self.shown.append(images)
+        return torch.ones(len(images), 2)
+
+
+@pytest.fixture(scope="module")
+def ways() -> dict[str, Callable[[Path], np.ndarray]]:
+    """By name, a function from a file to the pixels (3, 64, 64), 0 to 255, that a student sees."""
+    student, preprocess, _ = mclip.load("kd")
+    _, open_clips, _ = mclip.load("teacher")
+    mean, std = (np.array(numbers)[:, None, None] for numbers in (student.MEAN, student.STD))
+    settings = {"size": SIZE, "interpolation": "bicubic", "channels": "RGB", "mean": student.MEAN, "std": student.STD}
+
+    def levels(prepared: np.ndarray) -> np.ndarray:
+        return 255 * (np.asarray(prepared) * std + mean)
+
+    def evaluated(path: Path) -> np.ndarray:
+        camera = Camera(student)
+        embed_images(camera, [Image.open(path)])
+        return levels(camera.shown[0][0])
+
+    return {
+        "training": lambda path: decode(str(path), SIZE),
+        "evaluation": evaluated,
+        "load": lambda path: levels(preprocess(Image.open(path))),
+        "load, open_clip's": lambda path: 255 * (0.25 * open_clips(Image.open(path)).numpy() + 0.5),
+        "reader": lambda path: levels(reader.prepare(path, settings)),
+    }
+
+
+def colours(width: int = 96, height: int = 80) -> Image.Image:
+    """Smooth random colours."""
+    rough = np.random.default_rng(width).integers(0, 256, (5, 6, 3), np.uint8)
+    return Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def on_white(picture: Image.Image, alpha: np.ndarray) -> Image.Image:
+    share = alpha[..., None] / 255
+    return Image.fromarray((share * np.asarray(picture.convert("RGB")) + (1 - share) * 255).round().astype(np.uint8))
+
+
+def odd_kinds() -> dict[str, tuple[Image.Image, dict, Image.Image]]:
+    """By file name: what is saved, with which options, and the upright RGB picture that it shows."""
+    plain, grey = colours(), colours().convert("L")
+    alpha = np.tile(np.linspace(0, 255, 96).astype(np.uint8), (80, 1))
+    faded = plain.copy()
+    faded.putalpha(Image.fromarray(alpha))
+    faded_grey = Image.merge("LA", [grey, Image.fromarray(alpha)])
+    palette = plain.quantize(16)
+    shares = np.array(range(0, 256, 17))
+    hole = on_white(palette, np.where(np.asarray(palette) == 3, 0, 255))
+    turned, bits = Image.Exif(), plain.convert("1")
+    turned[0x0112] = 6
+    lying = plain.transpose(Image.Transpose.ROTATE_90)
+    print_colours, second = plain.convert("CMYK"), Image.new("RGB", plain.size, "red")
+    animation = {"save_all": True, "append_images": [second], "duration": 100}
+    deep = Image.fromarray(np.asarray(grey, np.uint16) * 257)
+    return {
+        "alpha.png": (faded, {}, on_white(plain, alpha)),
+        "alpha.webp": (faded, {"lossless": True, "exact": True}, on_white(plain, alpha)),
+        "grey-alpha.png": (faded_grey, {}, on_white(grey, alpha)),
+        "palette.png": (palette, {}, palette.convert("RGB")),
+        "palette-alpha.png": (
+            palette,
+            {"transparency": bytes(shares.tolist())},
+            on_white(palette, shares[np.asarray(palette)]),
+        ),
+        "palette-hole.gif": (palette, {"transparency": 3, "optimize": False}, hole),
+        "grey16.png": (deep, {}, grey.convert("RGB")),
+        "grey16.tiff": (deep, {}, grey.convert("RGB")),
+        "turned.jpg": (lying, {"exif": turned, "quality": 98, "subsampling": 0}, plain),
+        "turned.png": (lying, {"exif": turned}, plain),
+        "turned.tiff": (lying, {"exif": turned}, plain),
+        "print.jpg": (print_colours, {"quality": 98, "subsampling": 0}, plain),
+        "bits.png": (bits, {}, bits.convert("RGB")),
+        "animation.gif": (palette, animation, palette.convert("RGB")),
+        "animation.png": (plain, animation, plain),
+        "animation.webp": (plain, {**animation, "lossless": True}, plain),
+        "long.png": (colours(2000, 10), {}, colours(2000, 10)),
+        "long.jpg": (colours(9, 1777), {"quality": 98, "subsampling": 0}, colours(9, 1777)),
+    }
+
+
+@pytest.mark.parametrize("name", odd_kinds())
+def test_every_way_shows_the_same_pixels(place, ways, name):
+    picture, options, shown = odd_kinds()[name]
+    picture.save(place / name, **options)
+    side = min(shown.size)
+    expected = shown.resize([SIZE * length // side for length in shown.size], Image.Resampling.BICUBIC)
+    left, top = ((length - SIZE) // 2 for length in expected.size)
+    expected = np.asarray(expected.crop((left, top, left + SIZE, top + SIZE)), float).transpose(2, 0, 1)
+    for way, pixels in ways.items():
+        difference = np.abs(pixels(place / name) - expected)
+        assert difference.mean() < 1, way
+        assert difference.max() <= LEVELS + (9 if name.endswith("jpg") else 0), way  # JPEG itself loses some
+
+
+def test_the_reader_carries_the_decision_word_for_word():
+    for name in ("middle", "as_rgb"):
+        assert inspect.getsource(getattr(reader, name)) == inspect.getsource(getattr(pictures, name))
+    for name in ("LONGEST", "UNREADABLE"):
+        assert getattr(reader, name) == getattr(pictures, name)
+
+
+def damaged(path: Path) -> None:
+    colours().save(path)
+    path.write_bytes(path.read_bytes()[:400])
+
+
+def no_picture(path: Path) -> None:
+    path.write_text("<html>not found</html>", encoding="utf-8")
+
+
+def damaged_avif(path: Path) -> None:
+    """For which Pillow has a RuntimeError of its own."""
+    if not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    colours().save(path, "AVIF")
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+@pytest.mark.parametrize("write", [damaged, damaged_avif, no_picture, lambda path: colours(400, 400).save(path)])
+def test_every_way_names_what_it_cannot_read(place, ways, write, monkeypatch):
+    """A cut file, a page of a web server, and a decompression bomb."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
+    write(place / "bad.png")
+    (place.parent / "b").mkdir()
+    colours().save(place.parent / "b" / "good.png")
+    ways = dict(ways)
+    # Image.open of a caller's own would fail before the picture is ours: these two read files as well.
+    ways |= {"load": mclip.load("kd")[1], "load, open_clip's": mclip.load("teacher")[1]}
+    ways["evaluation"] = lambda path: embed_images(mclip.load("kd")[0], image_folder_set(path.parents[1]).images)
+    errors = {"evaluation": EvaluationError, "reader": reader.DeployError}
+    for way, pixels in ways.items():
+        with pytest.raises(errors.get(way, PictureError), match=r"bad\.png: not readable as a picture"):
+            pixels(place / "bad.png")
+
+
+def test_a_picture_that_pillow_has_opened_is_named_too(place):
+    damaged(place / "bad.png")
+    _, preprocess, _ = mclip.load("kd")
+    settings = {"size": SIZE}
+    with pytest.raises(PictureError, match=r"bad\.png: not readable"):
+        preprocess(Image.open(place / "bad.png"))
+    with pytest.raises(reader.DeployError, match=r"bad\.png: not readable"):
+        reader.prepare(Image.open(place / "bad.png"), settings)
+
+
+def test_only_the_ends_of_very_long_pictures_are_left_out():
+    for width, height in ((100, 100), (800, 100), (1, 8), (3, 20)):
+        assert middle(width, height) == (0, 0, width, height)
+    assert middle(1000, 10) == (460, 0, 540, 10)
+    assert middle(3, 101) == (0, 38, 3, 63)  # centred: as many pixels above as below
+    long = colours(1000, 10)
+    assert as_rgb(long).size == (80, 10)
+    assert as_rgb(as_rgb(long)).size == (80, 10)
+
+
+STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def added_megabytes(call: Callable[[], object]) -> float:
+    """How far the memory of this process rises above where it is, while ``call`` runs."""
+    resident = lambda key: int(re.search(rf"{key}:\s+(\d+) kB", STATUS.read_text())[1]) / 1024  # noqa: E731
+    FORGET.write_text("5")
+    before = resident("VmRSS")
+    call()
+    return resident("VmHWM") - before
+
+
+@pytest.mark.skipif(not os.access(FORGET, os.W_OK), reason="the peak of a process is known on Linux alone")
+@pytest.mark.parametrize("shape", [(1, 60_000), (60_000, 1)])
+def test_a_very_long_picture_costs_no_memory(place, ways, shape):
+    Image.new("RGB", shape, "red").save(place / "long.png")
+    for way, pixels in ways.items():
+        assert added_megabytes(lambda pixels=pixels: pixels(place / "long.png")) < 100, way  # resized whole: over 700

@@ -1,6 +1,7 @@
 """Teachers: loading, freezing, and targets that are computed once and never stale."""
 
 import json
+import shutil
 
 import numpy as np
 import open_clip
@@ -12,22 +13,15 @@ from mclip.files import DATA
 from mclip.losses import response
 from mclip.objectives import Distillation
 from mclip.pairs import Batch, Pairs, join_targets
+from mclip.recipes import save_weights, write_untrained
 from mclip.targets import check_targets, teacher_targets
-from mclip.teacher import (
-    TEACHER_CONFIG,
-    TeacherError,
-    load_open_clip,
-    load_teacher,
-    load_teachers,
-    save_weights,
-    write_untrained,
-)
+from mclip.teacher import TeacherError, load_open_clip, load_teacher, load_teachers
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("teacher") / "small"
-    write_untrained(path, TEACHER_CONFIG)
+    write_untrained(path, "teacher")
     return path
 
 
@@ -97,8 +91,8 @@ def test_defect_02_one_constant_caption_for_all_is_refused(folder):
 
 def test_weights_are_stored_in_half_precision(folder, tmp_path):
     model, _ = load_open_clip(str(folder))
-    write_untrained(tmp_path / "copy", TEACHER_CONFIG)
-    save_weights(model, tmp_path / "copy")
+    write_untrained(tmp_path / "copy", "teacher")
+    save_weights(model, tmp_path / "copy", half=True)
     assert (tmp_path / "copy" / "open_clip_model.safetensors").stat().st_size < 18e6
     again, _ = load_open_clip(str(tmp_path / "copy"))
     for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
@@ -120,10 +114,24 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 
 
 def test_damaged_weights_are_named(folder, tmp_path):
-    write_untrained(tmp_path / "bad", TEACHER_CONFIG)
+    write_untrained(tmp_path / "bad", "teacher")
     (tmp_path / "bad" / "open_clip_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(TeacherError, match="bad"):
         load_teacher(str(tmp_path / "bad"))
+
+
+def test_a_flipped_bit_in_the_weights_is_found_and_open_clips_own_folders_still_load(folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    path = copied / "open_clip_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(TeacherError, match=r"copy.*SHA-256 of open_clip_model\.safetensors.*copy or train it again"):
+        load_teacher(str(copied))
+    config = json.loads((copied / "open_clip_config.json").read_text())
+    del config["sha256"]
+    (copied / "open_clip_config.json").write_text(json.dumps(config))
+    load_teacher(str(copied))
 
 
 def test_the_real_architecture_goes_the_same_way(tmp_path):
@@ -140,7 +148,7 @@ def test_the_real_architecture_goes_the_same_way(tmp_path):
 def test_what_ships_is_small_and_loads_in_plain_open_clip():
     folder = DATA / "teacher"
     config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
-    assert set(config) == {"model_cfg", "preprocess_cfg"}
+    assert set(config) == {"model_cfg", "preprocess_cfg", "sha256"}
     assert (folder / "open_clip_model.safetensors").stat().st_size < 18e6
     open_clip.create_model(f"local-dir:{folder}")
     shipped = sum(f.stat().st_size for f in DATA.rglob("*") if f.is_file() and "cache" not in f.parts)
@@ -148,7 +156,7 @@ def test_what_ships_is_small_and_loads_in_plain_open_clip():
 
 
 def test_several_teachers_are_averaged_in_responses_and_side_by_side_in_features(folder, tmp_path):
-    write_untrained(tmp_path / "other", TEACHER_CONFIG, seed=1)
+    write_untrained(tmp_path / "other", "teacher", seed=1)
     teachers = load_teachers(f"{folder}, {tmp_path / 'other'}")
     data = pairs()
     single = [teacher_targets(teacher, data, progress=False) for teacher in teachers]

@@ -1,6 +1,6 @@
-"""The commands ``train``, ``distill`` and ``teacher``, with the names of options that people know.
+"""The commands that train and export, with the names of options that people know.
 
-Each is a plain function around :mod:`mclip.runs`; the notebooks call the same functions beneath.
+Each is a plain function around :mod:`mclip.recipes`; the notebooks call the same functions beneath.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mclip.config import DistillConfig, TrainConfig, get_profile
+from mclip.config import DistillConfig, ModelConfig, TrainConfig, get_profile, require
 from mclip.files import cache_dir, processes
+from mclip.model import MobileCLIP
 from mclip.pairs import Pairs
 from mclip.recipes import (
     BASE,
@@ -19,6 +20,8 @@ from mclip.recipes import (
     get_model_config,
     load_data,
     load_model,
+    open_clip_config,
+    require_both,
     train_open_clip,
     train_student,
     write_card,
@@ -26,10 +29,11 @@ from mclip.recipes import (
 from mclip.scenes.world import SceneConfig
 from mclip.sources.loading import Decoding, load_pairs
 from mclip.targets import get_crops, get_targets
-from mclip.teacher import TEACHER_CONFIG, load_teachers
+from mclip.teacher import load_teachers
 
 ProfileName = Literal["smoke", "cpu", "gpu"]
 SWA_DECAY = 0.999
+TEACHER_SETTINGS = TrainConfig(max_epochs=7, batch_size=128, learning_rate=1.5e-3, weight_decay=0.1, warmup=0.03)
 
 
 @dataclass(frozen=True)
@@ -57,15 +61,11 @@ class DataOptions:
     on_error: Literal["raise", "skip"] = "raise"
     decoding: Decoding = "auto"
 
-    def keys(self) -> dict[str, Any]:
-        """What every reader of files is told."""
-        return {
-            "image_key": self.csv_img_key,
-            "caption_key": self.csv_caption_key,
-            "csv_separator": self.csv_separator,
-            "on_error": self.on_error,
-            "decoding": self.decoding,
-        }
+    def reading(self) -> dict[str, Any]:
+        """What every reader of files is told, by the names of its parameters."""
+        names = {"csv_img_key": "image_key", "csv_caption_key": "caption_key"}
+        which = ("train_data_path", "val_data_path", "data_size")
+        return {names.get(key, key): value for key, value in vars(self).items() if key not in which}
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,25 @@ class RunOptions:
     use_swa: bool = False
 
 
-def _student(
-    name: str, data: DataOptions, run: RunOptions, settings: TrainConfig, distill: DistillConfig, **teacher: str | None
-) -> None:
+@dataclass(frozen=True)
+class TeacherOptions:
+    """The teacher of a distillation.
+
+    Attributes:
+        teacher_model: scenes, a teacher's folder, or an open_clip architecture; the profile's if empty.
+        teacher_pretrained: the architecture's weights: an open_clip tag or a file.
+    """
+
+    teacher_model: str = ""
+    teacher_pretrained: str | None = None
+
+    def or_of(self, profile: str) -> TeacherOptions:
+        """These options, or where no teacher is named the teacher of ``profile``."""
+        default = get_profile(profile)
+        return self if self.teacher_model else TeacherOptions(default.teacher, default.teacher_pretrained)
+
+
+def _student_data(data: DataOptions, run: RunOptions, settings: TrainConfig) -> tuple[ModelConfig, Pairs, Pairs]:
     config = get_model_config(run.config_path or get_profile(run.profile).preset)
     training, validation = load_data(
         run.profile,
@@ -99,12 +115,17 @@ def _student(
         data_size=data.data_size,
         seed=settings.seed,
         progress=settings.progress,
-        **data.keys(),
+        **data.reading(),
     )
+    return config, training, validation
+
+
+def _train(data: DataOptions, run: RunOptions, settings: TrainConfig, name: str, **options: Any) -> None:
+    config, training, validation = _student_data(data, run, settings)
     if run.use_swa and settings.ema_decay is None:
         settings = replace(settings, ema_decay=SWA_DECAY)
     folder = Path(run.checkpoint_dir) / (run.checkpoint_filename or name)
-    result = train_student(config, training, validation, settings, folder, distill=distill, **teacher)
+    result = train_student(config, training, validation, settings, folder, **options)
     if processes()[0] == 0:
         print(f"{folder / 'model'}: {result.steps} steps, validation {result.validations()[-1]['validation']}")
 
@@ -122,7 +143,7 @@ def train(
         task: the contrastive loss.
         base_checkpoint: base, kd, or a model folder to start from; empty starts from random weights.
     """
-    _student("base", data, run, settings, replace(BASE, task=task), base_checkpoint=base_checkpoint)
+    _train(data, run, settings, "base", distill=replace(BASE, task=task), base_checkpoint=base_checkpoint)
 
 
 def distill(
@@ -130,72 +151,32 @@ def distill(
     run: RunOptions,
     settings: TrainConfig,
     terms: DistillConfig,
+    teacher: TeacherOptions,
     base_checkpoint: str = "",
-    teacher_model: str = "",
-    teacher_pretrained: str | None = None,
     distill_temperature: float | None = None,
 ) -> None:
     """Distil a student from a teacher in three phases.
 
     Args:
         base_checkpoint: base, kd, or a model folder to start from; empty starts from random weights.
-        teacher_model: scenes, a teacher's folder, or an open_clip architecture; the profile's if empty.
-        teacher_pretrained: the architecture's weights: an open_clip tag or a file.
         distill_temperature: one temperature for the whole run, in place of max_temperature and min_temperature.
     """
-    defaults = get_profile(run.profile)
     if distill_temperature is not None:
         terms = replace(terms, max_temperature=distill_temperature, min_temperature=distill_temperature)
-    _student(
-        "kd",
-        data,
-        run,
-        settings,
-        terms,
-        base_checkpoint=base_checkpoint,
-        teacher_model=teacher_model or defaults.teacher,
-        teacher_pretrained=teacher_pretrained if teacher_model else defaults.teacher_pretrained,
+    _train(
+        data, run, settings, "kd", distill=terms, base_checkpoint=base_checkpoint, **vars(teacher.or_of(run.profile))
     )
 
 
-def cache(
-    data: DataOptions,
-    profile: ProfileName = "cpu",
-    teacher_model: str = "",
-    teacher_pretrained: str | None = None,
-    crop_scale: float | None = None,
-    views: int | None = None,
-    seed: int = 0,
-) -> None:
-    """Compute what the teacher says of every picture and caption; distill with the same options finds it there.
-
-    Args:
-        profile: how many scenes, and the teacher where none is named.
-        teacher_model: scenes, a teacher's folder, or an open_clip architecture; the profile's if empty.
-        teacher_pretrained: the architecture's weights: an open_clip tag or a file.
-        crop_scale: crops keep at least this share of a picture's area; 1: whole pictures. The profile's if null.
-        views: number of crops of each picture; the profile's if null.
-        seed: of the crops, and of the choice that data_size makes: the seed of the run.
-    """
-    defaults = get_profile(profile)
-    chosen = {"crop_scale": crop_scale, "views": views}
-    crops = get_crops(defaults.training(seed=seed, **{key: v for key, v in chosen.items() if v is not None}))
-    training, _ = load_data(
-        profile,
-        get_model_config(defaults.preset).image.image_size,
-        train_data_path=data.train_data_path,
-        val_data_path=data.val_data_path or data.train_data_path,
-        data_size=data.data_size,
-        seed=seed,
-        **data.keys(),
+def cache(data: DataOptions, run: RunOptions, settings: TrainConfig, teacher: TeacherOptions) -> None:
+    """Compute what the teacher says of every picture and caption; distill with the same options finds it there."""
+    _, training, _ = _student_data(
+        replace(data, val_data_path=data.val_data_path or data.train_data_path), run, settings
     )
-    pretrained = teacher_pretrained if teacher_model else defaults.teacher_pretrained
-    for teacher in load_teachers(teacher_model or defaults.teacher, pretrained, device_for("auto")):
-        targets = get_targets([teacher], training, False, crops, True, print)
-        print(f"{teacher.name}: {cache_dir() / 'targets' / targets.key}")
-
-
-TEACHER_SETTINGS = TrainConfig(max_epochs=7, batch_size=128, learning_rate=1.5e-3, weight_decay=0.1, warmup=0.03)
+    chosen = teacher.or_of(run.profile)
+    for each in load_teachers(chosen.teacher_model, chosen.teacher_pretrained, device_for(settings.accelerator)):
+        targets = get_targets([each], training, False, get_crops(settings), settings.progress, print)
+        print(f"{each.name}: {cache_dir() / 'targets' / targets.key}")
 
 
 def teacher(
@@ -205,27 +186,54 @@ def teacher(
 
     Args:
         out_dir: the run's folder; the model is its sub-folder "model".
-        pictures: number of scenes.
+        pictures: number of scenes. They have clean captions, and no student sees any of them.
     """
-    training, validation = teacher_data(data, pictures, settings.progress)
-    result = train_open_clip(TEACHER_CONFIG, training, validation, settings, out_dir)
-    metrics = result.validations()[-1]["validation"]
-    print(f"{Path(out_dir) / 'model'}: {result.steps} steps in {result.seconds:.0f} s, validation {metrics}")
+    require_both(data.train_data_path, data.val_data_path)
+    size = open_clip_config("teacher")["model_cfg"]["vision_cfg"]["image_size"]
+    reading = data.reading() | {"progress": settings.progress}
+    scenes = SceneConfig(pictures, size, "teacher", two_objects=0.1, captions="clean")
+    training = load_pairs(data.train_data_path, size, scenes=scenes, data_size=data.data_size, **reading)
+    scenes = SceneConfig(500, size, "val", captions="clean")
+    validation = load_pairs(data.val_data_path, size, split="val", scenes=scenes, **reading)
+    result = train_open_clip("teacher", training, validation, settings, out_dir)
+    folder, metrics = Path(out_dir) / "model", result.validations()[-1]["validation"]
+    print(f"{folder}: {result.steps} steps in {result.seconds:.0f} s, validation {metrics}")
     if not data.train_data_path:
         shown = ("max_epochs", "batch_size", "seed", "learning_rate", "weight_decay")
         options = " ".join(f"--{key} {getattr(settings, key)}" for key in shown)
         command = f"python -m mclip teacher --pictures {pictures} {options}"
-        records = evaluate_all({"teacher": load_model(Path(out_dir) / "model")})
-        write_card(Path(out_dir) / "model", "The teacher of the course", command, result.seconds, records)
+        records = evaluate_all({"teacher": load_model(folder)})
+        write_card(folder, "The teacher of the course", command, result.seconds, records)
 
 
-def teacher_data(data: DataOptions, pictures: int, progress: bool = True) -> tuple[Pairs, Pairs]:
-    """Pairs for a teacher: of scenes ``pictures`` with clean captions, and no scene that a student sees."""
-    size = TEACHER_CONFIG["model_cfg"]["vision_cfg"]["image_size"]
-    training = SceneConfig(pictures, size, "teacher", two_objects=0.1, captions="clean")
-    validation = SceneConfig(500, size, "val", captions="clean")
-    reading = {"progress": progress, **data.keys()}
-    return (
-        load_pairs(data.train_data_path, size, scenes=training, data_size=data.data_size, **reading),
-        load_pairs(data.val_data_path, size, split="val", scenes=validation, **reading),
-    )
+def export_student(
+    model_checkpoint: str = "kd",
+    out_dir: str = "runs/export",
+    int8: bool = True,
+    train_data_path: str = "",
+    pictures: int = 256,
+) -> None:
+    """Write a student into a folder that an app can carry, and check it there.
+
+    Args:
+        model_checkpoint: base, kd, or a model folder.
+        out_dir: a folder that does not exist yet.
+        int8: write graphs in 8-bit integers as well, a quarter of the size.
+        train_data_path: the pairs that the model was trained on, whose pictures calibrate int8; empty draws scenes.
+        pictures: how many of them.
+    """
+    from mclip.deploy.export import export  # onnx and onnxruntime take seconds, and no other command needs them
+
+    require(pictures > 0, "pictures", pictures, "calibration needs one or more")
+    model, _ = load_model(model_checkpoint)
+    remedy = "only a student can be exported: base, kd, or the model folder of a run"
+    require(isinstance(model, MobileCLIP), "model_checkpoint", model_checkpoint, remedy)
+    calibration = None
+    if int8:
+        size = model.config.image.image_size
+        pairs = load_pairs(train_data_path, size, scenes=SceneConfig(pictures, size, "train"), progress=False)
+        calibration = pairs.images[:pictures]
+    manifest = export(model, out_dir, Path(model_checkpoint).name, calibration)
+    for name, file in manifest["files"].items():
+        print(f"{name:16}{file['bytes']:12,} bytes")
+    print(f"{out_dir}: written, read again without PyTorch, and checked: {', '.join(manifest['forms'])}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from mclip.cli.commands import ProfileName
 from mclip.config import closest, get_profile, require
-from mclip.evaluate import evaluate_retrieval, evaluate_zero_shot, image_size_of
+from mclip.evaluate import evaluate_retrieval, evaluate_zero_shot, input_of
 from mclip.metrics import compare, describe
 from mclip.recipes import device_for, load_model, model_name
 from mclip.results import save_result
@@ -43,59 +43,57 @@ def evaluate(
         seed: of the bootstrap.
         compare_with: a second model, whose classes of the same pictures are compared with the first one's.
     """
-    _require_options(model_checkpoint, dataset, prompt, seed, compare_with)
+    retrieval = Path(dataset).suffix.lower() in CAPTIONS
+    _require_options(model_checkpoint, dataset, prompt, seed, compare_with, retrieval)
     names = [name for name in (model_checkpoint, compare_with) if name]
     models = {model_name(name): load_model(name, device_for("auto")) for name in names}
     remedy = "give another model than model_checkpoint, in a folder of another name"
     require(len(models) == len(names), "compare_with", compare_with, remedy)
-    if _is_captions(dataset):
-        ((name, (model, tokenizer)),) = models.items()
-        pairs = load_pairs(dataset, image_size_of(model), split="test")
-        record = evaluate_retrieval(model, tokenizer, pairs, name, seed=seed)
-        for way, recalls in record["metrics"].items():
-            print(f"{name:10} {way.replace('_', ' '):14} {_shown(recalls)}  n={record['n']}")
-        _save(record, save_results, name)
-        return
     count = get_profile(profile).test_pictures
     drawn = scene_sets(count=count) if dataset in (SCENES, *SETS) else {}
     for each in [*drawn, RELATION] if dataset == SCENES else [dataset]:
-        data = None if each == RELATION else zero_shot_set(each, root_dir or None, download, drawn)
+        data = None if retrieval or each == RELATION else zero_shot_set(each, root_dir or None, download, drawn)
         records = []
         for name, (model, tokenizer) in models.items():
-            if data is None:
+            if retrieval:
+                pairs = load_pairs(dataset, input_of(model).size, split="test")
+                record = evaluate_retrieval(model, tokenizer, pairs, name, seed=seed)
+                scores = {way.replace("_", " "): recalls for way, recalls in record["metrics"].items()}
+            elif data is None:
                 record = evaluate_relation(model, tokenizer, name, count=count // 2, seed=seed)
+                scores = {each: record["metrics"]}
             else:
                 record = evaluate_zero_shot(model, tokenizer, data, name, prompt=prompt or None, seed=seed)
-            scores = {key: record["metrics"][key] for key in dict.fromkeys(("top1", record["details"]["metric"]))}
-            print(f"{name:10} {record['dataset']:14} {_shown(scores)}  n={record['n']}")
+                scores = {record["dataset"]: record["metrics"]}
+            for title, metrics in scores.items():
+                keys = metrics if retrieval else dict.fromkeys(("top1", record["details"]["metric"]))
+                print(f"{name:10} {title:14} {_shown({key: metrics[key] for key in keys})}  n={record['n']}")
             _save(record, save_results, name)
             records.append(record)
         if compare_with:
-            paired, title = compare(*records), " - ".join(models)
-            print(f"{title}: {describe(paired)}")
+            paired = compare(*records)
+            print(f"{' - '.join(models)}: {describe(paired)}")
             _save(paired, save_results, "-".join(models))
 
 
-def _is_captions(dataset: str) -> bool:
-    return Path(dataset).suffix.lower() in CAPTIONS
-
-
-def _require_options(model_checkpoint: str, dataset: str, prompt: str, seed: int, compare_with: str) -> None:
-    """ConfigError for what cannot work, before anything is loaded or drawn: no option is left unheard."""
+def _require_options(
+    model_checkpoint: str, dataset: str, prompt: str, seed: int, compare_with: str, retrieval: bool
+) -> None:
+    """ConfigError for what cannot work, before anything is loaded or drawn: no option is ignored."""
     require(model_checkpoint != "", "model_checkpoint", "", "give base, kd, clip, teacher, or a model folder")
     require(seed >= 0, "seed", seed, "give a whole number from 0")
     known = (SCENES, *SETS, RELATION, *TORCHVISION_SETS)
-    there = dataset in known or _is_captions(dataset) or (dataset != "" and Path(dataset).expanduser().is_dir())
     remedy = f"{closest(dataset, known)} (or name a folder of pictures, or a {', '.join(CAPTIONS)} file of captions)"
+    there = dataset in known or retrieval or (dataset != "" and Path(dataset).expanduser().is_dir())
     require(there, "dataset", dataset, remedy)
-    remedy = "the scenes sets have prompts of their own; name one set"
-    require(not (prompt and dataset == SCENES), "prompt", prompt, remedy)
-    remedy = "the set relation is a choice between two captions of its own; leave the prompt out"
-    require(not (prompt and dataset == RELATION), "prompt", prompt, remedy)
-    remedy = "retrieval reads the captions of the file; leave the prompt out"
-    require(not (prompt and _is_captions(dataset)), "prompt", prompt, remedy)
+    own_prompts = {
+        SCENES: "the scenes sets have prompts of their own; name one set",
+        RELATION: "the set relation is a choice between two captions of its own; leave the prompt out",
+    }
+    remedy = "retrieval reads the captions of the file; leave the prompt out" if retrieval else own_prompts.get(dataset)
+    require(not (prompt and remedy), "prompt", prompt, str(remedy))
     remedy = "only answers of a classification are compared; evaluate the second model by itself"
-    require(not (compare_with and _is_captions(dataset)), "compare_with", compare_with, remedy)
+    require(not (compare_with and retrieval), "compare_with", compare_with, remedy)
 
 
 def _shown(scores: dict[str, Any]) -> str:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import inspect
+import os
 import re
 import sys
-from collections.abc import Callable
-from typing import Any, get_type_hints
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, get_args, get_type_hints
 
-from jsonargparse import ArgumentError, ArgumentParser
+from docstring_parser import parse as parse_docstring
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from mclip import __version__
-from mclip.config import ConfigError, DistillConfig, closest, from_yaml
+from mclip.config import ConfigError, DistillConfig, TrainConfig, closest, from_yaml, get_profile
 
 COMMANDS = {
     "train": ("mclip.cli.commands:train", "train a student on pairs alone"),
@@ -21,7 +24,7 @@ COMMANDS = {
     "teacher": ("mclip.cli.commands:teacher", "train a small teacher from scratch"),
     "cache": ("mclip.cli.commands:cache", "compute and keep what the teacher says of all pictures and captions"),
     "evaluate": ("mclip.cli.evaluate:evaluate", "classify pictures zero-shot"),
-    "export": ("mclip.deploy.export:export_student", "write a student into a folder that an app can carry"),
+    "export": ("mclip.cli.commands:export_student", "write a student into a folder that an app can carry"),
     "download": ("mclip.sources.caption_sets:download", "fetch captions or a test set; resumes"),
     "reproduce": ("mclip.study.reproduce:reproduce", "the long run: several seeds, and the results that are committed"),
     "photographs": ("mclip.study.reproduce:photographs", "base against kd on captions of real photographs"),
@@ -37,129 +40,159 @@ COMMANDS = {
     "course": ("mclip.cli.course:course", "execute the notebooks in order, and summarise what came out"),
 }
 """Name: (module:function, one line for the help). A module is imported only when its command is called."""
+POSITIONAL = {"download": "name", "study": "names"}
+"""The argument of a command that is given without its name."""
+SEVERAL: dict[Any, dict[str, Any]] = {
+    list[str]: {"nargs": "+"},
+    list[tuple[str, str]]: {"nargs": 2, "action": "append", "metavar": ("NAME", "VALUE")},
+}
+"""Types of options that take several words, as in ``--only 04 08`` and ``--parameters NAME VALUE``."""
+SWITCH = {"0": "false", "1": "true", "false": "false", "true": "true"}
+EPILOG = "The variable MCLIP_CACHE names the folder for downloads, drawn scenes and what the teacher says of pictures."
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Exit status: 0, 2 for wrong usage, 1 for a failed notebook, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(overview())
+        make_parser().print_help()
         return 0 if arguments else 2
-    if arguments[0] == "--version":
-        print(f"mclip {__version__}")
-        return 0
+    command, *rest = arguments
     try:
-        function, settings = parse(arguments[0], arguments[1:])
+        if command.startswith("-"):
+            make_parser().parse_args([command])  # --version prints, and exits
+        function, settings = parse(command, rest)
         function(**settings)
     except KeyboardInterrupt:
         return _report("interrupted", 130)
     except ArgumentError as error:
-        return _report(f"{_plain(error)} (python -m mclip {arguments[0]} --help lists the options)", 2)
+        helps = f"python -m mclip {'' if command.startswith('-') else f'{command} '}--help"
+        return _report(f"{error} ({helps} lists the options)", 2)
     except (OSError, ValueError, RuntimeError) as error:
-        ours = isinstance(error, OSError) or type(error).__module__.startswith("mclip.")
-        if not ours:
+        if not isinstance(error, OSError) and not type(error).__module__.startswith("mclip."):
             raise  # a defect of the program: its traceback is what helps
-        return _report(str(error), getattr(error, "exit_status", 2))
+        read_only = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        hint = f" (an option of {command} names another folder, see --help)" if read_only else ""
+        return _report(f"{error}{hint}", getattr(error, "exit_status", 2))
     return 0
 
 
-def overview() -> str:
-    """The help of ``python -m mclip``."""
-    lines = "\n".join(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items())
-    return f"usage: python -m mclip COMMAND [--help] [options]\n\ncommands:\n{lines}"
+def make_parser(command: str = "", options: ArgumentParser | None = None) -> ArgumentParser:
+    """The parser of all commands; only ``command`` has ``options``, since the others are not imported."""
+    parser = ArgumentParser(prog="python -m mclip", exit_on_error=False, epilog=EPILOG)
+    parser.add_argument("--version", action="version", version=f"mclip {__version__}")
+    describe = "python -m mclip COMMAND --help lists the options of a command."
+    commands = parser.add_subcommands(title="commands", description=describe, metavar="COMMAND", required=False)
+    for name, (_, summary) in COMMANDS.items():
+        commands.add_subcommand(name, options if name == command else ArgumentParser(), help=summary)
+    return parser
 
 
 def parse(command: str, arguments: list[str]) -> tuple[Callable[..., None], dict[str, Any]]:
     """The function of ``command`` and its keyword arguments; ConfigError or ArgumentError if one is wrong.
 
-    Each field of a dataclass among the function's parameters is an option of its own.
+    Each field of a dataclass among the function's parameters is an option of its own. What is written on the command
+    line wins over the file ``--config``, which wins over the file ``--auto_kd_config``, the profile and the defaults.
     """
     if command not in COMMANDS:
         raise ConfigError(f"no command {command!r}; {closest(command, COMMANDS)}")
-    target, summary = COMMANDS[command]
-    module, name = target.split(":")
+    module, name = COMMANDS[command][0].split(":")
     function = getattr(importlib.import_module(module), name)
-    parameters = inspect.signature(function).parameters
-    groups = {key: kind for key, kind in get_type_hints(function).items() if dataclasses.is_dataclass(kind)}
-    fields = {key: kind for group in groups.values() for key, kind in get_type_hints(group).items()}
-    parser = ArgumentParser(prog=f"python -m mclip {command}", description=summary, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file of options; those written after it win")
-    own_form = _add_course_options(parser) if command == "course" else set()
-    if command in ("bench", "efficiency"):
-        parser.add_argument("--only", nargs="+", type=str, metavar="PART", help="parts to measure, as in steps loading")
-        own_form = {"only"}
-    for kind in groups.values():
-        parser.add_class_arguments(kind)
-    in_place = command == "download"  # the one command whose argument needs no name
-    parser.add_function_arguments(function, as_positional=in_place, skip={*own_form, *groups}, fail_untyped=True)
-    if DistillConfig in groups.values():
-        helps = "YAML file of phases, weights, temperatures and balancers; single options win over it"
-        parser.add_argument("--auto_kd_config", type=str, default="", help=helps)
-    for key in groups.keys() & {key for key, p in parameters.items() if p.default is not p.empty}:
-        parser.set_defaults(_values(parameters[key].default))
-    _require_known(command, arguments, {*fields, *parameters.keys() - groups, "auto_kd_config"})
-    arguments = _with_values(arguments, {f"--{key}" for key, kind in fields.items() if kind is bool})
-    if "profile" in fields:
-        _set_profile(parser, arguments)
-    settings = parser.instantiate(parser.parse_args(arguments)).as_dict()
-    del settings["config"]
-    settings.pop("auto_kd_config", None)
-    for key, kind in groups.items():
-        settings[key] = kind(**{field.name: settings.pop(field.name) for field in dataclasses.fields(kind)})
-    return function, settings
+    parameters = inspect.signature(function, eval_str=True).parameters
+    groups = {key: p for key, p in parameters.items() if dataclasses.is_dataclass(p.annotation)}
+    types = {key: p.annotation for key, p in parameters.items() if key not in groups}
+    for group in groups.values():
+        types |= get_type_hints(group.annotation)
+    options = _options(command, function, parameters, groups)
+    words = _with_values(arguments, {f"--{key}" for key, kind in types.items() if kind is bool})
+    try:
+        # Without the defaults, what remains is what was written.
+        written = make_parser(command, options).parse_args([command, *words], defaults=False)[command].as_dict()
+    except ArgumentError as error:
+        raise _in_plain_words(error, command, {*types, "config", "auto_kd_config"}) from None
+    written = {key: os.path.expanduser(value) if isinstance(value, str) else value for key, value in written.items()}
+    terms, profile = written.pop("auto_kd_config", ""), written.get("profile", "cpu")
+    print_config = written.pop("print_config", False)
+    written.pop("config", None)
+    settings = {}
+    for key, group in groups.items():
+        before = _before_options(group, profile, terms)
+        settings[key] = dataclasses.replace(
+            before, **{name: written.pop(name) for name in vars(before).keys() & written}
+        )
+    if print_config:
+        everything = options.get_defaults().as_dict() | written | {"config": None, "print_config": None}
+        for config in settings.values():
+            everything |= vars(config)
+        print(options.dump(Namespace(everything), skip_none=True))
+        raise SystemExit(0)
+    return function, settings | written
 
 
-def _require_known(command: str, arguments: list[str], known: set[str]) -> None:
-    known |= {"config", "print_config", "help"}
-    for word in arguments:
-        name = word.removeprefix("--").split("=")[0].split(".")[0]
-        if word.startswith("--") and name and name not in known:
-            hint = closest(name, known)
-            raise ConfigError(f"--{name}: no such option of {command}; {hint}")
+def _options(
+    command: str,
+    function: Callable[..., None],
+    parameters: Mapping[str, inspect.Parameter],
+    groups: Mapping[str, inspect.Parameter],
+) -> ArgumentParser:
+    options = ArgumentParser(
+        description=COMMANDS[command][1], exit_on_error=False, allow_abbrev=False, print_config=None
+    )
+    options.add_argument("--config", action="config", help="YAML file of options; those written after it win")
+    options.add_argument("--print_config", action="store_true", help="print all options as such a file, and exit")
+    for group in groups.values():
+        options.add_class_arguments(group.annotation)
+        options.set_defaults(vars(_before_options(group, "cpu", "")))
+        if group.annotation is DistillConfig:
+            helps = "YAML file of phases, weights, temperatures and balancers; single options win over it"
+            options.add_argument("--auto_kd_config", type=str, default="", help=helps)
+    documented = {each.arg_name: each.description for each in parse_docstring(function.__doc__ or "").params}
+    skip = set(groups)
+    for key, parameter in parameters.items():
+        kinds = SEVERAL.keys() & {parameter.annotation, *get_args(parameter.annotation)}
+        if not kinds:
+            continue
+        form, names = SEVERAL[kinds.pop()], [f"--{key}"]
+        if key == "parameters":
+            names.insert(0, "-p")
+        if key == POSITIONAL.get(command):
+            form, names = {"nargs": "*"}, [key]
+        options.add_argument(*names, type=str, default=parameter.default, help=documented[key], **form)
+        skip.add(key)
+    options.add_function_arguments(function, as_positional=command in POSITIONAL, skip=skip, fail_untyped=True)
+    return options
 
 
-def _set_profile(parser: ArgumentParser, arguments: list[str]) -> None:
-    """Make the chosen profile's numbers, and those of ``--auto_kd_config``, the defaults that options override."""
-    from mclip.config import TRAINING, get_profile
-
-    def use(profile: str) -> None:
-        chosen = get_profile(profile)
-        parser.set_defaults({key: getattr(chosen, key) for key in TRAINING})
-
-    use("cpu")
-    first = parser.parse_args(arguments)
-    use(first.profile)
-    if first.get("auto_kd_config"):
-        parser.set_defaults(_values(from_yaml(DistillConfig, first.auto_kd_config)))
+def _before_options(group: inspect.Parameter, profile: str, terms: str) -> Any:
+    """The settings of one dataclass before single options change them: the command's own, the file's, the profile's."""
+    if group.default is not group.empty:
+        return group.default
+    if group.annotation is TrainConfig:
+        return get_profile(profile).training()
+    if group.annotation is DistillConfig and terms:
+        return from_yaml(DistillConfig, terms)
+    return group.annotation()
 
 
 def _with_values(arguments: list[str], switches: set[str]) -> list[str]:
-    """A switch such as ``--use_swa`` may stand alone, which means true, or be followed by 0 or 1."""
-    words, digits = [], {"0": "false", "1": "true"}
-    for word, following in zip(arguments, [*arguments, "--"][1:], strict=True):
-        words.append(digits.get(word, word) if words and words[-1] in switches else word)
-        if word in switches and following.startswith("-"):
+    """A switch such as ``--use_swa`` may stand alone, which means true, or be followed by 0, 1, false or true."""
+    words = []
+    for word, following in zip(arguments, [*arguments, ""][1:], strict=True):
+        words.append(SWITCH.get(word, word) if words and words[-1] in switches else word)
+        if word in switches and following not in SWITCH:
             words.append("true")
     return words
 
 
-def _values(config: Any) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-
-
-def _add_course_options(parser: ArgumentParser) -> set[str]:
-    """Options of ``course`` that read better than a function's signature would give; returns their names."""
-    pair, pair_help = ("NAME", "VALUE"), "a parameter for every notebook that declares NAME; may be repeated"
-    parser.add_argument("-p", "--parameters", nargs=2, action="append", metavar=pair, help=pair_help)
-    parser.add_argument("--only", nargs="+", type=str, metavar="NN", help="numbers of notebooks, as in 04 08")
-    parser.add_argument("--prepare", action="store_true", help="write the copies to be executed, run nothing")
-    return {"parameters", "only", "prepare"}
-
-
-def _plain(error: ArgumentError) -> str:
-    """The message in words of the command line: Python's names of types mean nothing there."""
-    named = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", str(error))
-    return re.sub(r"a <class '(\w+)'>", r"\1", named)
+def _in_plain_words(error: ArgumentError, command: str, known: Iterable[str]) -> Exception:
+    """The error without Python's names of types, and for an option that does not exist with the nearest name."""
+    message = str(error)
+    if unknown := re.search(r"(?i)unrecognized arguments: --([^\s=]+)|does not accept option '(.+)'", message):
+        name = unknown[1] or unknown[2]
+        return ConfigError(f"--{name}: no such option of {command}; {closest(name, known)}")
+    message = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", message)
+    message = re.sub(rf"\b{command}\.(\w+)", r"--\1", re.sub(r"a <class '(\w+)'>", r"\1", message))
+    return ArgumentError(None, message)
 
 
 def _report(message: str, status: int) -> int:

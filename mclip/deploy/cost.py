@@ -1,4 +1,4 @@
-"""What a model costs to keep and to run: parameters, multiply-adds, bytes, milliseconds and memory.
+"""What a model costs to keep and to run: parameters, multiply-adds, bytes and milliseconds.
 
 The models have random weights, because the cost does not depend on them. The rivals are those that open_clip ships,
 in the form in which they would be deployed; so is the student.
@@ -7,12 +7,12 @@ in the form in which they would be deployed; so is the student.
 from __future__ import annotations
 
 import io
-import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -20,15 +20,14 @@ import open_clip
 import torch
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from mclip.config import PRESETS, ModelConfig, closest, require
+from mclip.deploy.export import quiet, write_graphs, write_int8
 from mclip.deploy.fused import fold_batch_norm, fused
-from mclip.deploy.quantise import int8_image, int8_text
+from mclip.deploy.reader import GRAPHS, session
 from mclip.image_encoder import stage_names
 from mclip.model import MobileCLIP
-from mclip.results import describe_model
 from mclip.text_encoder import padding_mask
 
 CAPTION = "a small brown dog runs across the green grass today"
@@ -43,8 +42,43 @@ RIVALS = (
     "ViT-S-32-alt",
 )
 """OpenAI's architecture; MobileCLIP, of whose S0 open_clip has the second version; two of about TinyCLIP's sizes."""
-Form = Literal["deployed", "trained", "int8"]
+Form = Literal["deployed", "trained", "ONNX", "int8"]
 Call = Callable[[], Any]
+
+
+class Graphs:
+    """The two graphs of an exported student, with the encoders of open_clip and as many threads as PyTorch has.
+
+    Attributes:
+        megabytes: size of both files, in MB of 10^6 bytes.
+    """
+
+    def __init__(self, model: MobileCLIP, int8: bool) -> None:
+        """Export ``model``. The ranges of int8 mean nothing, because the calibration pictures are noise."""
+        noise = torch.rand(8, 3, model.config.image.image_size, model.config.image.image_size)
+        with TemporaryDirectory() as name:
+            write_graphs(model, folder := Path(name))
+            if int8:
+                write_int8(folder, noise.numpy())
+            self._files = [(folder / graph).read_bytes() for graph in GRAPHS["int8" if int8 else "float32"]]
+        self.megabytes = sum(map(len, self._files)) / 1e6
+        self._sessions: dict[int, list[Any]] = {}
+        self.encode_image(noise[:1])  # opens the graphs, which is no part of a call that is measured
+
+    def _run(self, half: int, inputs: Tensor) -> Tensor:
+        count = torch.get_num_threads()
+        if count not in self._sessions:
+            self._sessions[count] = [session(file, count) for file in self._files]
+        graph = self._sessions[count][half]
+        return torch.from_numpy(graph.run(None, {graph.get_inputs()[0].name: inputs.numpy()})[0])
+
+    def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
+        """Prepared pictures (B, 3, S, S) -> embeddings (B, d), always of length 1."""
+        return self._run(0, images)
+
+    def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
+        """Token ids (B, T) -> embeddings (B, d), always of length 1."""
+        return self._run(1, tokens)
 
 
 @dataclass(frozen=True)
@@ -57,15 +91,13 @@ class Candidate:
         image_size: side of its pictures in pixels.
         tokenizer: captions -> token ids.
         parameters: numbers of parameters by part, as trained.
-        description: the ``model`` field of a results record.
     """
 
     name: str
-    model: nn.Module
+    model: nn.Module | Graphs
     image_size: int
     tokenizer: Callable[[list[str]], Tensor]
     parameters: dict[str, int]
-    description: dict[str, Any]
 
     def calls(self, batch: int = 1) -> dict[str, Call]:
         """What is timed: ``batch`` pictures of noise, and ``batch`` times the caption, to normalised embeddings."""
@@ -76,32 +108,44 @@ class Candidate:
             "text": lambda: self.model.encode_text(tokens, normalize=True),
         }
 
+    @property
+    def megabytes(self) -> float:
+        """Size of the weights, or of the graphs, in files, in MB of 10^6 bytes."""
+        return self.model.megabytes if isinstance(self.model, Graphs) else checkpoint_megabytes(self.model)
+
+    def multiply_adds(self) -> dict[str, int]:
+        """Multiply-adds of each half, for one sample; empty for graphs, whose operations PyTorch does not see."""
+        if isinstance(self.model, Graphs):
+            return {}
+        return {half: multiply_adds(call) for half, call in self.calls().items()}
+
 
 def candidate(name: str, form: Form = "deployed") -> Candidate:
     """The preset or open_clip architecture ``name`` with random weights.
 
     Deployed: BatchNorm folded into convolutions, parallel branches added up (``reparameterize_model`` of timm), the
-    student fused. Trained: as training leaves it. int8: the deployed student, quantised (its ranges mean nothing, as
-    it has seen noise).
+    student fused. Trained: as training leaves it. ONNX and int8: the deployed student in ONNX Runtime.
     """
     require(name in PRESETS or name in open_clip.list_models(), "model", name, closest(name, [*PRESETS, *RIVALS]))
     ours = name in PRESETS
-    require(ours or form != "int8", "form", form, f"{name} is not a preset; only the student has an int8 form")
+    exported = form in ("ONNX", "int8")
+    require(ours or not exported, "form", form, f"{name} is not a preset; only the student has the form {form}")
     torch.manual_seed(0)
     if ours:
         model, config = random_model(name)
         size, tokenizer = config.image.image_size, model.tokenizer
     else:
-        model, tokenizer = _without_warning(open_clip.create_model, name), open_clip.get_tokenizer(name)
+        with quiet():  # open_clip warns that there are no weights, which is as it should be
+            model, tokenizer = open_clip.create_model(name), open_clip.get_tokenizer(name)
         size = model.visual.image_size
         size = size if isinstance(size, int) else size[0]
     label = candidate_name(name, form)
-    counts, description = parameter_parts(model.eval()), describe_model(label, model)
-    if form != "trained":
+    counts = parameter_parts(model.eval())
+    if exported:
+        model = Graphs(model, form == "int8")
+    elif form == "deployed":
         model = fused(model) if ours else fold_batch_norm(reparameterize_model(model))
-    if form == "int8":
-        model = int8_image(int8_text(model), torch.rand(8, 3, size, size))
-    return Candidate(label, model, size, tokenizer, counts, description)
+    return Candidate(label, model, size, tokenizer, counts)
 
 
 def candidate_name(name: str, form: Form) -> str:
@@ -109,12 +153,11 @@ def candidate_name(name: str, form: Form) -> str:
     return name if form == "deployed" else f"{name}, {'as trained' if form == 'trained' else form}"
 
 
-def _without_warning(create: Callable[[str], nn.Module], name: str) -> nn.Module:
-    logging.disable(logging.WARNING)  # open_clip warns that there are no weights, which is as it should be
-    try:
-        return create(name)
-    finally:
-        logging.disable(logging.NOTSET)
+def random_model(name: str) -> tuple[MobileCLIP, ModelConfig]:
+    """A preset with random weights."""
+    config = replace(PRESETS[name], image=replace(PRESETS[name].image, pretrained=False))
+    torch.manual_seed(0)
+    return MobileCLIP(config), config
 
 
 def parameter_parts(model: nn.Module) -> dict[str, int]:
@@ -173,7 +216,7 @@ def latency(calls: Mapping[str, Call], rounds: int = 20, repeats: int = 3) -> di
         For each name the ``median`` and 95th percentile ``p95`` of the clock on the wall, and ``cpu``, the median of
         the processor's time. With one thread and nothing else running, median and cpu agree.
     """
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    clock: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     with torch.inference_mode():
         for _ in range(rounds):
             for name, call in calls.items():
@@ -181,50 +224,31 @@ def latency(calls: Mapping[str, Call], rounds: int = 20, repeats: int = 3) -> di
                 for _ in range(repeats):
                     begun, worked = time.perf_counter(), time.process_time()
                     call()
-                    found[name].append((time.perf_counter() - begun, time.process_time() - worked))
-    return {name: _summary(1000 * np.array(pairs)) for name, pairs in found.items()}
+                    clock[name].append((time.perf_counter() - begun, time.process_time() - worked))
+    summary = {}
+    for name, pairs in clock.items():
+        wall, cpu = 1000 * np.array(pairs).T
+        numbers = {"median": np.median(wall), "p95": np.quantile(wall, 0.95), "cpu": np.median(cpu)}
+        summary[name] = {key: float(value) for key, value in numbers.items()}
+    return summary
 
 
-def _summary(pairs: np.ndarray) -> dict[str, float]:
-    wall, cpu = pairs.T
-    found = {"median": np.median(wall), "p95": np.quantile(wall, 0.95), "cpu": np.median(cpu)}
-    return {name: float(value) for name, value in found.items()}
-
-
-def time_by_part(parts: Mapping[str, nn.Module], call: Call, rounds: int = 20) -> dict[str, float]:
-    """Milliseconds that ``call`` spends in each of the modules ``parts``, by torch.profiler, after one warm-up."""
-    marks: list[record_function] = []
-
-    def enter(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            marks.append(record_function(name))
-            marks[-1].__enter__()
-
-        return hook
-
-    def leave(*_: Any) -> None:
-        marks.pop().__exit__(None, None, None)
-
-    handles = [module.register_forward_pre_hook(enter(name)) for name, module in parts.items()]
-    handles += [module.register_forward_hook(leave) for module in parts.values()]
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports its start, and a missing GPU, as errors
-    try:
-        with torch.inference_mode():
-            call()
-            with profile(activities=[ProfilerActivity.CPU]) as profiler:
-                for _ in range(rounds):
-                    call()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {e.key: e.cpu_time_total / rounds / 1000 for e in profiler.key_averages() if e.key in parts}
-
-
-def random_model(name: str) -> tuple[MobileCLIP, ModelConfig]:
-    """A preset with random weights."""
-    config = replace(PRESETS[name], image=replace(PRESETS[name].image, pretrained=False))
-    torch.manual_seed(0)
-    return MobileCLIP(config), config
+def stage_times(preset: str = "mobile-256", rounds: int = 20) -> dict[str, float]:
+    """Median milliseconds of one picture in each stage of the deployed image encoder, on one thread."""
+    measured = candidate(preset)
+    trunk = measured.model.image_encoder.trunk
+    x = torch.rand(1, 3, measured.image_size, measured.image_size).contiguous(memory_format=torch.channels_last)
+    calls = {}
+    with torch.inference_mode():
+        for number, layer in enumerate(trunk):
+            calls[number] = lambda layer=layer, x=x: layer(x)
+            x = layer(x)
+    with threads(1):
+        clock = latency(calls, rounds)
+    stages = dict.fromkeys(stage_names(), 0.0)
+    for number, name in enumerate(stage_names()):
+        stages[name] += clock[number]["median"]
+    return stages
 
 
 def block_times(preset: str = "klmobile", rounds: int = 30) -> dict[str, dict[str, Any]]:
@@ -233,32 +257,17 @@ def block_times(preset: str = "klmobile", rounds: int = 30) -> dict[str, dict[st
     By number of tokens, one caption, one thread: milliseconds, and multiply-adds, of each.
     """
     model, config = random_model(preset)
-    text, number = config.text, len(config.text.kernels) // 2
-    lsra = fused(model.eval()).text_encoder.blocks[number]
+    text = config.text
+    lsra = fused(model.eval()).text_encoder.blocks[len(text.kernels) // 2]
     plain = nn.TransformerEncoderLayer(text.width, text.heads, text.feed_forward, batch_first=True, norm_first=True)
     plain = plain.eval().requires_grad_(False)
-    found = {}
+    times = {}
     for length in (12, text.context_length):
         x, padding = torch.randn(1, length, text.width), padding_mask(torch.ones(1, length, dtype=torch.long))
         calls = {"LSRA": lambda x=x, padding=padding: lsra(x, padding), "plain": lambda x=x: plain(x)}
         with threads(1):
             clock = latency(calls, rounds)
-        found[str(length)] = {
+        times[str(length)] = {
             name: clock[name] | {"multiply_adds": multiply_adds(call)} for name, call in calls.items()
         }
-    return found
-
-
-def stage_times(preset: str = "mobile-256", rounds: int = 20) -> dict[str, float]:
-    """Milliseconds of one picture in each stage of the deployed image encoder, one thread, by torch.profiler."""
-    each = candidate(preset)
-    layers = {
-        f"{number:02} {name}": layer
-        for number, (name, layer) in enumerate(zip(stage_names(), each.model.image_encoder.trunk, strict=True))
-    }
-    with threads(1):
-        found = time_by_part(layers, each.calls()["image"], rounds)
-    stages = dict.fromkeys(stage_names(), 0.0)
-    for name, milliseconds in found.items():
-        stages[name.split(" ")[1]] += milliseconds
-    return stages
+    return times

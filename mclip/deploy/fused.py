@@ -39,23 +39,8 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     return model
 
 
-def _plain(conv: DepthwiseConv) -> nn.Conv2d:
-    """The library's own convolution, with the same weights: the other form is for gradients."""
-    new = nn.Conv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups, bias=False
-    )
-    new.weight = conv.weight
-    return new
-
-
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    new = nn.Linear(weight.shape[1], weight.shape[0])
-    new.weight, new.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
-    return new
-
-
 class FusedBlock(nn.Module):
-    """An :class:`~mclip.text_encoder.LSRABlock` for inference, made of plain ``nn.Linear`` layers.
+    """An :class:`~mclip.text_encoder.LSRABlock` for inference.
 
     Attributes:
         matrices: LightConv's banded matrices (H, L, L) for the longest caption L; a shorter one uses their corner.
@@ -63,18 +48,16 @@ class FusedBlock(nn.Module):
 
     def __init__(self, block: LSRABlock, context_length: int) -> None:
         super().__init__()
-        attention = block.attention
-        self.heads = attention.num_heads
         self.norm, self.gate, self.mix, self.feed_forward = block.norm, block.gate, block.mix, block.feed_forward
-        self.query_key_value = _linear(attention.in_proj_weight, attention.in_proj_bias)
-        self.out = _linear(attention.out_proj.weight, attention.out_proj.bias)
+        self.attention, self.heads = block.attention, block.attention.num_heads
         self.register_buffer("matrices", toeplitz(block.conv.weight.detach().softmax(1), context_length))
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         """x (B, T, d), padding (B, T) with True = pad -> (B, T, d), as the block that it was made of."""
         batch, length, _ = x.shape
         left, right = self.norm(x).chunk(2, dim=2)
-        parts = self.query_key_value(left).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        query_key_value = F.linear(left, self.attention.in_proj_weight, self.attention.in_proj_bias)
+        parts = query_key_value.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         right = F.glu(self.gate(right), dim=2)
         mask = None
         # One caption alone is as long as itself: it has no padding to hide. A graph that is exported serves any batch.
@@ -82,7 +65,7 @@ class FusedBlock(nn.Module):
             mask, right = ~padding[:, None, None, :], right.masked_fill(padding[:, :, None], 0)
         left = F.scaled_dot_product_attention(*parts, attn_mask=mask).transpose(1, 2).reshape(batch, length, -1)
         right = mix_steps(self.matrices[:, :length, :length], right)
-        x = x + torch.cat([self.out(left), self.mix(right)], dim=2)
+        x = x + torch.cat([self.attention.out_proj(left), self.mix(right)], dim=2)
         return x + self.feed_forward(x)
 
 
@@ -95,12 +78,11 @@ def fused(model: MobileCLIP) -> MobileCLIP:
     trained = isinstance(model, MobileCLIP) and all(isinstance(b, LSRABlock) for b in model.text_encoder.blocks)
     require(trained, "model", type(model).__name__, remedy)
     new = copy.deepcopy(model)
-    for parent in list(new.image_encoder.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, DepthwiseConv):
-                setattr(parent, name, _plain(child))
-            elif isinstance(child, nn.Hardswish | nn.Hardsigmoid):
-                child.inplace = True  # no backward pass will ask for the input
+    for layer in new.image_encoder.modules():
+        if isinstance(layer, DepthwiseConv):
+            layer.__class__ = nn.Conv2d  # the subclass is for gradients, and holds nothing of its own
+        elif isinstance(layer, nn.Hardswish | nn.Hardsigmoid):
+            layer.inplace = True  # no backward pass will ask for the input
     fold_batch_norm(new.image_encoder.eval())
     new.image_encoder.to(memory_format=torch.channels_last)  # what the CPU's convolutions read without a copy
     text = new.text_encoder

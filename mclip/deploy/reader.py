@@ -1,35 +1,40 @@
 """A student as an app carries it: pictures and sentences to embeddings, without PyTorch.
 
-It reads a folder that :mod:`mclip.export` wrote, and needs numpy, Pillow, onnxruntime and tokenizers. Nothing else of
-mclip is imported: a copy of this file beside the folder is enough.
+It reads a folder that :mod:`mclip.deploy.export` wrote, and needs numpy, Pillow, onnxruntime and tokenizers. It imports
+nothing else of mclip: a copy of this file beside the folder is enough.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from tokenizers import Tokenizer
 
-KIND, VERSION = "mclip.export", 1
-MANIFEST_FILE, TOKENIZER_FILE, PREPROCESS_FILE, GOLDEN_FILE = (
-    "manifest.json",
-    "tokenizer.json",
-    "preprocess.json",
-    "golden.npz",
-)
-GRAPHS = {"float32": ("image.onnx", "text.onnx"), "int8": ("image-int8.onnx", "text-int8.onnx")}
-"""By form, the graph of each half."""
-TOLERANCE = {"float32": 1e-4, "int8": 0.1}
-"""By form, how far the cosine of an embedding with that of PyTorch's float model may fall below 1."""
+KIND, VERSION = "mclip.export", 2
+MANIFEST_FILE, TOKENIZER_FILE = "manifest.json", "tokenizer.json"
+PREPROCESS_FILE, GOLDEN_FILE = "preprocess.json", "golden.npz"
+GRAPHS = {
+    "float32": ("image.onnx", "text.onnx"),
+    "int8": ("image-int8.onnx", "text-int8.onnx"),
+    "int8 image": ("image-int8.onnx", "text.onnx"),
+    "int8 text": ("image.onnx", "text-int8.onnx"),
+}
+"""By form, the graph of each half. The last two forms keep one half in float32."""
 FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 """Pillow's numbers for what fills a pixel of a resized picture."""
+UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow and :func:`as_rgb` raise for a picture that cannot be read."""
+LONGEST = 8
+"""A picture may be this many times as long as it is wide; of a longer one only the middle is used."""
 
 Picture = Image.Image | np.ndarray | str | Path
 
@@ -38,22 +43,58 @@ class DeployError(ValueError):
     """A folder that cannot be used, or that computes something else here; the message names the file."""
 
 
-def open_picture(picture: Picture) -> Image.Image:
-    """A path, a PIL picture or an array (H, W, 3) uint8 as a PIL picture in RGB, 8 bits each.
+# The next two functions are copies of those in mclip/pictures.py, so that a device sees what training saw.
+def middle(width: int, height: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the part that is used: the whole picture, or the middle of a very long one.
 
-    A file is turned the right way up first: cameras store what the sensor saw, and a note (EXIF) of how they were held.
+    The model sees a square. Resizing all of a picture of 1 x 60,000 pixels would take gigabytes for pixels that the
+    centre crop then throws away. The middle that is left is wide enough for the resampling filter.
+    """
+    left, top = (max(0, side - LONGEST * min(width, height)) // 2 for side in (width, height))
+    return left, top, width - left, height - top
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """``picture`` in mode RGB, turned as the camera's note in EXIF says; one that is so already comes back itself.
+
+    Greys of 16 bits are scaled to 8, 65,535 to 255. What is transparent becomes white, as on a page. Of an animation
+    the first picture is used, of a very long picture the middle (see :func:`middle`).
+
+    Raises: one of ``UNREADABLE``: ValueError for modes I and F, which do not say what is white, or what Pillow makes
+        of a damaged file. Whoever knows the file's name says it.
+    """
+    picture.load()
+    if "exif" in picture.info and picture.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
+        picture = ImageOps.exif_transpose(picture)  # takes the note away too, so that nothing is turned twice
+    box = middle(*picture.size)
+    if box != (0, 0, *picture.size):
+        picture = picture.crop(box)
+    if picture.mode.startswith("I;16"):  # Pillow would cut off at 255
+        grey = (np.asarray(picture).astype(np.uint32) + 128) // 257
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"mode {picture.mode} does not say which number is white: save it with 8 or 16 bits")
+    if picture.has_transparency_data:
+        page = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(page, picture.convert("RGBA")).convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def open_picture(picture: Picture) -> Image.Image:
+    """A path, a PIL picture or an array (H, W, 3) uint8, as :func:`as_rgb` makes it.
+
+    Raises: DeployError, which names the file where it is known.
     """
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             raise DeployError(f"a picture of {picture.dtype} {picture.shape}: give uint8 (H, W, 3), red first.")
         picture = Image.fromarray(picture)
-    elif not isinstance(picture, Image.Image):
-        try:
-            with Image.open(picture) as opened:
-                picture = ImageOps.exif_transpose(opened).convert("RGB")
-        except OSError as error:
-            raise DeployError(f"{picture}: not readable as a picture ({error}).") from error
-    return picture.convert("RGB")
+    given = isinstance(picture, Image.Image)
+    try:
+        return as_rgb(picture if given else Image.open(picture))
+    except UNREADABLE as error:
+        name = getattr(picture, "filename", "") or "a picture" if given else picture
+        raise DeployError(f"{name}: not readable as a picture ({error}).") from error
 
 
 def prepare(picture: Picture, settings: dict[str, Any]) -> np.ndarray:
@@ -72,6 +113,13 @@ def prepare(picture: Picture, settings: dict[str, Any]) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
+def session(graph: Path | bytes, threads: int = 0) -> onnxruntime.InferenceSession:
+    """A graph, from a file or its bytes, ready to compute on the CPU; 0 threads leave their number to ONNX Runtime."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
 class Deployed:
     """Both halves of an exported student.
 
@@ -86,30 +134,32 @@ class Deployed:
         """Load and check an exported folder.
 
         Args:
-            form: float32 or int8.
+            form: float32, int8, or "int8 image" or "int8 text" for one half in int8.
             threads: that a call computes with; 0 leaves it to ONNX Runtime.
             check: compute the examples of ``golden.npz`` and compare.
 
         Raises:
             DeployError: a file is missing, is not what was exported, or gives other numbers on this device.
         """
-        self.folder, self.form = Path(folder), form
+        self.folder, self.form = Path(folder).expanduser(), form
         if form not in GRAPHS:
-            raise DeployError(f"form={form!r} cannot work: choose {' or '.join(GRAPHS)}.")
+            raise DeployError(f"form={form!r} cannot work: choose {', '.join(GRAPHS)}.")
         self.graphs = GRAPHS[form]
         self.manifest = self._read_json(MANIFEST_FILE)
-        if self.manifest.get("kind") != KIND or self.manifest.get("version") != VERSION:
-            raise DeployError(f"{self.folder / MANIFEST_FILE}: not of mclip's export, version {VERSION}; export again.")
+        if self.manifest.get("kind") != KIND:
+            raise DeployError(
+                f"{self.folder / MANIFEST_FILE}: not written by mclip's export; export the student again."
+            )
+        if (version := self.manifest.get("version")) != VERSION:
+            raise DeployError(
+                f"{self.folder / MANIFEST_FILE}: written by version {version} of the export, and this reader reads "
+                f"version {VERSION}; export again, or use the reader of that version."
+            )
         for name in (*self.graphs, TOKENIZER_FILE, PREPROCESS_FILE, GOLDEN_FILE):
             self._require_whole(name)
         self.settings = self._read_json(PREPROCESS_FILE)
         self.tokenizer = Tokenizer.from_file(str(self.folder / TOKENIZER_FILE))
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
-        self._image, self._text = (
-            onnxruntime.InferenceSession(self.folder / name, options, providers=["CPUExecutionProvider"])
-            for name in self.graphs
-        )
+        self._image, self._text = (session(self.folder / name, threads) for name in self.graphs)
         if check:
             self.check()
 
@@ -177,24 +227,28 @@ class Deployed:
         return self.encode_images(pictures) @ self.classifier(class_names, templates)
 
     def check(self) -> None:
-        """Compute the examples of ``golden.npz`` step by step; DeployError for the first step that is off."""
-        for name, text in self.deviations():
-            raise DeployError(f"{self.folder / name}: {text}; do not trust this folder on this device.")
+        """Compute the examples of ``golden.npz`` step by step.
 
-    def deviations(self) -> Iterator[tuple[str, str]]:
-        """The steps that give something else than when exported: the file that decides the step, and what is off."""
+        Raises: DeployError for the first step that gives something else than when exported. It names the file that
+            decides the step.
+        """
         with np.load(self.folder / GOLDEN_FILE, allow_pickle=False) as golden:
             grey = 1 / (255 * min(self.settings["std"])) + 2e-3  # one level, and the rounding of the stored numbers
-            off = np.abs(self.prepare(list(golden["pictures"])) - golden["prepared"].astype(np.float32)).max()
-            if off > grey:
-                yield PREPROCESS_FILE, f"a prepared picture is off by up to {off:.1f} standard deviations"
+            inputs = golden["prepared"].astype(np.float32)
+            for name, expected in zip(golden["pictures"].tolist(), inputs, strict=True):
+                off = np.abs(prepare(Image.open(io.BytesIO(golden[name].tobytes())), self.settings) - expected).max()
+                text = f"the picture {name} is off by up to {off:.1f} standard deviations"
+                self._require_same(off <= grey, PREPROCESS_FILE, text)
             tokens = self.tokenize(golden["texts"].tolist())
-            if tokens.shape != golden["tokens"].shape or (tokens != golden["tokens"]).any():
-                yield TOKENIZER_FILE, "a text has other tokens"
-            images = self.encode_prepared(golden["prepared"].astype(np.float32))
-            texts = self.encode_tokens(golden["tokens"])
-            steps = zip(self.graphs, (images, texts), ("image_embeddings", "text_embeddings"), strict=True)
-            for name, found, key in steps:
-                lowest = (found * golden[key]).sum(1).min()
-                if not lowest > 1 - TOLERANCE[self.form]:  # not-a-number is wrong as well
-                    yield name, f"an embedding has cosine {lowest:.4f} with the exported one"
+            same = np.array_equal(tokens, golden["tokens"])
+            self._require_same(same, TOKENIZER_FILE, "a text has other tokens")
+            images = self.encode_prepared(inputs) * golden["image_embeddings"]
+            texts = self.encode_tokens(tokens) * golden["text_embeddings"]
+            for name, products in zip(self.graphs, (images, texts), strict=True):
+                cosine = products.sum(1).min()
+                near = cosine > 1 - (0.1 if "int8" in name else 1e-4)  # not-a-number is not near
+                self._require_same(near, name, f"an embedding has cosine {cosine:.4f} with the exported one")
+
+    def _require_same(self, holds: bool, name: str, text: str) -> None:
+        if not holds:
+            raise DeployError(f"{self.folder / name}: {text}; do not trust this folder on this device.")

@@ -1,4 +1,4 @@
-"""Captions as people write them: attributes dropped, paraphrased, and now and then taken from the wrong picture."""
+"""Captions as people write them: attributes are left out or paraphrased, and a few captions are of another picture."""
 
 from __future__ import annotations
 
@@ -49,28 +49,6 @@ TWO_OBJECTS = (
 )
 
 
-def _word(rng: np.random.Generator, name: str, others: dict[str, tuple[str, ...]], share: float) -> str:
-    options = others.get(name, ())
-    return options[rng.integers(len(options))] if options and rng.uniform() < share else name
-
-
-def _noun_phrase(
-    rng: np.random.Generator, table: Table, row: int, slot: int, keep: dict[str, float], other: float
-) -> str:
-    """One object, such as "a small striped red star"; ``keep`` gives each attribute's chance of being named."""
-    named = {key: rng.uniform() < share for key, share in keep.items()}
-    words = []
-    if named["size"]:
-        words.append(("small", "large")[int(table["large"][row, slot])])
-    if named["texture"]:
-        words.append(_word(rng, TEXTURES[table["texture"][row, slot]], TEXTURE_WORDS, other))
-    if named["colour"]:
-        words.append(_word(rng, COLOUR_NAMES[table["colour"][row, slot]], COLOUR_WORDS, other))
-    shape = _word(rng, SHAPE_NAMES[table["shape"][row, slot]], SHAPE_WORDS, other)
-    words.append(shape if named["shape"] else ("shape", "thing", "object")[rng.integers(3)])
-    return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
-
-
 CAPTION_STYLES: dict[str, tuple[dict[str, float], float, float]] = {
     "human": ({"size": 0.25, "texture": 0.35, "colour": 0.75, "shape": 0.6}, 0.25, 0.5),
     "clean": ({"size": 0.2, "texture": 0.5, "colour": 0.65, "shape": 1.0}, 0.2, 0.4),
@@ -78,26 +56,49 @@ CAPTION_STYLES: dict[str, tuple[dict[str, float], float, float]] = {
 """Of each style: the chance that an attribute is named, that a paraphrase is used, that the background is named."""
 
 
+def _word(rng: np.random.Generator, name: str, paraphrases: dict[str, tuple[str, ...]], chance: float) -> str:
+    """``name``, or with this chance one of its paraphrases."""
+    options = paraphrases.get(name, ())
+    return options[rng.integers(len(options))] if options and rng.uniform() < chance else name
+
+
+def _noun_phrase(
+    rng: np.random.Generator, table: Table, row: int, slot: int, chances: dict[str, float], paraphrase: float
+) -> str:
+    """One object, such as "a small striped red star"; ``chances`` are those of each attribute to be named."""
+    named = {attribute: rng.uniform() < chance for attribute, chance in chances.items()}
+    words = []
+    if named["size"]:
+        words.append(("small", "large")[int(table["large"][row, slot])])
+    if named["texture"]:
+        words.append(_word(rng, TEXTURES[table["texture"][row, slot]], TEXTURE_WORDS, paraphrase))
+    if named["colour"]:
+        words.append(_word(rng, COLOUR_NAMES[table["colour"][row, slot]], COLOUR_WORDS, paraphrase))
+    shape = _word(rng, SHAPE_NAMES[table["shape"][row, slot]], SHAPE_WORDS, paraphrase)
+    words.append(shape if named["shape"] else ("shape", "thing", "object")[rng.integers(3)])
+    return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
+
+
+def _caption(rng: np.random.Generator, table: Table, row: int, style: str) -> str:
+    """One caption of a picture."""
+    chances, paraphrase, background = CAPTION_STYLES[style]
+    phrases = BACKGROUND_PHRASES[BACKGROUND_NAMES[table["background"][row]]]
+    where = phrases[rng.integers(len(phrases))] if rng.uniform() < background else ""
+    two = table["relation"][row] >= 0
+    templates = TWO_OBJECTS if two else ONE_OBJECT
+    caption = templates[rng.integers(len(templates))].format(
+        a=_noun_phrase(rng, table, row, 0, chances, paraphrase),
+        where=where,
+        b=_noun_phrase(rng, table, row, 1, chances, paraphrase) if two else "",
+        relation=RELATIONS[table["relation"][row]] if two else "",
+    )
+    return " ".join(caption.split()).replace(" ,", ",")
+
+
 def write_captions(table: Table, style: str, noise: float, rng: np.random.Generator) -> list[list[str]]:
     """Five captions a picture; a share ``noise`` of them is taken from other pictures."""
-    keep, other, where_share = CAPTION_STYLES[style]
     size = len(table["background"])
-    captions = []
-    for row in range(size):
-        lines = []
-        for _ in range(5):
-            phrases = BACKGROUND_PHRASES[BACKGROUND_NAMES[table["background"][row]]]
-            where = phrases[rng.integers(len(phrases))] if rng.uniform() < where_share else ""
-            two = table["relation"][row] >= 0
-            template = (TWO_OBJECTS if two else ONE_OBJECT)[rng.integers(4 if two else 5)]
-            line = template.format(
-                a=_noun_phrase(rng, table, row, 0, keep, other),
-                where=where,
-                b=_noun_phrase(rng, table, row, 1, keep, other) if two else "",
-                relation=RELATIONS[table["relation"][row]] if two else "",
-            )
-            lines.append(" ".join(line.split()).replace(" ,", ","))
-        captions.append(lines)
+    captions = [[_caption(rng, table, row, style) for _ in range(5)] for row in range(size)]
     wrong = rng.uniform(size=(size, 5)) < noise
     donors = (np.arange(size)[:, None] + rng.integers(1, max(2, size), (size, 5))) % size
     return [[captions[donors[i, j]][j] if wrong[i, j] else captions[i][j] for j in range(5)] for i in range(size)]

@@ -1,9 +1,8 @@
 """Draw scenes from signed distance functions, many at a time.
 
-A signed distance function (SDF) gives each point its distance to a shape's outline, negative inside. One
-function a shape is all that a renderer needs: coverage with smooth edges, outlines and shadows follow from the
-distance, at any resolution. The formulas are Inigo Quilez's
-2D distance functions (iquilezles.org/articles/distfunctions2d).
+A signed distance function gives each point its distance to a shape's outline, negative inside. A renderer needs
+nothing else: smooth edges, outlines and shadows follow from the distance, at any resolution. The formulas are Inigo
+Quilez's (iquilezles.org/articles/distfunctions2d).
 
 Coordinates: a picture spans [0, 1] x [0, 1], y downwards; a shape lives in its own frame of radius about 1.
 """
@@ -98,7 +97,7 @@ BACKGROUNDS: dict[str, tuple[tuple[float, float, float], tuple[float, float, flo
 
 
 def _texture(kind: int, x: Array, y: Array, softness: Array) -> Array:
-    """Pattern in [0, 1] over a shape's own frame; 1 is the second tone. ``softness`` antialiases the edges."""
+    """Pattern in [0, 1] in a shape's own coordinates; 1 is the second tone. ``softness`` smooths its edges."""
     if TEXTURES[kind] == "plain":
         return np.zeros_like(x)
     if TEXTURES[kind] == "striped":
@@ -114,9 +113,9 @@ def _texture(kind: int, x: Array, y: Array, softness: Array) -> Array:
 def _smooth_noise(rng: np.random.Generator, count: int, cells: int, size: int) -> Array:
     """(count, size, size) bilinear noise in [-1, 1] with ``cells`` cells a side."""
     grid = rng.uniform(-1, 1, (count, cells + 1, cells + 1)).astype(np.float32)
-    place = (np.arange(size, dtype=np.float32) + 0.5) / size * cells
-    cell = place.astype(int)
-    t = place - cell
+    position = (np.arange(size, dtype=np.float32) + 0.5) / size * cells
+    cell = position.astype(int)
+    t = position - cell
     t = t * t * (3 - 2 * t)
     rows = grid[:, cell] * (1 - t)[None, :, None] + grid[:, cell + 1] * t[None, :, None]
     return rows[:, :, cell] * (1 - t) + rows[:, :, cell + 1] * t
@@ -124,17 +123,15 @@ def _smooth_noise(rng: np.random.Generator, count: int, cells: int, size: int) -
 
 def draw_backgrounds(kinds: Array, rng: np.random.Generator, size: int) -> Array:
     """(N, size, size, 3) floats: a vertical gradient, soft noise, and the marks that tell the kinds apart."""
-    count = len(kinds)
-    names = list(BACKGROUNDS)
+    count, names = len(kinds), list(BACKGROUNDS)
     ends = np.array(list(BACKGROUNDS.values()), dtype=np.float32)[kinds]
     y, x = (np.mgrid[0:size, 0:size].astype(np.float32) + 0.5) / size
     soft, fine = _smooth_noise(rng, count, 5, size), _smooth_noise(rng, count, 28, size)
     shift = rng.uniform(0, 1, (count, 1, 1)).astype(np.float32)
     blend = np.clip(y[None] + 0.25 * soft, 0, 1)[..., None]
     picture = ends[:, None, None, 0] * (1 - blend) + ends[:, None, None, 1] * blend
-    strength = np.array(
-        [{"grass": 0.16, "sand": 0.08, "snow": 0.03, "bricks": 0.07, "paper": 0.015}.get(n, 0.03) for n in names]
-    )
+    roughness = {"grass": 0.16, "sand": 0.08, "bricks": 0.07, "paper": 0.015}
+    strength = np.array([roughness.get(name, 0.03) for name in names])
     mark = strength[kinds].astype(np.float32)[:, None, None] * fine
     for index, name in enumerate(names):
         chosen = kinds == index
@@ -157,18 +154,18 @@ def draw_clutter(picture: Array, rng: np.random.Generator) -> None:
     """Strew up to three small faint blobs and sticks over each background, in place: nothing that captions name."""
     count, size = picture.shape[:2]
     y, x = (np.mgrid[0:size, 0:size].astype(np.float32) + 0.5) / size
+
+    def draw(low: float, high: float, *channels: int) -> Array:
+        return rng.uniform(low, high, (count, 1, 1, *channels)).astype(np.float32)
+
     for _ in range(3):
-        cx, cy, angle = (
-            rng.uniform(lo, hi, (count, 1, 1)).astype(np.float32) for lo, hi in ((0, 1), (0, 1), (0, np.pi))
-        )
-        long, wide = (
-            rng.uniform(lo, hi, (count, 1, 1)).astype(np.float32) for lo, hi in ((0.01, 0.09), (0.008, 0.022))
-        )
-        tone = rng.uniform(0, 1, (count, 1, 1, 3)).astype(np.float32)
-        shown = rng.uniform(0, 0.75, (count, 1, 1)).astype(np.float32) * (rng.uniform(size=(count, 1, 1)) < 0.6)
+        cx, cy, angle = draw(0, 1), draw(0, 1), draw(0, np.pi)
+        long, wide = draw(0.01, 0.09), draw(0.008, 0.022)
+        tone = draw(0, 1, 3)
+        opacity = draw(0, 0.75) * (rng.uniform(size=(count, 1, 1)) < 0.6)
         u = (x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)
         v = -(x - cx) * np.sin(angle) + (y - cy) * np.cos(angle)
-        cover = np.clip(0.5 - (np.hypot(np.maximum(np.abs(u) - long, 0), v) - wide) * size, 0, 1) * shown
+        cover = np.clip(0.5 - (np.hypot(np.maximum(np.abs(u) - long, 0), v) - wide) * size, 0, 1) * opacity
         picture += cover[..., None] * (tone - picture)
 
 
@@ -187,9 +184,8 @@ def draw_objects(
     picture: Array, shape: int, texture: Array, colour: Array, geometry: tuple[Array, Array, Array, Array]
 ) -> None:
     """Draw one object of kind ``shape`` on each picture, in place: shadow, body with texture and shading, outline."""
-    size = picture.shape[1]
+    size, (cx, cy, radius, angle) = picture.shape[1], geometry
     pixel = np.float32(1 / size)
-    cx, cy, radius, angle = geometry
     shadow, _, _ = object_distance(shape, cx + 0.015, cy + 0.03, radius, angle, size)
     picture *= (1 - 0.35 * np.clip(0.5 - shadow / 0.05, 0, 1))[..., None]
     distance, u, v = object_distance(shape, cx, cy, radius, angle, size)

@@ -38,48 +38,37 @@ def scene_sets(image_size: int = 64, count: int = 2000, seed: int = 0) -> dict[s
     """
     seen = _test_scenes(image_size, count, seed, two_objects=0.0)
     unseen = _test_scenes(image_size, count, seed, two_objects=0.0, pairs="held-out")
-    allowed = [pair for pair in PAIRS if pair not in HELD_OUT]
-
-    def labels(scenes: Scenes, key: str) -> Tensor:
-        column = scenes.table[key]
-        return torch.from_numpy(column[:, 0] if column.ndim == 2 else column).long()
+    # Sets of the same pictures share one tensor, so that an evaluation of all sets can embed it once.
+    pictures, unseen_pictures = (torch.from_numpy(scenes.images.copy()) for scenes in (seen, unseen))
 
     def pair_labels(scenes: Scenes, pairs: list[tuple[int, int]]) -> Tensor:
-        place = {pair: number for number, pair in enumerate(pairs)}
-        shown = zip(labels(scenes, "shape").tolist(), labels(scenes, "colour").tolist(), strict=True)
-        return torch.tensor([place[pair] for pair in shown])
+        shapes, colours = (scenes.table[key][:, 0].tolist() for key in ("shape", "colour"))
+        return torch.tensor([pairs.index(pair) for pair in zip(shapes, colours, strict=True)])
 
-    # Sets of the same pictures share one tensor, so that whoever evaluates them all can embed it once.
-    pictures = {id(scenes): torch.from_numpy(scenes.images.copy()) for scenes in (seen, unseen)}
-
-    def make(name: str, scenes: Scenes, truth: Tensor, names: list[str], templates: list[str]) -> ZeroShotSet:
-        return ZeroShotSet(name, pictures[id(scenes)], truth, names, templates)
-
+    allowed = [pair for pair in PAIRS if pair not in HELD_OUT]
     phrases = [BACKGROUND_PHRASES[name][0] for name in BACKGROUNDS]
     noun, adjective = ["a {}", "a picture of a {}"], ["a {} shape", "a picture of a {} thing"]
-    return {
-        "shape": make("shape", seen, labels(seen, "shape"), NAMES["shape"], noun),
-        "colour": make("colour", seen, labels(seen, "colour"), NAMES["colour"], adjective),
-        "texture": make("texture", seen, labels(seen, "texture"), NAMES["texture"], adjective),
-        "background": make(
-            "background", seen, labels(seen, "background"), phrases, ["a shape {}", "a picture of a thing {}"]
-        ),
-        "colour-shape": make("colour-shape", seen, pair_labels(seen, allowed), _pair_names(allowed), noun),
-        "held-out": make("held-out", unseen, pair_labels(unseen, PAIRS), _pair_names(PAIRS), noun),
-    }
+    labels = {key: torch.from_numpy(seen.table[key][:, 0]).long() for key in NAMES}
+    background = torch.from_numpy(seen.table["background"]).long()
+    sets = (
+        ZeroShotSet("shape", pictures, labels["shape"], NAMES["shape"], noun),
+        ZeroShotSet("colour", pictures, labels["colour"], NAMES["colour"], adjective),
+        ZeroShotSet("texture", pictures, labels["texture"], NAMES["texture"], adjective),
+        ZeroShotSet("background", pictures, background, phrases, ["a shape {}", "a picture of a thing {}"]),
+        ZeroShotSet("colour-shape", pictures, pair_labels(seen, allowed), _pair_names(allowed), noun),
+        ZeroShotSet("held-out", unseen_pictures, pair_labels(unseen, PAIRS), _pair_names(PAIRS), noun),
+    )
+    return {each.name: each for each in sets}
 
 
 def relation_captions(scenes: Scenes) -> tuple[list[str], list[str]]:
-    """For each picture of two objects the true caption, and the same with the relation turned round."""
-    opposite = {0: 1, 1: 0, 2: 3, 3: 2}
+    """For each picture of two objects the true caption, and the same caption with the opposite relation."""
     true, false = [], []
-    for row in range(len(scenes)):
-        first, second = _pair_names(
-            [(int(scenes.table["shape"][row, slot]), int(scenes.table["colour"][row, slot])) for slot in (0, 1)]
-        )
-        relation = int(scenes.table["relation"][row])
+    columns = (scenes.table[key] for key in ("shape", "colour", "relation"))
+    for shapes, colours, relation in zip(*columns, strict=True):
+        first, second = _pair_names(list(zip(shapes, colours, strict=True)))
         true.append(f"a {first} {RELATIONS[relation]} a {second}")
-        false.append(f"a {first} {RELATIONS[opposite[relation]]} a {second}")
+        false.append(f"a {first} {RELATIONS[relation ^ 1]} a {second}")  # opposites stand side by side
     return true, false
 
 

@@ -1,7 +1,7 @@
-"""The embedded world: pictures of shapes with captions as people write them, and zero-shot sets drawn from it.
+"""The drawn world: pictures of shapes, with captions as people write them.
 
-Everything follows from :class:`SceneConfig`; the same settings give the same table and captions everywhere, and
-the same pixels on one machine (on another, rounding in ``sin`` and ``cos`` may move a pixel by one level of 255).
+Everything follows from :class:`SceneConfig`. The same settings give the same table and captions everywhere, and the
+same pixels on one machine. On another, rounding in ``sin`` and ``cos`` may change a pixel by one level of 255.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from mclip.config import closest, require
 from mclip.files import atomic_folder, cache_dir, content_key, missing_folder, write_json
-from mclip.scenes.captions import RELATIONS, Table, write_captions
+from mclip.scenes.captions import CAPTION_STYLES, RELATIONS, Table, write_captions
 from mclip.scenes.drawing import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, draw_backgrounds, draw_clutter, draw_objects
 
 DRAWING_VERSION = 4
@@ -56,14 +56,12 @@ class SceneConfig:
     def __post_init__(self) -> None:
         require(self.size >= 1, "size", self.size, "draw at least one picture")
         require(16 <= self.image_size <= 1024, "image_size", self.image_size, "choose 16 to 1024 pixels")
-        require(self.split in SPLITS, "split", self.split, closest(self.split, SPLITS))
         require(self.seed >= 0, "seed", self.seed, "use 0 or more")
         for key in ("two_objects", "noise"):
             require(0 <= getattr(self, key) <= 1, key, getattr(self, key), "choose a share in [0, 1]")
-        require(
-            self.captions in ("human", "clean"), "captions", self.captions, closest(self.captions, ("human", "clean"))
-        )
-        require(self.pairs in ("seen", "held-out"), "pairs", self.pairs, closest(self.pairs, ("seen", "held-out")))
+        for key, choices in (("split", SPLITS), ("captions", tuple(CAPTION_STYLES)), ("pairs", ("seen", "held-out"))):
+            value = getattr(self, key)
+            require(value in choices, key, value, closest(value, choices))
         held_out_training = self.pairs == "held-out" and self.split != "test"
         require(not held_out_training, "pairs", self.pairs, "held-out pairs are drawn in the test split alone")
 
@@ -87,13 +85,10 @@ def _generator(config: SceneConfig, purpose: int, part: int = 0) -> np.random.Ge
 
 
 def sample_table(config: SceneConfig) -> Table:
-    """What each picture holds; arrays of length N, those of objects (N, 2) with shape -1 where there is no second."""
+    """What each picture holds, as arrays of length N; those of objects are (N, 2), with shape -1 for no second one."""
     rng, count = _generator(config, 0), config.size
     pairs = [
-        (s, c)
-        for s in range(len(SHAPES))
-        for c in range(len(COLOURS))
-        if ((s, c) in HELD_OUT) == (config.pairs == "held-out")
+        pair for pair in np.ndindex(len(SHAPES), len(COLOURS)) if (pair in HELD_OUT) == (config.pairs == "held-out")
     ]
     chosen = np.array(pairs)[rng.integers(len(pairs), size=(count, 2))]
     two = rng.uniform(size=count) < config.two_objects
@@ -136,7 +131,7 @@ def draw_table(table: Table, image_size: int, rng: np.random.Generator) -> np.nd
             rows = np.flatnonzero(table["shape"][:, slot] == shape)
             if len(rows):
                 part = picture[rows]
-                geometry = tuple(table[k][rows, slot] for k in ("cx", "cy", "radius", "angle"))
+                geometry = tuple(table[key][rows, slot] for key in ("cx", "cy", "radius", "angle"))
                 draw_objects(part, shape, table["texture"][rows, slot], colour[rows, slot], geometry)
                 picture[rows] = part
     picture *= table["light"].astype(np.float32)[:, None, None, None]
@@ -148,27 +143,19 @@ def captions_of(config: SceneConfig, table: Table) -> list[list[str]]:
     return write_captions(table, config.captions, config.noise, _generator(config, 1))
 
 
-def _draw_all(config: SceneConfig, table: Table, progress: bool, chunk: int = 250) -> np.ndarray:
+def _draw_all(config: SceneConfig, table: Table, progress: bool) -> np.ndarray:
     """All pictures, in chunks with a generator each, so that the number of threads changes nothing."""
     images = np.empty((config.size, 3, config.image_size, config.image_size), np.uint8)
-    chunk = max(8, chunk * 64 * 64 // config.image_size**2)
-
-    def one(start: int) -> None:
-        rows = slice(start, min(start + chunk, config.size))
-        images[rows] = draw_table(
-            {k: v[rows] for k, v in table.items()}, config.image_size, _generator(config, 2, start)
-        )
-
+    chunk = max(8, 250 * 64 * 64 // config.image_size**2)
     starts = range(0, config.size, chunk)
+
+    def draw_chunk(start: int) -> None:
+        rows = {key: column[start : start + chunk] for key, column in table.items()}
+        images[start : start + chunk] = draw_table(rows, config.image_size, _generator(config, 2, start))
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in tqdm(
-            pool.map(one, starts),
-            total=len(starts),
-            desc=f"drawing {config.split} scenes",
-            disable=not progress,
-            leave=False,
-        ):
-            pass
+        drawn, label = pool.map(draw_chunk, starts), f"drawing {config.split} scenes"
+        list(tqdm(drawn, label, len(starts), disable=not progress, leave=False))
     return images
 
 
@@ -189,7 +176,6 @@ def make_scenes(config: SceneConfig, progress: bool = True) -> Scenes:
 
 def export_scenes(scenes: Scenes, folder: str | Path, quality: int = 95) -> None:
     """Write JPEGs, ``captions.csv`` (file_name,image_path,caption) and ``captions.json`` (COCO Captions)."""
-    folder = Path(folder)
     with atomic_folder(folder) as temporary:
         (temporary / "images").mkdir()
         rows, pictures, annotations = ["file_name,image_path,caption"], [], []

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mclip.config import closest, require
-from mclip.evaluate import embed_texts, evaluating, preprocess_of
+from mclip.evaluate import embed_texts, evaluating, input_of
 from mclip.image_encoder import stage_names
 from mclip.results import ResultError
 from mclip.scenes.captions import COLOUR_NAMES, SHAPE_NAMES
@@ -169,7 +169,7 @@ def grounding_chart(image: np.ndarray, maps: dict[str, np.ndarray], label: str =
 
 def map_of(model: nn.Module, tokenizer: Any, image: np.ndarray, phrase: str, layer: str) -> np.ndarray:
     """The map (H, W) of one picture, uint8 (3, H, W), for one phrase; ConfigError as :func:`phrase_maps`."""
-    prepared = preprocess_of(model)(Image.fromarray(np.asarray(image).transpose(1, 2, 0)))[None]
+    prepared = input_of(model).transform(Image.fromarray(np.asarray(image).transpose(1, 2, 0)))[None]
     return phrase_maps(model, tokenizer, prepared, [phrase], layer, image.shape[-1])[0].numpy()
 
 

@@ -6,13 +6,14 @@ import ctypes
 import gc
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
 import torch
 from tqdm.auto import tqdm
 
-from mclip.config import closest, require
+from mclip.config import closest, get_profile, require
 from mclip.deploy.cost import (
     CAPTION,
     RIVALS,
@@ -21,20 +22,17 @@ from mclip.deploy.cost import (
     block_times,
     candidate,
     candidate_name,
-    checkpoint_megabytes,
     latency,
-    multiply_adds,
     stage_times,
     threads,
 )
-from mclip.deploy.fused import fused
-from mclip.deploy.quantise import int8_image, int8_text
+from mclip.deploy.export import evaluate_deployed, export
+from mclip.deploy.reader import Deployed
 from mclip.files import DATA, read_json, write_json
-from mclip.pairs import normalise
-from mclip.recipes import evaluate_all, load_model
+from mclip.recipes import load_model
 from mclip.results import describe_machine, versions
-from mclip.scenes.world import SceneConfig
-from mclip.sources.loading import load_pairs
+from mclip.scenes.test_sets import scene_sets
+from mclip.scenes.world import SceneConfig, make_scenes
 from mclip.study.bench import in_new_process, peak_megabytes
 
 FILE = DATA / "results" / "efficiency.json"
@@ -42,6 +40,7 @@ MODELS = (
     *((name, "deployed") for name in ("mobile-256", "mobile-512", "klmobile", *RIVALS)),
     ("mobile-256", "trained"),
     ("MobileCLIP2-S0", "trained"),
+    ("mobile-256", "ONNX"),
     ("mobile-256", "int8"),
 )
 """Name and form of all that is measured."""
@@ -50,34 +49,36 @@ MODELS = (
 def costs(each: Candidate) -> dict[str, Any]:
     """What does not depend on the clock: parameters by part, multiply-adds of each half, size of the weights in MB.
 
-    Operations of int8 layers are not known to PyTorch's counter, so that form has no multiply-adds.
+    PyTorch's counter does not see the operations of ONNX Runtime, so exported forms have no multiply-adds.
     """
-    counted = {} if each.name.endswith("int8") else {k: multiply_adds(call) for k, call in each.calls().items()}
     return {
         "parameters": each.parameters,
-        "multiply_adds": counted,
+        "multiply_adds": each.multiply_adds(),
         "image_size": each.image_size,
-        "megabytes": checkpoint_megabytes(each.model),
+        "megabytes": each.megabytes,
         "latency": {},
     }
 
 
 def quantised(calibration: int = 512, profile: str = "cpu") -> dict[str, dict[str, Any]]:
-    """The shipped student in float and with int8 halves: MB, and top-1 (%) of each zero-shot set of scenes.
+    """The shipped student, exported, in float32 and with int8 halves: MB, and top-1 (%) of each set of scenes.
 
     Ranges of activations come from pictures of the training set.
     """
-    model, tokenizer = load_model("kd")
+    model, _ = load_model("kd")
     size = model.config.image.image_size
-    pairs = load_pairs("scenes", size, scenes=SceneConfig(calibration, size, "train"), progress=False)
-    seen = normalise(torch.from_numpy(pairs.images[:calibration].copy()), size, model.MEAN, model.STD)
-    plain = fused(model)
-    text = int8_text(plain)
-    forms = {"float32": plain, "int8 text": text, "int8 image": int8_image(plain, seen), "int8": int8_image(text, seen)}
-    found = {name: {"megabytes": checkpoint_megabytes(form), "top1": {}} for name, form in forms.items()}
-    for record in evaluate_all({name: (form, tokenizer) for name, form in forms.items()}, profile=profile):
-        found[record["model"]["name"]]["top1"][record["dataset"]] = record["metrics"]["top1"]
-    return found
+    seen = make_scenes(SceneConfig(calibration, size, "train"), progress=False).images
+    forms: dict[str, dict[str, Any]] = {}
+    with TemporaryDirectory() as place:
+        export(model, Path(place) / "kd", "kd", seen)
+        for form in ("float32", "int8 text", "int8 image", "int8"):
+            reader = Deployed(Path(place) / "kd", form)
+            bytes_each = (reader.manifest["files"][graph]["bytes"] for graph in reader.graphs)
+            forms[form] = {"megabytes": sum(bytes_each) / 1e6, "top1": {}}
+            for dataset in scene_sets(size, get_profile(profile).test_pictures).values():
+                record = evaluate_deployed(reader, dataset, form)
+                forms[form]["top1"][dataset.name] = record["metrics"]["top1"]
+    return forms
 
 
 def measure_latency(found: list[Candidate], models: Mapping[str, dict[str, Any]], rounds: int, bar: tqdm) -> None:
@@ -124,7 +125,7 @@ def _peak(name: str, form: Form, batch: int) -> float:
         for call in calls.values():
             call()
     added = peak_megabytes() - built
-    return 1e6 * checkpoint_megabytes(each.model) / 2**20 + added  # last: it makes a copy of the weights
+    return 1e6 * each.megabytes / 2**20 + added  # last: it makes a copy of the weights
 
 
 def give_back_freed_memory() -> None:

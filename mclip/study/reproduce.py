@@ -14,8 +14,8 @@ from typing import Any
 
 from mclip.config import PRESETS, DistillConfig, TrainConfig, get_profile, require
 from mclip.evaluate import ZeroShotSet, evaluate_retrieval, evaluate_zero_shot
-from mclip.files import DATA, atomic_path, read_json
-from mclip.metrics import compare_all
+from mclip.files import DATA, atomic_folder, atomic_path, read_json
+from mclip.metrics import compare
 from mclip.pairs import Pairs
 from mclip.recipes import BASE, evaluate_all, load_data, load_model, train_open_clip, train_student
 from mclip.results import load_results, save_result
@@ -41,7 +41,6 @@ from mclip.sources.loading import load_pairs
 from mclip.sources.zero_shot import zero_shot_set
 from mclip.study.examples import prompt_sensitivity
 from mclip.study.jobs import results_folder
-from mclip.teacher import PLAIN_CLIP_CONFIG, TEACHER_CONFIG, copy_model
 from mclip.train import read_log
 
 Records = list[dict[str, Any]]
@@ -55,7 +54,7 @@ def _students(
     config, folders = PRESETS["course"], {name: out / f"{name}-{seed}" for name in ("base", "kd", "clip")}
     train_student(config, training, validation, settings, folders["base"])
     train_student(config, training, validation, settings, folders["kd"], distill=DistillConfig(), teacher_model=teacher)
-    train_open_clip(PLAIN_CLIP_CONFIG, training, validation, settings, folders["clip"])
+    train_open_clip("clip", training, validation, settings, folders["clip"])
     return {name: folder / "model" for name, folder in folders.items()}
 
 
@@ -64,7 +63,8 @@ def _ship(models: dict[str, Path]) -> None:
     for name, folder in models.items():
         destination = DATA / "checkpoints" / name
         if name == "clip":
-            copy_model(folder, destination)
+            with atomic_folder(destination) as temporary:
+                shutil.copytree(folder, temporary, dirs_exist_ok=True)
         else:
             load_model(folder)[0].save_pretrained(destination, half=True)
 
@@ -91,7 +91,10 @@ def reproduce(seeds: int = 3, out_dir: str = "runs/reproduce", profile: str = "c
         models = _students(out, seed, training, validation, settings, defaults.teacher)
         loaded = {name: load_model(folder) for name, folder in models.items()}
         records = evaluate_all(loaded, profile=profile, seed=seed, save_results=results / f"seed-{seed}")
-        compare_all(records, "kd", "base", save_results=results / f"seed-{seed}")
+        by_model = {(r["model"]["name"], r["dataset"]): r for r in records if r["task"] == "zero_shot"}
+        for dataset in [dataset for name, dataset in by_model if name == "kd"]:
+            paired = compare(by_model["kd", dataset], by_model["base", dataset])
+            save_result(results / f"seed-{seed}" / f"paired_{dataset}_kd-base.json", paired)
         if seed == 0 and shipped:
             _ship(models)
             for name in ("base", "kd"):
@@ -215,7 +218,7 @@ def photographs(
     shares = [load_pairs(train_data_path, size, data_size=data_size, seed=seed) for seed in range(seeds)]
     remedy = f"the students see {len(shares[0])} pictures; choose a smaller batch"
     require(batch_size <= len(shares[0]), "batch_size", batch_size, remedy)
-    train_open_clip(TEACHER_CONFIG, everything, validation, of_teacher, out / "teacher")
+    train_open_clip("teacher", everything, validation, of_teacher, out / "teacher")
     teacher = out / "teacher" / "model"
     _measure("teacher", teacher, validation, labelled, 0, out / "results")
     rates = {"base": 1e-3, "kd": settings.learning_rate}

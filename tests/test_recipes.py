@@ -3,6 +3,11 @@
 import dataclasses
 import json
 import multiprocessing
+import os
+import pwd
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from mclip import files
 from mclip.cli.main import main
 from mclip.config import PRESETS, ConfigError, DistillConfig, get_profile
 from mclip.evaluate import evaluate_zero_shot
@@ -17,7 +23,6 @@ from mclip.files import atomic_folder, atomic_path, missing_folder, write_json
 from mclip.recipes import evaluate_all, get_model_config, load_data, load_model, train_open_clip, train_student
 from mclip.results import load_results
 from mclip.scenes.test_sets import scene_sets
-from mclip.teacher import PLAIN_CLIP_CONFIG
 
 SMOKE = get_profile("smoke").training(progress=False, accelerator="cpu")
 
@@ -43,9 +48,11 @@ def test_command_yaml_and_function_give_the_same_weights(data, tmp_path, monkeyp
             assert torch.equal(value, again.state_dict()[key]), (name, key)
 
 
-def test_plain_clip_is_an_open_clip_model(data, tmp_path):
-    result = train_open_clip(PLAIN_CLIP_CONFIG, *data, SMOKE, tmp_path)
-    model, tokenizer = load_model(tmp_path / "model")
+def test_plain_clip_is_an_open_clip_model_below_the_home_folder(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = train_open_clip("clip", *data, SMOKE, "~/plain")
+    model, tokenizer = load_model("~/plain/model")
+    assert (tmp_path / "plain" / "log.jsonl").is_file()
     text = model.encode_text(tokenizer(["a red star"]), normalize=True)
     assert text.shape == (1, 256)
     assert result.steps == 4
@@ -89,6 +96,35 @@ def test_a_mistake_is_one_line_with_the_remedy(arguments, message, capsys, monke
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("command", ["train", "teacher"])
+@pytest.mark.parametrize(
+    ("given", "missing"), [("train_data_path", "val_data_path"), ("val_data_path", "train_data_path")]
+)
+def test_pairs_to_train_on_and_to_validate_with_are_given_together(command, given, missing, tmp_path, capsys):
+    """Scenes would otherwise stand in for the missing ones without a word."""
+    (tmp_path / "own.csv").write_text("file_name,caption\n")
+    assert main([command, f"--{given}", str(tmp_path / "own.csv")]) == 2
+    assert f"{missing}='' cannot work: pairs to train on need pairs of the same kind" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("shown", "command"), [(True, "train"), (False, "train"), (False, "teacher"), (False, "cache")]
+)
+def test_progress_false_silences_the_preparation_of_data_too(shown, command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MCLIP_CACHE", str(tmp_path))
+
+    def stop(*arguments, **options):
+        raise ConfigError("the data are there")
+
+    for name in ("train_student", "train_open_clip", "load_teachers"):
+        monkeypatch.setattr(f"mclip.cli.commands.{name}", stop)
+    size = ["--pictures", "64"] if command == "teacher" else ["--profile", "smoke"]
+    assert main([command, *size, "--progress", str(shown).lower()]) == 2
+    error = capsys.readouterr().err
+    assert "the data are there" in error
+    assert ("%|" in error) == shown
+
+
 def test_unknown_profile_and_preset_offer_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'cpu'"):
         get_profile("cpuu")
@@ -120,6 +156,40 @@ def test_a_run_starts_from_a_model_that_ships_by_its_name(data, tmp_path):
     shipped, _ = load_model("base")
     for (name, value), other in zip(trained.named_parameters(), shipped.parameters(), strict=True):
         torch.testing.assert_close(value, other, msg=name)
+
+
+def test_an_installed_package_finds_its_data_and_keeps_its_cache_in_the_users_folder(tmp_path):
+    for name in ("__init__", "config", "files"):
+        (tmp_path / "site" / "mclip").mkdir(parents=True, exist_ok=True)
+        shutil.copy(files.PACKAGE / f"{name}.py", tmp_path / "site" / "mclip")
+    code = "from mclip.files import DATA, cache_dir; print(DATA, cache_dir(), sep='\\n')"
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    for more, cache in (
+        ({}, tmp_path / ".cache" / "mclip"),
+        ({"XDG_CACHE_HOME": str(tmp_path / "xdg")}, tmp_path / "xdg" / "mclip"),
+        ({"MCLIP_CACHE": "~/own"}, tmp_path / "own"),
+    ):
+        call = [sys.executable, "-c", code]
+        done = subprocess.run(call, env=environment | more, check=True, capture_output=True, text=True, cwd=tmp_path)
+        assert done.stdout.splitlines() == [str(tmp_path / "site" / "mclip" / "data"), str(cache)]
+        assert cache.is_dir()
+
+
+def test_a_read_only_clone_without_a_home_names_the_variable_that_helps(tmp_path, monkeypatch, repository):
+    assert repository / "data" == files.DATA
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(files, "DATA", tmp_path / "file" / "data")  # no folder can be made below a file
+    for name in ("MCLIP_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.cache_dir() == tmp_path / ".cache" / "mclip"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # a user whom the system does not know
+    with pytest.raises(ConfigError, match="set MCLIP_CACHE to one that can be written"):
+        files.cache_dir()
+    monkeypatch.setenv("MCLIP_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ConfigError, match=r"file/cache\): set MCLIP_CACHE"):
+        files.cache_dir()
 
 
 def test_what_is_written_is_whole_or_not_there(tmp_path):

@@ -1,0 +1,71 @@
+"""The parameters of a lesson: which values can work, and where their paths begin."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mclip.config import PRESETS, PROFILES, closest, from_mapping, require
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The repository. Relative paths in a lesson start here, whatever the working directory of its kernel is."""
+INPUTS = ("train_data_path", "val_data_path", "auto_kd_config", "photograph")
+"""Paths that must exist, unless they are empty."""
+OUTPUTS = ("checkpoint_dir", "root_dir", "out_dir", "save_results")
+"""Paths that a lesson may create."""
+NAMES_OR_PATHS = ("base_checkpoint", "model_checkpoint", "config_path", "teacher_model", "teacher_pretrained")
+"""A path, or the name of something that ships or that open_clip knows."""
+STUDENTS = ("kd", "base")
+"""Students that ship. The teacher and the plain CLIP have another architecture."""
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "data_size": (lambda share: 0 < share <= 1, "choose a share of the data in (0, 1]"),
+    "max_epochs": (lambda epochs: epochs >= 0, "use 1 or more, or 0 for the number of the profile"),
+    "preset": (lambda name: name in PRESETS, f"choose one of {', '.join(PRESETS)}"),
+    "profile": (lambda name: name in PROFILES, f"choose one of {', '.join(PROFILES)}"),
+    "rounds": (lambda rounds: rounds >= 0, "use 1 or more, or 0 for the number of the profile"),
+    "seed": (lambda seed: seed >= 0, "use 0 or more"),
+}
+RULES |= dict.fromkeys(INPUTS, (lambda path: not path or Path(path).exists(), "no such file or folder"))
+RULES |= dict.fromkeys(
+    ("model_checkpoint", "base_checkpoint"),
+    (
+        lambda student: student in ("", *STUDENTS) or Path(student).is_dir(),
+        f"give the folder of a student, or one that ships: {' or '.join(STUDENTS)}",
+    ),
+)
+
+
+def check_parameter(name: str, kind: type, value: Any, base: Path = ROOT) -> Any:
+    """``value`` as ``kind``, within the rule of its name; a path becomes absolute, from ``base`` if it is relative.
+
+    Raises :class:`~mclip.config.ConfigError`, which names the parameter.
+    """
+    given = value = getattr(from_mapping(dataclasses.make_dataclass("parameters", [(name, kind)]), {name: value}), name)
+    if value and kind is str:
+        path = base / Path(value).expanduser()
+        known = value in (*STUDENTS, *PRESETS)
+        if name in INPUTS + OUTPUTS or (name in NAMES_OR_PATHS and not known and path.exists()):
+            value = str(path)
+    if name in RULES:
+        works, remedy = RULES[name]
+        require(works(value), name, given, remedy)
+    return value
+
+
+def check_parameters(notebook: dict[str, Any]) -> None:
+    """Check the parameters of a running notebook, called as ``check_parameters(globals())`` below their cell.
+
+    The annotations of that cell declare the names and types. papermill puts the values into a cell of its own, which
+    begins with the comment "Parameters"; it warns of an unknown name only in its log, and takes a value of any type.
+    Here either is a :class:`~mclip.config.ConfigError`. Paths become absolute, see :func:`check_parameter`.
+    """
+    declared = notebook["__annotations__"]
+    injected = [source for source in notebook.get("In", ()) if source.startswith("# Parameters\n")]
+    for line in ast.parse("\n".join(injected)).body:
+        name = line.targets[0].id
+        require(name in declared, name, notebook[name], f"no such parameter; {closest(name, declared)}")
+    for name, kind in declared.items():
+        notebook[name] = check_parameter(name, kind, notebook[name])
