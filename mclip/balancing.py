@@ -1,8 +1,7 @@
-"""When each loss term takes part, how hot the response term is, and how much each term weighs.
+"""When each loss term takes part, at which temperature, and how much it weighs.
 
-:class:`Schedule` answers the first two from the step alone. :class:`Balancer` answers the third from the
-terms themselves. Both see only names: "original" (the student's own loss), "feature", "similarity",
-"response", "icl".
+:class:`Schedule` answers the first two from the step alone, :class:`Balancer` the third from the terms themselves. Both
+know terms by name: "original" is the student's own loss; "feature", "similarity", "response" and "icl" have a teacher.
 """
 
 from __future__ import annotations
@@ -33,19 +32,18 @@ def _priors(config: DistillConfig) -> dict[str, float]:
 
 
 class Schedule:
-    """Phases, ramps and temperature of a run of ``total_steps`` steps; a function of the step alone.
+    """Phases, ramps and temperature of a run of ``total_steps`` steps: functions of the step, which counts from 0.
 
-    Phase 1 is contrastive only, phase 2 adds "feature" and "similarity", phase 3 "response" and "icl". The
-    bounds and the ramp of the configuration are fractions of the run up to 1 and steps above. Warns of terms
-    that would never start. Steps count from 0.
+    Phase 1 is contrastive only, phase 2 adds "feature" and "similarity", phase 3 "response" and "icl". The bounds and
+    the ramp of the configuration are fractions of the run up to 1, and numbers of steps above. Warns of terms that
+    would never start.
     """
 
     def __init__(self, config: DistillConfig, total_steps: int) -> None:
         require(total_steps >= 1, "total_steps", total_steps, "a run has at least one step")
+        bounds = [round(b * total_steps if b <= 1 else b) for b in (*config.phases, config.ramp)]
+        self.phase_starts, self.descent_end, self.ramp = (0, *bounds[:2]), bounds[2], bounds[3]
         self.max_temperature, self.min_temperature = config.max_temperature, config.min_temperature
-        *starts, self.descent_end = (round(p * total_steps) if p <= 1 else round(p) for p in config.phases)
-        self.ramp = round(config.ramp * total_steps) if config.ramp <= 1 else round(config.ramp)
-        self.phase_starts = (0, *starts)
         self.term_starts = {name: self.phase_starts[FIRST_PHASE[name] - 1] for name in _priors(config)}
         late = " and ".join(name for name, start in self.term_starts.items() if start >= total_steps)
         if late:
@@ -53,8 +51,8 @@ class Schedule:
             warnings.warn(message, stacklevel=2)
 
     def phase(self, step: int) -> int:
-        """The phase of ``step``: 1, 2 or 3, by the terms that take part; a run without a teacher stays in phase 1."""
-        return max(FIRST_PHASE[name] for name, start in self.term_starts.items() if step >= start)
+        """The phase of ``step`` (1, 2 or 3), by the terms that take part: without a teacher always 1."""
+        return max(FIRST_PHASE[name] for name in self.active(step))
 
     def temperature(self, step: int) -> float:
         """The response term's T: max until phase 2, then linear to min at ``phases[2]``, then constant."""
@@ -76,9 +74,8 @@ class Schedule:
 def gradient_norms(terms: Terms, embeddings: Sequence[Tensor]) -> dict[str, float]:
     """The gradient norm of each scalar term with respect to all ``embeddings`` together.
 
-    Taken at the embeddings, so that no encoder is run backward; GradNorm (Chen et al. 2018) takes them at the
-    last shared layer for the same reason. Raises ValueError for a term that depends on none of the
-    embeddings.
+    Taken at the embeddings, so that no encoder is run backward. GradNorm (Chen et al. 2018) takes them at the last
+    shared layer for the same reason. Raises ValueError for a term that depends on none of the embeddings.
     """
     inputs = [embedding for embedding in embeddings if embedding.requires_grad]
     norms = []
@@ -98,30 +95,28 @@ def gradient_norms(terms: Terms, embeddings: Sequence[Tensor]) -> dict[str, floa
 class Balancer(nn.Module):
     """Weighs the active terms, by a strategy that changes when validation stops improving.
 
-    weight_i = n * prior_i * ramp_i * factor_i / sum_j(prior_j * ramp_j * factor_j) over the n active terms:
-    positive, with sum n, and 1 for a term alone. The strategies differ in the factor. fixed: 1. magnitude:
-    mean(|L|) / |L_i|, so that terms are equally large. gradient_norm: mean(norm) / norm_i, so that they pull
-    equally hard at the embeddings. uncertainty: exp(-s_i), s_i a learned log-variance (Kendall et al. 2018).
+    weight_i = n * prior_i * ramp_i * factor_i / sum_j(prior_j * ramp_j * factor_j) over the n active terms: positive,
+    with sum n, and 1 for a term alone. The strategies differ in the factor:
 
-    Factors (but for the learned ones) are averaged over time in logarithms, with ``adaptation_rate``, at
-    every ``gradient_check_frequency``-th step. Prior and ramp stay outside of the average, and a new term
-    enters at the geometric mean of the factors: neither a ramp that begins near 0 nor a late start can hold
-    it down. A size that is 0 or not finite says nothing about a term and leaves its factor alone.
+    * fixed: 1.
+    * magnitude: mean(|L|) / |L_i|, so that terms are equally large.
+    * gradient_norm: mean(norm) / norm_i, so that terms pull equally hard at the embeddings.
+    * uncertainty: exp(-s_i), where s_i is a learned log-variance (Kendall et al. 2018).
 
-    The log-variances are this module's parameters, present only if "uncertainty" is configured: give them to
-    the optimiser without weight decay, which would pull them to 0. ``state_dict()`` holds all that a resumed
-    run needs.
+    Factors that are not learned are averaged over time in logarithms, with ``adaptation_rate``, at every
+    ``gradient_check_frequency``-th step. Prior and ramp stay outside of the average, and a new term enters at the
+    geometric mean of the factors. So neither a ramp that begins near 0 nor a late start can hold a term down. A size
+    that is 0 or not finite says nothing about a term and leaves its factor alone.
+
+    The log-variances are this module's parameters, and exist only if "uncertainty" is configured. Give them to the
+    optimiser without weight decay, which would pull them to 0. ``state_dict()`` holds all that a resumed run needs.
     """
 
     def __init__(self, config: DistillConfig) -> None:
         super().__init__()
         for name in config.balancers:
             require(name in STRATEGIES, "balancers", name, closest(name, STRATEGIES))
-        self.priors = _priors(config)
-        self.strategies = config.balancers
-        self.rate = config.adaptation_rate
-        self.frequency = config.gradient_check_frequency
-        self.patience = config.plateau_patience
+        self.config, self.strategies, self.priors = config, config.balancers, _priors(config)
         learned = self.priors if "uncertainty" in self.strategies else ()
         self.log_variances = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in learned})
         self.log_factors: dict[str, float] = {}
@@ -135,11 +130,10 @@ class Balancer(nn.Module):
     def combine(
         self, terms: Terms, active: Mapping[str, float], step: int, embeddings: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, float]]:
-        """The scalar to minimise and the weights behind it; arguments and errors as in :meth:`weights`.
+        """The scalar to minimise, sum w_i L_i, and the weights w_i; arguments and errors as in :meth:`weights`.
 
-        The scalar is sum w_i L_i. Under "uncertainty" it is Kendall's, sum of
-        prior_i * ramp_i * (exp(-s_i) L_i + s_i / 2), which trains the s_i too; the weights returned are the
-        coefficients of the L_i, scaled to sum to n.
+        Under "uncertainty" the scalar is Kendall's, sum of prior_i * ramp_i * (exp(-s_i) L_i + s_i / 2), which trains
+        the s_i too. The weights returned are then the coefficients of the L_i, scaled to sum to n.
         """
         weights = self.weights(terms, active, step, embeddings)
         if self.strategy == "uncertainty" and len(active) > 1:
@@ -162,8 +156,7 @@ class Balancer(nn.Module):
             step: optimiser step, from 0.
             embeddings: the student's tensors that the terms are computed from, for "gradient_norm".
 
-        Raises: ValueError: an active term was not delivered, is switched off by its prior, or has no positive
-        ramp.
+        Raises: ValueError: an active term was not delivered, is switched off by its prior, or has no positive ramp.
         """
         for name, ramp in active.items():
             if name not in terms:
@@ -179,7 +172,7 @@ class Balancer(nn.Module):
                 learned = [self.log_variances[name].clamp_(*LOG_VARIANCE_RANGE) for name in active]
             logs = dict(zip(active, (-torch.stack(learned)).tolist(), strict=True))
         else:
-            if step % self.frequency == 0:
+            if step % self.config.gradient_check_frequency == 0:
                 self._update({name: terms[name] for name in active}, embeddings)
             logs = self.log_factors
         raw = {name: self.priors[name] * ramp * math.exp(logs[name]) for name, ramp in active.items()}
@@ -188,27 +181,20 @@ class Balancer(nn.Module):
     def observe(self, metric: float) -> bool:
         """Count one evaluation, by a metric where higher is better; True if the strategy changed.
 
-        After ``plateau_patience`` evaluations in a row without a new best the next strategy takes over, and
-        after the last the first again. A metric that is not a number counts as no improvement.
+        After ``plateau_patience`` evaluations in a row without a new best the next strategy takes over, and after the
+        last the first again. A metric that is not a number counts as no improvement.
         """
-        if metric > self.best:
-            self.best, self.stale = metric, 0
-            return False
-        self.stale += 1
-        if self.stale < self.patience or len(self.strategies) == 1:
+        improved = metric > self.best
+        self.best, self.stale = (metric, 0) if improved else (self.best, self.stale + 1)
+        if self.stale < self.config.plateau_patience or len(self.strategies) == 1:
             return False
         self.index, self.stale = (self.index + 1) % len(self.strategies), 0
         return True
 
     def get_extra_state(self) -> dict[str, Any]:
         """What ``state_dict()`` holds beside the log-variances: plain data, fit for weights-only loading."""
-        return {
-            "strategies": list(self.strategies),
-            "index": self.index,
-            "best": self.best,
-            "stale": self.stale,
-            "log_factors": dict(self.log_factors),
-        }
+        state = {"index": self.index, "best": self.best, "stale": self.stale, "log_factors": dict(self.log_factors)}
+        return {"strategies": list(self.strategies)} | state
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore :meth:`get_extra_state`; ConfigError if it was saved with other strategies."""
@@ -231,7 +217,7 @@ class Balancer(nn.Module):
         logs = {name: -math.log(max(size, floor)) for name, size in sizes.items()}
         shift = sum(self.log_factors[name] - log for name, log in logs.items()) / max(1, len(logs))
         for name, log in logs.items():
-            self.log_factors[name] += self.rate * (log + shift - self.log_factors[name])
+            self.log_factors[name] += self.config.adaptation_rate * (log + shift - self.log_factors[name])
 
 
 def make_balancer(config: DistillConfig) -> Balancer:

@@ -1,4 +1,4 @@
-"""What a step minimises, as a dict of named loss terms: the student's own loss, with distillation or without."""
+"""What a step minimises, as a dict of named loss terms: the student's own loss, alone or with distillation."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ class Contrastive(nn.Module):
         return {name: getattr(self, f"_{name}")(output, batch, temperature) for name in names}
 
     def student_tensors(self, output: Output) -> list[Tensor]:
-        """The student's tensors that the terms are computed from; gradient norms are taken at them."""
+        """The student's tensors that the terms are computed from. Gradient norms are taken at them."""
         return [output["image_features"], output["text_features"]]
 
     def _original(self, output: Output, batch: Batch, temperature: float) -> Tensor:
-        image, text, scale = output["image_features"], output["text_features"], output["logit_scale"]
+        embeddings_and_scale = output["image_features"], output["text_features"], output["logit_scale"]
         if self.config.task == "siglip":
-            return losses.siglip(image, text, scale, output["logit_bias"])
-        return losses.jsd(image, text, scale) if self.config.task == "jsd" else losses.info_nce(image, text, scale)
+            return losses.siglip(*embeddings_and_scale, output["logit_bias"])
+        loss = losses.jsd if self.config.task == "jsd" else losses.info_nce
+        return loss(*embeddings_and_scale)
 
 
 class Distillation(Contrastive):
-    """The student's own loss and the terms that compare it with the teacher's cached embeddings.
+    """The student's own loss, and the terms that compare the student with the teacher's cached embeddings.
 
     Args:
         config: which terms there are and in which form.
-        widths: of the student's tensors that feature distillation aligns: (image, text).
-        teacher_width: of the teacher's embeddings; of several teachers, which lie side by side, one each.
+        widths: widths of the student's tensors that feature distillation aligns: (image, text).
+        teacher_width: width of the teacher's embeddings. Several teachers lie side by side: one width each.
         teacher_logit_scale: the teacher's exp(logit_scale), or one each.
     """
 
@@ -56,11 +57,16 @@ class Distillation(Contrastive):
         super().__init__(config)
         self.teacher_widths = [teacher_width] if isinstance(teacher_width, int) else list(teacher_width)
         scales = [teacher_logit_scale] if isinstance(teacher_logit_scale, float | int) else list(teacher_logit_scale)
-        # What lies side by side was shortened to a unit vector together.
+        # Embeddings that lie side by side were shortened to one unit vector, each cosine to its share.
         self.teacher_logit_scales = [scale * len(scales) for scale in scales]
         joined = sum(self.teacher_widths)
         if config.feature_weight:
-            self.image_aligner, self.text_aligner = (_aligner(width, joined, config.aligner) for width in widths)
+            kinds = [
+                config.aligner if config.aligner != "auto" else "identity" if width == joined else "mlp"
+                for width in widths
+            ]
+            self.image_aligner = losses.Aligner(widths[0], joined, kinds[0])
+            self.text_aligner = losses.Aligner(widths[1], joined, kinds[1])
         remedy = f"the student's embedding {widths} must be as wide as the teacher's {joined}"
         fits = config.feature_source == "penultimate" or widths == (joined,) * 2
         require(config.icl_weight == 0 or fits, "icl_weight", config.icl_weight, remedy)
@@ -73,45 +79,28 @@ class Distillation(Contrastive):
         return tensors
 
     def _feature(self, output: Output, batch: Batch, temperature: float) -> Tensor:
-        source = {"embedding": "features", "penultimate": "penultimate"}[self.config.feature_source]
-        image, text = (
-            aligner(output[f"{modality}_{source}"])
-            for modality, aligner in (("image", self.image_aligner), ("text", self.text_aligner))
-        )
-        if self.config.feature_form == "mse":
-            image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+        source = "penultimate" if self.config.feature_source == "penultimate" else "features"
+        image = self.image_aligner(output[f"image_{source}"])
+        text = self.text_aligner(output[f"text_{source}"])
         form = self.config.feature_form
-        images, texts = (
-            losses.feature(a, b, form) for a, b in ((image, batch.teacher_image), (text, batch.teacher_text))
-        )
-        return self.config.img_distill_weight * images + self.config.txt_distill_weight * texts
+        if form == "mse":
+            image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+        image_loss = losses.feature(image, batch.teacher_image, form)
+        text_loss = losses.feature(text, batch.teacher_text, form)
+        return self.config.img_distill_weight * image_loss + self.config.txt_distill_weight * text_loss
 
     def _response(self, output: Output, batch: Batch, temperature: float) -> Tensor:
-        return losses.response(
-            output["image_features"],
-            output["text_features"],
-            batch.teacher_image.split(self.teacher_widths, dim=1),
-            batch.teacher_text.split(self.teacher_widths, dim=1),
-            output["logit_scale"],
-            self.teacher_logit_scales,
-            temperature,
+        teacher_images, teacher_texts = (
+            rows.split(self.teacher_widths, dim=1) for rows in (batch.teacher_image, batch.teacher_text)
         )
+        student = output["image_features"], output["text_features"]
+        scales = output["logit_scale"], self.teacher_logit_scales
+        return losses.response(*student, teacher_images, teacher_texts, *scales, temperature)
 
     def _similarity(self, output: Output, batch: Batch, temperature: float) -> Tensor:
-        return losses.similarity(
-            output["image_features"], output["text_features"], batch.teacher_image, batch.teacher_text
-        )
+        student = output["image_features"], output["text_features"]
+        return losses.similarity(*student, batch.teacher_image, batch.teacher_text)
 
     def _icl(self, output: Output, batch: Batch, temperature: float) -> Tensor:
-        return losses.icl(
-            output["image_features"],
-            output["text_features"],
-            batch.teacher_image,
-            batch.teacher_text,
-            output["logit_scale"],
-        )
-
-
-def _aligner(width: int, teacher_width: int, kind: str) -> losses.Aligner:
-    chosen = ("identity" if width == teacher_width else "mlp") if kind == "auto" else kind
-    return losses.Aligner(width, teacher_width, chosen)
+        student, scale = (output["image_features"], output["text_features"]), output["logit_scale"]
+        return losses.icl(*student, batch.teacher_image, batch.teacher_text, scale)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mclip import load
 from mclip.config import PRESETS, DistillConfig, ModelConfig, TrainConfig, closest, from_yaml, get_profile, require
-from mclip.evaluate import embed_images, embed_texts, evaluate_zero_shot
+from mclip.evaluate import ZeroShotSet, embed_images, embed_texts, evaluate_zero_shot
 from mclip.files import atomic_folder, atomic_path, file_hash, model_folder, processes, read_json, write_json
 from mclip.metrics import first_hit_ranks
 from mclip.model import MobileCLIP
@@ -30,6 +30,7 @@ from mclip.results import save_result
 from mclip.scenes.test_sets import evaluate_relation, scene_sets
 from mclip.scenes.world import SceneConfig
 from mclip.sources.loading import load_pairs
+from mclip.sources.zero_shot import zero_shot_set
 from mclip.steps import Record
 from mclip.targets import get_crops, get_targets
 from mclip.teacher import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, load_open_clip, load_teacher, load_teachers
@@ -94,6 +95,16 @@ def load_data(
     reading |= {"progress": progress}
     training = load_pairs(train_data_path, image_size, data_size=data_size, seed=seed, scenes=train_scenes, **reading)
     return training, load_pairs(val_data_path, image_size, split="val", scenes=val_scenes, **reading)
+
+
+def labelled_set(dataset: str, profile: str, root_dir: str = "") -> ZeroShotSet:
+    """The labelled pictures that ``dataset`` names: "scenes" of the profile's number, by colour and shape, or others.
+
+    Others are one of torchvision's sets below ``root_dir`` (default: the cache), or a folder of pictures by class.
+    """
+    if dataset == "scenes":
+        return scene_sets(64, get_profile(profile).test_pictures)["colour-shape"]
+    return zero_shot_set(dataset, root_dir or None)
 
 
 def student_prepare(config: ModelConfig) -> Callable[[Tensor], Tensor]:

@@ -1,4 +1,4 @@
-"""Results files: one JSON record per measurement, in one schema, validated when written and when read.
+"""Results files: JSON lists of records in one schema, validated when written and when read.
 
 A record says what was measured, on what, with which weights, prompts, seed and versions, and how exactly.
 A measurement that failed is recorded as a failure (``"error"`` in place of ``"metrics"``), never as a number.
@@ -10,23 +10,23 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
-import re
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 from mclip import __version__
-from mclip.config import closest
+from mclip.config import ConfigError, from_mapping, require
 from mclip.files import atomic_path
 
-SCHEMA = 1
 PERCENT_TASKS = ("zero_shot", "retrieval")
 
 
@@ -34,110 +34,91 @@ class ResultError(ValueError):
     """A record that breaks the schema; the message names the key, the value and what would be right."""
 
 
-def _require(condition: bool, key: str, value: object, remedy: str) -> None:
-    if not condition:
-        shown = repr(value)
-        raise ResultError(f"{key}={shown if len(shown) < 80 else shown[:77] + '...'} is not valid: {remedy}.")
+@dataclass(frozen=True)
+class _Model:
+    name: str
+    parameters: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        require(self.name.strip() != "", "model.name", self.name, "name the model")
+        require(self.parameters >= 0, "model.parameters", self.parameters, "give the number of parameters")
+        require(len(self.sha256) == 64, "model.sha256", self.sha256, "give the 64 digits of weights_sha256(model)")
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+@dataclass(frozen=True)
+class _Result:
+    """The schema: one field for each key of a record; :func:`make_result` says what they mean."""
+
+    schema: int
+    task: str
+    dataset: str
+    split: str
+    n: int | None
+    model: _Model
+    templates: tuple[str, ...]
+    seed: int
+    versions: dict
+    device: str
+    seconds: float
+    git_commit: str | None
+    created: str
+    metrics: dict | None = None
+    error: str | None = None
+    details: dict | None = None
+
+    def __post_init__(self) -> None:
+        require(self.schema == 1, "schema", self.schema, "this version of mclip reads schema 1")
+        for key in ("task", "dataset", "split", "device", "created", "error"):
+            value = getattr(self, key)
+            require(value is None or value.strip() != "", key, value, "give a text that says it")
+        require(self.seed >= 0, "seed", self.seed, "give a whole number, 0 or more")
+        require(0 <= self.seconds < math.inf, "seconds", self.seconds, "give the measured seconds")
+        either = (self.metrics is None) != (self.error is None)
+        require(either, "metrics", self.metrics, 'give either "metrics" or "error"')
+        failed = self.metrics is None and self.n is None
+        require(failed or (self.n or 0) > 0, "n", self.n, "metrics are measured on at least one sample")
+        if self.metrics is not None:
+            _check_metrics(self.metrics, "metrics", self.task in PERCENT_TASKS)
+            top1, remedy = self.metrics.get("top1"), 'give {"value", "low", "high"}'
+            require(self.task != "zero_shot" or isinstance(top1, Mapping), "metrics.top1", top1, remedy)
 
 
-def _text(value: object) -> bool:
-    return isinstance(value, str) and value.strip() != ""
-
-
-def _count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "schema": (lambda v: v == SCHEMA, f"this version of mclip reads schema {SCHEMA}"),
-    "task": (_text, 'name the task, for example "zero_shot" or "retrieval"'),
-    "dataset": (_text, "name the dataset"),
-    "split": (_text, 'name the split, for example "test"'),
-    "n": (lambda v: v is None or (_count(v) and v > 0), "give the number of samples (null in a failure)"),
-    "model": (lambda v: isinstance(v, Mapping), 'give {"name", "parameters", "sha256"}'),
-    "templates": (lambda v: isinstance(v, list) and all(map(_text, v)), "give a list of templates, or []"),
-    "seed": (_count, "give a whole number, 0 or more"),
-    "versions": (lambda v: isinstance(v, Mapping) and all(map(_text, v.values())), "map names to versions"),
-    "device": (_text, 'name the device, for example "cpu"'),
-    "seconds": (lambda v: _number(v) and v >= 0, "give the measured seconds"),
-    "git_commit": (lambda v: v is None or _text(v), "give the commit, or null outside a checkout"),
-    "created": (_text, "give the time in ISO 8601"),
-}
-OUTCOMES = ("metrics", "error")
-OPTIONAL = ("details",)
-MODEL_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "name": (_text, 'name the model, for example "kd"'),
-    "parameters": (_count, "give the number of parameters"),
-    "sha256": (lambda v: _text(v) and len(v) == 64, "give the 64 digits of weights_sha256(model)"),
-}
-
-
-def _check_fields(values: Mapping[str, Any], fields: Mapping, prefix: str, also: Iterable[str] = ()) -> None:
-    known = [*fields, *also]
-    for key in values:
-        _require(key in known, prefix + str(key), values[key], f"no such field; {closest(str(key), known)}")
-    for key, (valid, remedy) in fields.items():
-        _require(key in values, prefix + key, None, f"the field is missing; {remedy}")
-        _require(valid(values[key]), prefix + key, values[key], remedy)
-
-
-def _check_metrics(metrics: object, key: str, percent: bool) -> None:
-    if _number(metrics):
+def _check_metrics(metrics: Any, key: str, percent: bool) -> None:
+    if isinstance(metrics, int | float) and not isinstance(metrics, bool) and math.isfinite(metrics):
         return
     remedy = 'give a finite number, {"value", "low", "high"}, or a mapping of these; a failure is an "error"'
-    _require(isinstance(metrics, Mapping) and len(metrics) > 0, key, metrics, remedy)
-    if "value" not in metrics:
-        for name, inner in metrics.items():
-            _check_metrics(inner, f"{key}.{name}", percent)
-        return
-    numbers = [metrics.get(k) for k in ("low", "value", "high")]
-    ordered = len(metrics) == 3 and all(map(_number, numbers)) and sorted(numbers) == numbers
-    _require(ordered, key, dict(metrics), "an interval is three finite numbers with low <= value <= high")
-    inside = not percent or (numbers[0] >= 0 and numbers[2] <= 100)
-    _require(inside, key, dict(metrics), "a percentage lies in [0, 100]")
+    require(isinstance(metrics, Mapping) and len(metrics) > 0, key, metrics, remedy)
+    for name, inner in metrics.items():
+        _check_metrics(inner, f"{key}.{name}", percent)
+    if "value" in metrics:
+        low, value, high = (metrics.get(k, math.nan) for k in ("low", "value", "high"))
+        ordered = len(metrics) == 3 and low <= value <= high
+        require(ordered, key, metrics, "an interval is three finite numbers with low <= value <= high")
+        require(not percent or (low >= 0 and high <= 100), key, metrics, "a percentage lies in [0, 100]")
 
 
 def validate_result(record: Mapping[str, Any]) -> None:
     """Raise :class:`ResultError`, naming key, value and remedy, unless ``record`` follows the schema."""
-    _require(isinstance(record, Mapping), "record", record, "a record is a mapping")
-    _check_fields(record, FIELDS, "", (*OUTCOMES, *OPTIONAL))
-    _check_fields(record["model"], MODEL_FIELDS, "model.")
-    outcomes = [key for key in OUTCOMES if key in record]
-    _require(len(outcomes) == 1, "metrics", outcomes, 'give either "metrics" or "error"')
-    _require(isinstance(record.get("details", {}), Mapping), "details", record.get("details"), "give a mapping")
-    if outcomes == ["error"]:
-        _require(_text(record["error"]), "error", record["error"], "say what failed")
-        return
-    _require(record["n"] is not None, "n", None, "metrics are measured on at least one sample")
-    _check_metrics(record["metrics"], "metrics", record["task"] in PERCENT_TASKS)
-    if record["task"] == "zero_shot":
-        top1 = record["metrics"].get("top1") if isinstance(record["metrics"], Mapping) else None
-        _require(isinstance(top1, Mapping), "metrics.top1", top1, 'give {"value", "low", "high"}')
+    try:
+        from_mapping(_Result, record)
+    except (ConfigError, TypeError, AttributeError) as error:  # the last two: a field is missing, or no record at all
+        raise ResultError(str(error)) from error
 
 
 def weights_sha256(module: nn.Module) -> str:
     """SHA-256 over names, types, shapes and bytes of ``module.state_dict()``; the same on every device."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
-        for part in value if isinstance(value, tuple) else (value,):  # an int8 layer keeps weight and bias as a pair
-            if not isinstance(part, torch.Tensor):
-                digest.update(f"{name}|{part}|".encode())
-                continue
-            tensor = (part.dequantize() if part.is_quantized else part.detach()).cpu().contiguous()
-            digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def describe_model(name: str, module: nn.Module) -> dict[str, Any]:
-    """The ``model`` field of a record: name, number of parameters, int8 ones too, and the weights' SHA-256."""
-    methods = [getattr(layer, part, None) for layer in module.modules() for part in ("weight", "bias")]
-    packed = [method() for method in methods if callable(method)]  # an int8 layer's, where others have parameters
-    parameters = sum(tensor.numel() for tensor in [*module.parameters(), *packed] if tensor is not None)
+    """The ``model`` field of a record: name, number of parameters, and the weights' SHA-256."""
+    parameters = sum(parameter.numel() for parameter in module.parameters())
     return {"name": name, "parameters": parameters, "sha256": weights_sha256(module)}
 
 
@@ -149,31 +130,22 @@ def describe_device(device: torch.device | str) -> str:
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
-def describe_machine() -> dict[str, Any]:
-    """Processor and cores; and how many processes wanted to run in the last minute: 1 is this one alone."""
-    file = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", file.read_text(encoding="utf-8")) if file.exists() else []
-    processor = names[0] if names else platform.processor()
-    return {"processor": processor, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-
-
 def versions() -> dict[str, str]:
     """Versions of Python, of mclip and of the libraries that decide a number."""
-    found = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "open_clip_torch")}
-    found["open_clip"] = found.pop("open_clip_torch")
+    libraries = {"torch": "torch", "torchvision": "torchvision", "open_clip": "open_clip_torch"}
+    found = {name: importlib.metadata.version(package) for name, package in libraries.items()}
     return {"python": platform.python_version(), **found, "mclip": __version__}
 
 
 def git_commit() -> str | None:
     """The commit of the checkout that holds this package, or None when it is installed elsewhere."""
     root = Path(__file__).resolve().parent.parent
-    command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
+    if not (root / ".git").exists():
         return None
-    checkout, commit = answer.stdout.splitlines()
-    return commit if Path(checkout).resolve() == root else None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return None
 
 
 def make_result(
@@ -193,58 +165,57 @@ def make_result(
 ) -> dict[str, Any]:
     """A validated record: what is given, plus schema, versions, commit and time.
 
-    Args:
-        n: number of samples measured; None is allowed in a failure.
-        model: see :func:`describe_model`.
-        metrics: nested mapping of numbers and ``{"value", "low", "high"}``; percent in PERCENT_TASKS.
-        error: what failed; given instead of ``metrics``.
-        seed: seed of the run that made the model, and of the bootstrap.
-        seconds: duration of the measurement.
-        details: settings worth keeping that the schema does not name.
+    ``n`` is the number of samples (None in a failure) and ``model`` as :func:`describe_model` gives it. ``metrics``
+    is a nested mapping of numbers and ``{"value", "low", "high"}``, in percent in PERCENT_TASKS; ``error`` says what
+    failed and is given in its place. ``seed`` is that of the run that made the model, and of the bootstrap.
     """
-    record: dict[str, Any] = {
-        "schema": SCHEMA,
-        "task": task,
-        "dataset": dataset,
-        "split": split,
-        "n": n,
-        "model": dict(model),
-        "templates": list(templates),
-        "seed": seed,
-        "versions": versions(),
-        "device": describe_device(device),
-        "seconds": round(seconds, 3),
-        "git_commit": git_commit(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    given = {"metrics": metrics, "error": error, "details": details}
-    record |= {key: value for key, value in given.items() if value is not None}
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    record = {"schema": 1, "task": task, "dataset": dataset, "split": split, "n": n, "model": dict(model)}
+    record |= {"templates": list(templates), "seed": seed, "versions": versions(), "device": describe_device(device)}
+    record |= {"seconds": round(seconds, 3), "git_commit": git_commit(), "created": created}
+    outcome = {"metrics": metrics, "error": error, "details": details}
+    record |= {key: value for key, value in outcome.items() if value is not None}
     validate_result(record)
     return record
 
 
-def save_result(path: str | Path, record: Mapping[str, Any]) -> Path:
-    """Validate ``record`` and write it as JSON; a file is complete or absent, never half written."""
-    validate_result(record)
-    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+def identity(record: Mapping[str, Any]) -> tuple:
+    """What tells a record from the others of a file: task, dataset, split, seed and the model's name."""
+    return (*(record[key] for key in ("task", "dataset", "split", "seed")), record["model"]["name"])
+
+
+def save_result(path: str | Path, *records: Mapping[str, Any], order: Callable[[Any], Any] | None = None) -> Path:
+    """Add ``records`` to the list in the JSON file ``path``; one of the same :func:`identity` is replaced.
+
+    ``order`` is a key that sorts the list. The file is complete or absent, never half written, and several processes
+    may save at the same time. ResultError for a record that breaks the schema and a file that cannot be written.
+    """
+    path = Path(path)
+    for record in records:
+        validate_result(record)
     try:
-        with atomic_path(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.parent / f".{path.name}.lock"), atomic_path(path) as temporary:
+            kept = load_results(path) if path.exists() else []
+            merged = list({identity(record): record for record in [*kept, *records]}.values())
+            lines = [json.dumps(record, ensure_ascii=False) for record in sorted(merged, key=order or (lambda _: 0))]
+            temporary.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
     except OSError as error:
         raise ResultError(f"{path}: cannot be written ({error.strerror}); choose another folder.") from error
-    return Path(path)
+    return path
 
 
-def load_results(folder: str | Path) -> list[dict[str, Any]]:
-    """Every ``*.json`` of ``folder``, by file name, validated; errors name the file."""
-    folder, records = Path(folder), []
-    if not folder.is_dir():
-        raise ResultError(f"{folder}: no such folder; give the folder that holds the results files.")
-    for path in sorted(folder.glob("*.json")):
+def load_results(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a file, or of every ``*.json`` of a folder by name, validated; errors name the file."""
+    path, records = Path(path), []
+    if not path.exists():
+        raise ResultError(f"{path}: no such file or folder; give the results file, or the folder that holds some.")
+    for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            validate_result(record)
+            content = json.loads(file.read_text(encoding="utf-8"))
+            for record in content if isinstance(content, list) else [content]:
+                validate_result(record)
+                records.append(record)
         except (json.JSONDecodeError, UnicodeDecodeError, ResultError) as error:
-            raise ResultError(f"{path}: {error}") from error
-        records.append(record)
+            raise ResultError(f"{file}: {error}") from error
     return records

@@ -28,12 +28,12 @@ PLACES = {
     "drawing": "mclip.scenes.world:captions_of",  # the cache's folder holds the pictures and lacks the captions
     "targets": "mclip.targets:embed_pictures",  # it holds the teacher's captions and lacks the pictures
     "beginning": "mclip.checkpoints:atomic_path",  # settings are written, the log is not yet
-    "between": "mclip.train:_train_step",  # two steps
+    "between": "mclip.steps:Stepper.take",  # two steps
     "gradient": "lightning_fabric:Fabric.clip_gradients",  # a step has its gradient and has not moved yet
-    "line": "mclip.checkpoints:Checkpoints.record",  # half a line of the log is written
+    "line": "mclip.checkpoints:RunState.record",  # half a line of the log is written
     "half": "torch:save",  # half of a checkpoint is written
     "whole": "torch:save",  # all of it, but it has no name yet
-    "named": "mclip.checkpoints:Checkpoints._files",  # it has, but a third one is still there
+    "named": "mclip.checkpoints:RunState.checkpoints",  # it has, but a third one is still there
     "validation": "mclip.recipes:embed_texts",
     "model": "mclip.model:write_json",  # weights are written, config.json is not
 }
@@ -58,11 +58,11 @@ def set_trap(place: str, step: int) -> None:
     """Make this process die at ``place`` of optimiser step ``step``, or at the first one after it."""
     now = -math.inf
 
-    def count(train_step: Callable) -> Callable:
-        def counted(stepper: Any, group: Any, run: Any, *rest: Any) -> None:
+    def count(take: Callable) -> Callable:
+        def counted(stepper: Any, pieces: Any, number: int, *rest: Any) -> Any:
             nonlocal now
-            now = run.state["step"]
-            train_step(stepper, group, run, *rest)
+            now = number
+            return take(stepper, pieces, number, *rest)
 
         return counted
 

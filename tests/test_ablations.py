@@ -1,154 +1,42 @@
-"""The plan of the ablations, their interruption, and what is read from their records."""
+"""What is read from the records of ablations and defects: intervals, verdicts, tables and figures."""
 
 from __future__ import annotations
 
-import itertools
 import statistics
-import sys
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from mclip.cli.main import main
-from mclip.config import ConfigError
 from mclip.files import DATA
 from mclip.results import ResultError, load_results, make_result
 from mclip.show import ablations as ablation_figures
-from mclip.show.ablations import effect, effects, means_of, pooled_deviation
-from mclip.study import ablations, defect_runs, jobs
-from mclip.study.ablations import ABLATIONS, TERMS, distinct, plan
+from mclip.show.ablations import difference, effects, means_of, pooled_deviation
 from mclip.study.defects import DEFECTS
-from mclip.study.jobs import Job, work_off
+from mclip.study.table import BY_NAME
 
 MODEL = {"name": "kd", "parameters": 1, "sha256": "0" * 64}
 
 
-def record(name: str, seed: int, mean: float, **details) -> dict:
+def described(name: str, configuration: dict | None = None) -> dict:
+    row = BY_NAME.get(f"defects/{name}") or BY_NAME[f"ablations/{name}"]
+    return {"experiment": row.described(), "configuration": {"defect": row.defect} | (configuration or {})}
+
+
+def record(name: str, seed: int, mean: float, **configuration) -> dict:
     metrics = {"mean": mean, "sets": {"shape": {"value": mean, "low": mean, "high": mean}}}
-    return make_result("ablation", "scenes", "test", 10, {**MODEL, "name": name}, metrics, seed=seed, details=details)
+    details = described(name, {**configuration, "seed": seed})
+    model = {**MODEL, "name": name}
+    return make_result("ablation", "scenes", "test", 10, model, metrics, seed=seed, details=details)
 
 
-def test_all_see_equally_many_samples():
-    seen = []
-    for name in ABLATIONS:
-        run = plan(name)
-        pictures = round(run.data_size * 10_000)
-        seen.append(run.train.max_epochs * (pictures // run.train.batch_size) * run.train.batch_size)
-    assert max(seen) / min(seen) < 1.02
+def failure(name: str, seed: int, error: str = "diverged at step 3 | nan") -> dict:
+    model = {**MODEL, "name": name}
+    return make_result("ablation", "scenes", "test", None, model, error=error, seed=seed, details=described(name))
 
 
-def test_only_what_a_name_says_differs():
-    """Terms change weights and phases, and nothing else; and so on for each question."""
-    allowed = {
-        "terms": {"distill"},
-        "feature": {"distill"},
-        "phases": {"distill"},
-        "balancing": {"distill"},
-        "temperature": {"distill"},
-        "rate": {"train"},
-        "crops": {"train"},
-        "noise": {"noise"},
-        "data": {"data_size", "train"},
-    }
-    for name, one in ABLATIONS.items():
-        own, other = plan(name).as_json(), plan(one.against).as_json()
-        assert {key for key in own if own[key] != other[key]} <= allowed[one.group], name
-
-
-def test_the_plan_holds_every_question():
-    runs = {name: plan(name) for name in ABLATIONS}
-    kd = [run.distill for run in runs.values()]
-    for term in TERMS:
-        used = [{name for name in TERMS if getattr(each, f"{name}_weight")} for each in kd]
-        alone = {term} in used
-        assert alone, term
-    assert {d.feature_source for d in kd} == {"embedding", "penultimate"}
-    assert {d.feature_form for d in kd} >= {"cosine", "mse"}
-    assert len({d.phases for d in kd}) >= 4
-    assert {d.balancers for d in kd} >= {("fixed",), ("magnitude",), ("gradient_norm",), ("uncertainty",)}
-    assert {(d.max_temperature, d.min_temperature) for d in kd} >= {(1.0, 1.0), (4.0, 4.0), (8.0, 4.0)}
-    base_rates = {run.train.learning_rate for name, run in runs.items() if ABLATIONS[name].student == "base"}
-    assert len(base_rates) >= 3, "the baseline is tuned too"
-    assert {run.noise for run in runs.values()} == {0.0, 0.1, 0.3}
-    assert {run.data_size for run in runs.values()} == {0.1, 0.3, 1.0}
-    assert len(distinct()) == len(set(distinct())) <= len(ABLATIONS)
-    with pytest.raises(ConfigError, match="did you mean 'feature'"):
-        plan("featur")
-
-
-def test_seeds_differ_in_the_seed_alone():
-    first, second = plan("kd", 0).as_json(), plan("kd", 1).as_json()
-    assert first["train"].pop("seed") == 0
-    assert second["train"].pop("seed") == 1
-    assert first == second
-
-
-def test_finished_work_is_not_repeated_and_what_was_killed_goes_on(tmp_path):
-    done, alive = [], [True]
-
-    def job(number: int) -> Job:
-        settings = {"number": number}
-
-        def work(folder):
-            if number == 2 and alive[0]:
-                folder.mkdir()
-                (folder / "checkpoint").touch()
-                raise KeyboardInterrupt
-            assert number != 2 or (folder / "checkpoint").exists(), "the checkpoints of the killed run are gone"
-            done.append(number)
-            return record(f"run {number}", 0, 1.0, configuration=settings)
-
-        return Job(tmp_path / f"{number}.json", settings, work)
-
-    planned = [job(number) for number in range(4)]
-    with pytest.raises(KeyboardInterrupt):
-        work_off(planned, tmp_path / "runs", "toy")
-    assert done == [0, 1]
-    alive[0] = False
-    work_off(planned, tmp_path / "runs", "toy")
-    assert done == [0, 1, 2, 3]
-    work_off(planned, tmp_path / "runs", "toy")
-    assert done == [0, 1, 2, 3]
-    other = Job(tmp_path / "1.json", {"number": 1, "new": True}, planned[1].work)
-    assert not other.is_finished(), "a record of other settings is not this job's"
-    assert not [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
-
-
-def test_the_command_trains_each_configuration_and_keeps_its_record(monkeypatch, tmp_path, tmp_path_factory):
-    monkeypatch.setenv("MCLIP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setattr(ablations, "RESULTS", tmp_path / "ships")
-    monkeypatch.setattr(ablations, "distinct", lambda: ["base", "kd-noise-30"])
-    arguments = [
-        "ablations",
-        "--seeds",
-        "1",
-        "--epochs",
-        "1",
-        "--profile",
-        "smoke",
-        "--out_dir",
-        str(tmp_path / "runs"),
-    ]
-    assert main(arguments) == 0
-    found = {r["model"]["name"]: r for r in load_results(tmp_path / "runs" / "results")}
-    assert not (tmp_path / "ships").exists(), "records of other settings took the place of those that ship"
-    assert found.keys() == {"base", "kd-noise-30"}
-    assert found["kd-noise-30"]["details"]["configuration"] == plan("kd-noise-30", 0, 1, "smoke").as_json()
-    sets = [top1["value"] for top1 in found["base"]["metrics"]["sets"].values()]
-    assert len(sets) == 7
-    assert found["base"]["metrics"]["mean"] == pytest.approx(statistics.fmean(sets))
-    monkeypatch.setattr(ablations, "run_ablation", lambda *_: pytest.fail("trained again"))
-    assert main(arguments) == 0  # all is there: nothing is trained
-
-
-@pytest.mark.parametrize("command", [ablations.ablations, defect_runs.defects])
-def test_only_records_of_the_settings_that_ship_lie_beside_them(command, monkeypatch, tmp_path):
-    module, planned = sys.modules[command.__module__], []
-    monkeypatch.setattr(module, "work_off", lambda jobs, *_: planned.append({job.path.parent for job in jobs}))
-    for settings in ({}, {"seeds": 1}, {"epochs": 1}, {"profile": "smoke"}):
-        command(out_dir=str(tmp_path), **settings)
-    assert planned == [{module.RESULTS}] * 2 + [{tmp_path / "results"}] * 2
+def effect(means: dict, name: str) -> dict:
+    return difference(means, name, BY_NAME[f"ablations/{name}"].against)
 
 
 def toy_records(rng: np.random.Generator) -> list[dict]:
@@ -173,27 +61,28 @@ def test_pooled_intervals_against_an_analysis_of_variance():
 
 def test_pooled_intervals_hold_the_truth_as_often_as_they_say():
     """All differences share the runs of their counterpart, whose luck is in all of them at once."""
-    rng, names = np.random.default_rng(0), list(ABLATIONS)[:20]
-    held = []
+    rng, held = np.random.default_rng(0), []
     for _ in range(200):
         seeds = rng.normal(0, 3, 3)
-        means = {name: dict(enumerate(50 + seeds + rng.normal(0, 2, 3))) for name in names}
-        held += [found["low"] <= 0 <= found["high"] for found in effects(means).values()]
+        means = {f"run {number}": dict(enumerate(50 + seeds + rng.normal(0, 2, 3))) for number in range(20)}
+        for name in list(means)[1:]:
+            found = difference(means, name, "run 0")
+            held.append(found["low"] <= 0 <= found["high"])
     assert np.mean(held) == pytest.approx(0.95, abs=0.02)
 
 
 def test_verdicts_follow_the_interval():
     rng = np.random.default_rng(1)
     records = toy_records(rng) + [record("base-jsd", seed, 30.0 - 9 * (seed >= 0)) for seed in range(3)]
-    for found in effects(means_of(records)).values():
+    for found in effects(records).values():
         expected = "helps" if found["low"] > 0 else "hurts" if found["high"] < 0 else "undecided"
         assert found["verdict"] == expected
-    assert effects(means_of(records))["base-jsd"]["verdict"] == "hurts"
+    assert effects(records)["base-jsd"]["verdict"] == "hurts"
 
 
 def test_failures_and_missing_seeds_are_no_zeros():
     records = toy_records(np.random.default_rng(2))
-    failed = make_result("ablation", "scenes", "test", None, {**MODEL, "name": "kd"}, error="diverged", seed=3)
+    failed = failure("kd", 3)
     single = record("fixed", 0, 10.0)
     means = means_of([*records, failed, single])
     assert sorted(means["kd"]) == [0, 1, 2]
@@ -202,24 +91,15 @@ def test_failures_and_missing_seeds_are_no_zeros():
         effect(means, "fixed")["high"] - effect(means, "fixed")["low"]
         > effect(means, "icl")["high"] - effect(means, "icl")["low"]
     )
-    with pytest.raises(ResultError, match="run the ablations"):
+    with pytest.raises(ResultError, match="mclip study ablations"):
         effect(means, "magnitude")
-    with pytest.raises(ResultError, match="seeds 2"):
-        pooled_deviation(means_of([record("base", 0, 1.0), record("kd", 0, 2.0)]))
-
-
-def failure(name: str, seed: int, error: str = "diverged at step 3 | nan") -> dict:
-    return make_result("ablation", "scenes", "test", None, {**MODEL, "name": name}, error=error, seed=seed)
+    assert pooled_deviation(means_of([record("base", 0, 1.0), record("kd", 0, 2.0)]))[1] == 0
 
 
 def test_records_of_different_settings_are_not_pooled():
-    configuration = plan("kd", 0).as_json()
-    short = plan("kd", 1, epochs=1).as_json()
-    means_of([record("kd", s, 1.0, configuration=plan("kd", s).as_json()) for s in range(3)])
+    means_of([record("kd", seed, 1.0, max_epochs=3) for seed in range(3)])
     with pytest.raises(ResultError, match="kd: its records differ in more than the seed"):
-        means_of([record("kd", 0, 1.0, configuration=configuration), record("kd", 1, 9.0, configuration=short)])
-    with pytest.raises(ResultError, match=r"'gradient_norm' is not valid.*did you mean 'gradient-norm'"):
-        means_of([record("gradient_norm", 0, 1.0)])
+        means_of([record("kd", 0, 1.0, max_epochs=3), record("kd", 1, 9.0, max_epochs=1)])
 
 
 def test_a_configuration_that_always_failed_has_its_row():
@@ -244,30 +124,26 @@ def test_one_seed_gives_points_without_intervals():
     drawn = ablation_figures.ablation_figure(records).axes[1].containers
     assert points in [container.lines[0].get_xdata()[0] for container in drawn]
     assert not any(container.has_xerr for container in drawn)
-    with pytest.raises(ResultError, match="mclip ablations"):
+    with pytest.raises(ResultError, match="mclip study ablations"):
         ablation_figures.ablation_figure([])
 
 
 @pytest.fixture(scope="module")
 def committed() -> tuple[list[dict], list[dict]]:
-    return load_results(DATA / "results" / "ablations"), load_results(DATA / "results" / "defects")
-
-
-def test_the_committed_records_are_of_the_plan(committed):
-    for one in committed[0]:
-        assert one["details"]["configuration"] == plan(one["model"]["name"], one["seed"]).as_json()
-    assert {one["model"]["name"] for one in committed[0]} == set(distinct())
+    return tuple(load_results(DATA / "results" / f"{name}.json") for name in ("ablations", "defects"))
 
 
 def test_the_figure_shows_the_committed_records(committed):
     left, right = ablation_figures.ablation_figure(committed[0]).axes
     means = means_of(committed[0])
     diamonds = [line for line in left.get_lines() if line.get_marker() == "D"]
-    names = [name for name in ABLATIONS if name in means]
+    names = list(means)
     assert [line.get_xdata()[0] for line in diamonds] == [statistics.fmean(means[name].values()) for name in names]
-    assert [tick.get_text() for tick in left.get_yticklabels()] == [ABLATIONS[name].title for name in names]
+    assert [tick.get_text() for tick in left.get_yticklabels()] == [
+        BY_NAME[f"ablations/{name}"].title for name in names
+    ]
     drawn = {int(c.lines[0].get_ydata()[0]): c.lines[0].get_xdata()[0] for c in right.containers}
-    expected = effects(means)
+    expected = effects(committed[0])
     assert drawn == {names.index(name): found["value"] for name, found in expected.items()}
 
 
@@ -276,10 +152,11 @@ def test_every_defect_has_its_line(committed):
     lines = ablation_figures.defect_table(committed[1], means).splitlines()[2:]
     assert [int(line.split("|")[1]) for line in lines] == list(DEFECTS)
     costs = ablation_figures.defect_costs(committed[1], means)
-    for number, line in zip(DEFECTS, lines, strict=True):
-        assert all(f"`{check}`" in line for check in DEFECTS[number].checks)
-        if number in costs:
-            assert f"{statistics.fmean(costs[number]):.1f} points" in line
+    for defect, line in zip(DEFECTS.values(), lines, strict=True):
+        assert all(f"`{check}`" in line for check in defect.checks)
+        assert defect.title in line
+        if f"defect-{defect.number:02}" in costs:
+            assert f"{statistics.fmean(costs[f'defect-{defect.number:02}']):.1f} points" in line
 
 
 def test_curves_of_the_defects_are_the_logs(committed):
@@ -292,7 +169,7 @@ def test_curves_of_the_defects_are_the_logs(committed):
     for ax, number in zip(drawn, sorted(own), strict=True):
         defective = ax.get_lines()[0]
         assert list(defective.get_ydata()) == [loss for _, loss in own[number]["details"]["loss"]]
-    for records in ([], [failure("kd", 0)]):
+    for records in ([], [failure("defect-01", 0)]):
         with pytest.raises(ResultError, match="seeds 1"):
             ablation_figures.defect_curves(records, committed[0])
 
@@ -305,15 +182,6 @@ def test_a_healthy_run_that_diverged_takes_only_its_own_panels(committed):
 
 
 def test_a_defect_costs_what_the_healthy_run_has_more():
-    defective = [record("defect 1", seed, 20.0 + seed, configuration={"defect": 1}) for seed in range(2)]
-    assert ablation_figures.defect_costs(defective, {DEFECTS[1].recipe: {0: 50.0, 1: 45.0}}) == {1: [30.0, 24.0]}
-
-
-def test_jobs_share_what_is_left(tmp_path):
-    """A job that another process holds is left to it, and taken up once that process has died."""
-    planned = [Job(tmp_path / f"{number}.json", {"n": number}, lambda folder: {}) for number in range(3)]
-    (tmp_path / "runs").mkdir()
-    turns = jobs._turns(planned, tmp_path / "runs", jobs.tqdm(disable=True))
-    with jobs.FileLock(tmp_path / "runs" / ".0.lock"):
-        first = [job.settings["n"] for job in itertools.islice(turns, 2)]
-    assert first + [job.settings["n"] for job in turns] == [1, 2, 0]
+    defective = [record("defect-01", seed, 20.0 + seed) for seed in range(2)]
+    healthy = {DEFECTS[1].recipe: {0: 50.0, 1: 45.0}}
+    assert ablation_figures.defect_costs(defective, healthy) == {"defect-01": [30.0, 24.0]}

@@ -1,15 +1,14 @@
 """The benchmark compares forms that do the same work; how fast they are is for ``make bench`` to say."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
 from mclip.cli import main
 from mclip.deploy.cost import random_model
-from mclip.study import bench, bench_forms
-from mclip.study.noise import SENTENCE
+from mclip.results import load_results
+from mclip.study import bench
+from mclip.study.bench import SENTENCE
 from mclip.teacher import load_teacher
 
 
@@ -18,12 +17,12 @@ def test_padded_captions_have_the_same_features():
     tokens = model.tokenizer([SENTENCE, "a dog"])
     encoder = model.text_encoder.eval()
     assert tokens.shape[1] < model.config.text.context_length
-    torch.testing.assert_close(bench_forms.padded_features(encoder, tokens), encoder(tokens), rtol=0, atol=1e-5)
+    torch.testing.assert_close(bench.padded_features(encoder, tokens), encoder(tokens), rtol=0, atol=1e-5)
 
 
 def test_a_ratio_is_of_medians_and_leaves_the_first_turn_out(monkeypatch):
     now, seconds = [0.0], {"slow": [50.0, 3.0, 9.0, 3.5], "fast": [70.0, 0.5, 1.0, 2.0]}
-    monkeypatch.setattr(bench_forms.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
 
     def form(name):
         def work():
@@ -31,18 +30,17 @@ def test_a_ratio_is_of_medians_and_leaves_the_first_turn_out(monkeypatch):
 
         return work
 
-    row = bench_forms.ratio("what", "slow", "fast", {name: form(name) for name in seconds}, 3)
+    row = bench.ratio("what", {name: form(name) for name in seconds}, 3)
     assert row["seconds"] == {"slow": 3.5, "fast": 1.0}
     assert row["value"] == 3.5
 
 
 def test_the_steps_that_are_compared_run_and_leave_no_gradient():
-    rows = bench_forms.existing_step(load_teacher(), batch_size=4, rounds=1, preset="course")
-    rows += bench_forms.distillation(batch_size=8, rounds=1)
-    rows += bench_forms.evaluation(batches=1, singles=2, rounds=1)
+    rows = list(bench.existing(batch_size=4, rounds=1, preset="course", teacher=load_teacher()))
+    rows += [*bench.distillation(batch_size=8, rounds=1), *bench.evaluation(count=1, singles=2, rounds=1)]
     assert all(row["value"] > 0 and row["unit"] == "times" for row in rows)
     model, _ = random_model("course")
-    bench_forms._backward(model.text_encoder, lambda: model.text_encoder(model.tokenizer(["a dog"])))()
+    bench.backward(model.text_encoder, lambda: model.text_encoder(model.tokenizer(["a dog"])))()
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -52,15 +50,17 @@ def test_every_part_is_named_in_the_help():
 
 
 def test_the_parts_to_measure_are_named_one_after_the_other(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "DATA", tmp_path)
-    (tmp_path / "results").mkdir()
-    row = {"what": "a thing", "value": 2.0, "unit": "times", "bar": ""}
-    monkeypatch.setattr(bench, "PARTS", {name: lambda: [row] for name in ("steps", "forms", "memory")})
+    monkeypatch.setattr(bench, "FILE", tmp_path / "bench.json")
+    parts = {name: lambda name=name: iter([bench.row(name, 2.0)]) for name in ("steps", "forms", "memory")}
+    monkeypatch.setattr(bench, "PARTS", parts)
     assert main.main(["bench", "--only", "forms", "steps"]) == 0
-    assert list(json.loads((tmp_path / "results" / "bench.json").read_text())["parts"]) == ["forms", "steps"]
+    assert [record["dataset"] for record in load_results(tmp_path / "bench.json")] == ["forms", "steps"]
+    assert main.main(["bench", "--only", "memory", "--out", str(tmp_path / "other.json")]) == 0
+    assert [record["metrics"] for record in load_results(tmp_path / "other.json")] == [{"memory": 2.0}]
     monkeypatch.setitem(bench.PARTS, "steps", lambda: pytest.fail("measured before the names were looked at"))
     assert main.main(["bench", "--only", "steps", "form"]) == 2
     assert "forms" in capsys.readouterr().err
+    assert len(load_results(tmp_path / "bench.json")) == 2
 
 
 def test_a_new_process_does_not_inherit_the_peak_of_its_parent():

@@ -8,7 +8,7 @@ from mclip import train
 from mclip.config import TrainConfig
 from mclip.files import DATA
 from mclip.results import load_results
-from mclip.study import defect_runs
+from mclip.study import measures
 from mclip.study.defects import DEFECTS
 
 BETTER_WITHOUT = {9: 1, 10: 1, 12: -1, 13: -1, 14: -1}
@@ -17,12 +17,12 @@ BETTER_WITHOUT = {9: 1, 10: 1, 12: -1, 13: -1, 14: -1}
 
 def test_healthy_is_what_is_measured_without_the_defect():
     settings = TrainConfig(max_epochs=2)
-    found = defect_runs.both(DEFECTS[8], lambda: train.learning_rate(99, 100, settings))
+    found = measures.both(DEFECTS[8], lambda: train.learning_rate(99, 100, settings))
     assert found["healthy"] == train.learning_rate(99, 100, settings) < 1e-4 < found["defective"]
 
 
 def test_words_are_damaged_by_the_defect():
-    found = defect_runs.measure_words(DEFECTS[14], "smoke")
+    found = measures.measure_words(DEFECTS[14], "smoke")
     assert found["tokens of “bright”"] == {"healthy": 1.0, "defective": 2.0}
     assert found["words of the vocabulary that are damaged"]["healthy"] == 0.0
 
@@ -38,17 +38,17 @@ def test_a_failed_set_counts_as_zero_with_the_defect_alone(monkeypatch):
         top1 = {"top1": {"value": 60.0}, "top5": {"value": 80.0 if states[-1] else 90.0}}
         return [{"dataset": f"set {number}", "metrics": top1} for number in range(6)]
 
-    monkeypatch.setattr(defect_runs, "evaluate_all", evaluated)
-    monkeypatch.setattr(defect_runs, "load_model", lambda _: None)
-    found = defect_runs.measure_ranks(DEFECTS[10], "smoke")
+    monkeypatch.setattr(measures, "evaluate_all", evaluated)
+    monkeypatch.setattr(measures, "shipped", lambda _: None)
+    found = measures.measure_ranks(DEFECTS[10], "smoke")
     assert found["top-5 of set 0, %"] == {"healthy": 90.0, "defective": 80.0}
     mean = found["mean top-1 where one of six sets failed, %"]
     assert (mean["healthy"], mean["defective"]) == pytest.approx((60.0, 50.0))
 
 
-@pytest.mark.parametrize("number", defect_runs.MEASURES)
+@pytest.mark.parametrize("number", measures.MEASURES)
 def test_the_committed_measurements_are_no_better_with_the_defect(number):
-    records = load_results(DATA / "results" / "defects")
+    records = load_results(DATA / "results" / "defects.json")
     (record,) = [r for r in records if r["details"]["configuration"]["defect"] == number]
     pairs = [(each["healthy"], each["defective"]) for each in record["metrics"].values()]
     differences = [BETTER_WITHOUT[number] * (healthy - defective) for healthy, defective in pairs]
@@ -56,3 +56,10 @@ def test_the_committed_measurements_are_no_better_with_the_defect(number):
         differences[1] *= -1
     assert min(differences) > -0.1
     assert max(differences) > 0
+
+
+def test_the_two_halves_of_defect_9_are_measured_apart():
+    found = measures.measure_preparation(DEFECTS[9], "smoke")
+    prompts, pictures = found.values()
+    assert prompts["healthy"] != prompts["defective"]
+    assert pictures["healthy"] > pictures["defective"] + 10

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import OrderedDict
 from pathlib import Path
@@ -25,7 +24,7 @@ from mclip.deploy.fused import fold_batch_norm, fused
 from mclip.files import DATA
 from mclip.image_encoder import stage_names
 from mclip.recipes import load_model
-from mclip.results import ResultError, weights_sha256
+from mclip.results import ResultError, load_results, weights_sha256
 from mclip.show import tables
 from mclip.show.cost import cost_of_models, pareto_front
 from mclip.study import efficiency
@@ -236,7 +235,7 @@ def test_the_front_holds_whoever_is_not_beaten(points):
 
 @pytest.fixture(scope="module")
 def record():
-    return json.loads((DATA / "results" / "efficiency.json").read_text(encoding="utf-8"))
+    return load_results(DATA / "results" / "efficiency.json")[0]["metrics"]
 
 
 def test_the_figure_shows_the_committed_numbers(record):
@@ -253,7 +252,8 @@ def test_the_figure_shows_the_committed_numbers(record):
 
 def test_the_aims_are_judged_by_the_numbers(record):
     lines = tables.efficiency_goals(record).splitlines()[2:]
-    times = {name: tables.milliseconds(model) for name, model in record["models"].items()}
+    names = ("mobile-256", "ViT-B-32", "MobileCLIP2-S0")
+    times = {name: tables.milliseconds(record["models"][name]) for name in names}
     own = sum(times["mobile-256"].values())
     expected = [sum(times["ViT-B-32"].values()) / own, sum(times["MobileCLIP2-S0"].values()) / own]
     expected.append(times["ViT-B-32"]["text"] / times["mobile-256"]["text"])
@@ -264,13 +264,23 @@ def test_the_aims_are_judged_by_the_numbers(record):
         tables.milliseconds({"latency": {}})
 
 
+def test_a_form_that_was_not_timed_has_a_row_without_milliseconds(record):
+    models = {name: dict(record["models"][name]) for name in ("ViT-B-32", "mobile-256")}
+    del models["mobile-256"]["latency"]
+    line = tables.efficiency_table({"models": models}).splitlines()[3]
+    assert line.startswith("| mobile-256 | 16.2 |")
+    assert line.endswith("| 65 |  |  |  |  |")
+
+
 def test_parts_are_kept_one_by_one(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(efficiency, "FILE", tmp_path / "efficiency.json")
-    parts = {name: lambda name=name: {"of": name} for name in efficiency.PARTS}
+    parts = {name: lambda name=name: {name: 1.0} for name in efficiency.PARTS}
     monkeypatch.setattr(efficiency, "PARTS", parts)
     assert main(["efficiency", "--only", "stages"]) == 0
     assert main(["efficiency", "--only", "int8", "blocks"]) == 0
-    kept = json.loads((tmp_path / "efficiency.json").read_text())
-    assert {name for name in kept if name in parts} == {"stages", "int8", "blocks"}
+    (kept,) = load_results(tmp_path / "efficiency.json")
+    assert kept["metrics"] == {name: {name: 1.0} for name in ("stages", "int8", "blocks")}
     assert main(["efficiency", "--only", "stage"]) == 2
     assert "stages" in capsys.readouterr().err
+    assert main(["efficiency", "--only", "stages", "--out", str(tmp_path / "other.json")]) == 0
+    assert load_results(tmp_path / "other.json")[0]["metrics"] == {"stages": {"stages": 1.0}}

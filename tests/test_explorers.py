@@ -27,17 +27,16 @@ from mclip.show.widgets import (
 from mclip.train import read_log
 
 CAPTIONS = ["a red star", "a $ heart", "a blue ring", "a thing"]
-SCALES = {"scale": 12.0, "teacher_scale": 20.0}
 
 
 @pytest.fixture(scope="module")
-def student() -> tuple[torch.Tensor, torch.Tensor]:
-    return embeddings(0, 8)
+def student() -> tuple[torch.Tensor, torch.Tensor, float]:
+    return *embeddings(0, 8), 12.0
 
 
 @pytest.fixture(scope="module")
-def teacher() -> tuple[torch.Tensor, torch.Tensor]:
-    return embeddings(1, 16)
+def teacher() -> tuple[torch.Tensor, torch.Tensor, float]:
+    return *embeddings(1, 16), 20.0
 
 
 def embeddings(seed: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,8 +61,8 @@ def controls_of(explorer: ipywidgets.VBox) -> tuple[tuple, ipywidgets.HTML, ipyw
 @pytest.mark.parametrize("temperature", [0.5, 4.0])
 def test_gradient_of_the_response_is_its_slope(student, teacher, temperature):
     """The norm against the closed form of the gradient, (q - p) / T times T^2 at the logits, both ways averaged."""
-    loss, norm = response_and_gradient(student, teacher, *SCALES.values(), temperature)
-    assert loss == pytest.approx(losses.response(*student, *teacher, *SCALES.values(), temperature).item())
+    loss, norm = response_and_gradient(student, teacher, temperature)
+    assert loss == pytest.approx(losses.response(*student[:2], *teacher[:2], 12.0, 20.0, temperature).item())
     ours, theirs = 12.0 * student[0] @ student[1].T, 20.0 * teacher[0] @ teacher[1].T
     across = (ours / temperature).softmax(1) - (theirs / temperature).softmax(1)
     down = (ours / temperature).softmax(0) - (theirs / temperature).softmax(0)
@@ -73,9 +72,9 @@ def test_gradient_of_the_response_is_its_slope(student, teacher, temperature):
 
 
 def test_loss_chart_shows_what_the_losses_say(student, teacher):
-    fig = loss_chart(student, teacher, CAPTIONS, **SCALES, temperature=2.0, picture=1)
+    fig = loss_chart(student, teacher, CAPTIONS, temperature=2.0, row=1)
     left, right, rows, curves, _colours = fig.axes
-    for ax, (image, text), scale in ((left, teacher, 20.0), (right, student, 12.0)):
+    for ax, (image, text, scale) in ((left, teacher), (right, student)):
         expected = F.softmax(scale * image @ text.T / 2.0, dim=1).numpy()
         np.testing.assert_allclose(ax.images[0].get_array(), expected, atol=1e-6)
     widths = np.array([bar.get_width() for bar in rows.patches])
@@ -83,19 +82,19 @@ def test_loss_chart_shows_what_the_losses_say(student, teacher):
     assert widths == pytest.approx(drawn)
     lines = {line.get_label(): line for line in curves.lines if not line.get_label().startswith("_")}
     for i in (0, 12, 24):
-        loss = losses.response(*student, *teacher, *SCALES.values(), TEMPERATURES[i]).item()
+        loss = losses.response(*student[:2], *teacher[:2], 12.0, 20.0, TEMPERATURES[i]).item()
         assert lines["KL times T²"].get_ydata()[i] == pytest.approx(loss, rel=1e-5)
         assert lines["KL"].get_ydata()[i] == pytest.approx(loss / TEMPERATURES[i] ** 2, rel=1e-5)
     assert [label.get_text()[:4] for label in rows.get_yticklabels()] == ["a re", r"a \$", "a bl", "a th"]
 
 
 def test_nothing_to_learn_at_the_teachers_own_place(teacher):
-    loss, norm = response_and_gradient(teacher, teacher, 20.0, 20.0, 4.0)
+    loss, norm = response_and_gradient(teacher, teacher, 4.0)
     assert (loss, norm) == pytest.approx((0, 0), abs=1e-4)
 
 
 def test_loss_explorer_follows_each_control(student, teacher):
-    controls, message, chart = controls_of(loss_explorer(student, teacher, CAPTIONS, **SCALES))
+    controls, message, chart = controls_of(loss_explorer(student, teacher, CAPTIONS))
     assert all(control.description and not control.continuous_update for control in controls)
     seen = {bytes(chart.value)}
     for control, value in zip(controls, (1.0, 40.0, 4), strict=True):
@@ -103,7 +102,7 @@ def test_loss_explorer_follows_each_control(student, teacher):
         seen.add(bytes(chart.value))
     assert len(seen) == 4
     assert message.value == ""
-    expected = loss_chart(student, teacher, CAPTIONS, 40.0, 20.0, 1.0, 3)._repr_png_()
+    expected = loss_chart((*student[:2], 40.0), teacher, CAPTIONS, 1.0, 3)._repr_png_()
     assert bytes(chart.value) == expected
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import numpy as np
 import open_clip
@@ -12,27 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mclip.cli.main import main
 from mclip.config import PRESETS, ConfigError
 from mclip.files import DATA
 from mclip.model import MobileCLIP
 from mclip.recipes import load_model
 from mclip.results import ResultError, load_results, weights_sha256
 from mclip.scenes.drawing import COLOURS, SHAPES, draw_objects
+from mclip.scenes.test_sets import cases, object_masks
 from mclip.scenes.world import SceneConfig, Scenes, make_scenes
 from mclip.show import grounding
-from mclip.show.grounding import (
-    grad_cam,
-    grounding_explorer,
-    map_layers,
-    map_of,
-    object_masks,
-    overlap,
-    phrase_maps,
-    pointing,
-)
-from mclip.study import examples
-from mclip.study import grounding as study_grounding
+from mclip.show.grounding import grad_cam, grounding_explorer, map_layers, map_of, overlap, phrase_maps, pointing
+from mclip.study import measures
+from mclip.study.table import BY_NAME
 
 
 class Channels(nn.Module):
@@ -207,7 +197,7 @@ def test_masks_are_the_pixels_that_an_object_paints(one_on_the_other):
 
 def test_a_phrase_belongs_to_its_own_mask():
     """Inside a mask the picture is nearer to the colour that the phrase names than to the other phrase's."""
-    images, phrases, masks = grounding.cases("val", 60)
+    images, phrases, masks = cases("val", 60)
     assert images.shape == (120, 3, 64, 64)
     assert masks.shape == (120, 64, 64)
     nearer = []
@@ -270,7 +260,7 @@ def test_what_cannot_be_drawn_is_named(student):
     with pytest.raises(ConfigError, match="phrases=2 cannot work: give one for each of 1 pictures"):
         phrase_maps(student, student.tokenizer, torch.zeros(1, 3, 64, 64), ["a star", "a circle"], "stage1", 64)
     with pytest.raises(ConfigError, match="square"):
-        grounding_explorer(student, student.tokenizer, np.zeros((2, 3, 64, 32), np.uint8), "stage1")
+        grounding_explorer(student, student.tokenizer, np.zeros((2, 3, 64, 32), np.uint8), "stage1", "a star")
 
 
 def test_the_explorer_follows_its_controls(student):
@@ -289,47 +279,20 @@ def test_the_explorer_follows_its_controls(student):
     assert chart.layout.display == "none"
 
 
-def test_layer_and_threshold_are_not_chosen_on_the_test_pictures(monkeypatch, tmp_path):
-    monkeypatch.setattr(study_grounding, "RESULTS", tmp_path)
-    assert main(["grounding", "--pictures", "6", "--models", "[kd]"]) == 0
-    found = {record["model"]["name"]: record for record in load_results(tmp_path)}
-    assert found.keys() == {"kd", "random", "centre"}
-    tuning = grounding.cases("val", 3)
-    layers = found["kd"]["details"]["layers"]
-    best = max(layers, key=lambda name: layers[name]["pointing"])
-    assert found["kd"]["details"]["layer"] == best
-    again = study_grounding.score_model("kd", tuning, study_grounding.cases("val", 4, seed=1))
-    assert again["details"]["layers"] == layers, "the test pictures took part in the choice"
-
-
-def test_a_run_is_called_by_its_own_name_and_its_record_lies_beside_the_others(monkeypatch, tmp_path):
-    load_model("kd")[0].save_pretrained(tmp_path / "runs" / "mine" / "model")
-    monkeypatch.setattr(study_grounding, "RESULTS", tmp_path / "out")
-    monkeypatch.setattr(study_grounding, "map_layers", lambda model: {"stage3": map_layers(model)["stage3"]})
-    monkeypatch.chdir(tmp_path / "runs")
-    assert main(["grounding", "--pictures", "4", "--models", "[mine/model]"]) == 0
-    files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.json")}
-    assert files == {f"grounding_{name}.json" for name in ("mine", "random", "centre")}
-    assert {record["model"]["name"] for record in load_results(tmp_path / "out")} == {"mine", "random", "centre"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["grounding", "--seed", "-1"], "seed=-1 cannot work: give a whole number from 0"),
-        (["examples", "--seed", "-1"], "seed=-1 cannot work: give a whole number from 0"),
-        (["grounding", "--models", "[kd, kd]"], "give models of different names, and none called random or centre"),
-    ],
-)
-def test_what_cannot_be_scored_is_said_before_anything_is_drawn(arguments, message, monkeypatch, capsys):
-    for module, name in ((study_grounding, "cases"), (examples, "load_pairs")):
-        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("scenes were drawn"))
-    assert main(arguments) == 2
-    assert message in capsys.readouterr().err
+def test_layer_and_threshold_are_not_chosen_on_the_test_pictures(monkeypatch):
+    row, tuning = BY_NAME["grounding/kd"], cases("val", 3)
+    choices = []
+    for seed in (0, 1):
+        monkeypatch.setattr(measures, "_cases", lambda profile, seed=seed: (tuning, cases("test", 6, seed=seed)))
+        (record,) = measures.grad_cam_maps(row, {"profile": "smoke"})
+        choices.append((record["details"]["layer"], record["details"]["layers"]))
+    assert choices[0] == choices[1], "the test pictures took part in the choice"
+    layer, layers = choices[0]
+    assert layer == max(layers, key=lambda name: layers[name]["pointing"])
 
 
 def test_the_figure_shows_the_committed_records():
-    records = load_results(DATA / "results" / "grounding")
+    records = load_results(DATA / "results" / "grounding.json")
     found = {record["model"]["name"]: record for record in records}
     ax, other, layers = grounding.grounding_scores(records).axes
     for axis, key in ((ax, "pointing"), (other, "iou")):
@@ -340,12 +303,11 @@ def test_the_figure_shows_the_committed_records():
     drawn = {line.get_label(): list(line.get_ydata()) for line in layers.get_lines()}
     for name in ("base", "kd", "teacher"):
         assert drawn[name] == [scores["pointing"] for scores in found[name]["details"]["layers"].values()]
-    with pytest.raises(ResultError, match="mclip grounding"):
+    with pytest.raises(ResultError, match="mclip study grounding"):
         grounding.grounding_scores([])
 
 
 def test_the_committed_records_are_of_the_models_that_ship():
-    for path in sorted((DATA / "results" / "grounding").glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+    for record in load_results(DATA / "results" / "grounding.json"):
         if record["model"]["parameters"]:
             assert weights_sha256(load_model(record["model"]["name"])[0]) == record["model"]["sha256"]

@@ -14,11 +14,12 @@ from scipy.stats import binomtest
 from mclip.cli.main import main
 from mclip.config import PRESETS
 from mclip.evaluate import ZeroShotSet, evaluate_zero_shot
+from mclip.files import DATA
 from mclip.metrics import answers, compare, correct_of, describe, mcnemar
 from mclip.model import MobileCLIP
 from mclip.results import ResultError, load_results, make_result, validate_result
-from mclip.show.tables import paired_table, zero_shot_table
-from mclip.study import reproduce
+from mclip.show.tables import zero_shot_table
+from mclip.study.figures import paired_markdown
 
 NAMES = ["red circle", "blue square", "green star"]
 
@@ -107,7 +108,7 @@ def test_tables_keep_to_their_task():
     found = [compare(records[2 + place], records[place]) for place in range(2)]
     assert zero_shot_table(records + found) == zero_shot_table(records)
     later = [{**found[0], "seed": 1}]
-    rows = paired_table([*found, *later, *records]).splitlines()
+    rows = paired_markdown([*found, *later, *records]).splitlines()
     assert rows[0] == "| kd - base | seed 0 | seed 1 |"
     assert rows[2:] == [
         f"| shape | {describe(found[0])} | {describe(found[0])} |",
@@ -147,6 +148,7 @@ def test_the_command_compares_two_models(tmp_path, capsys):
 
 
 def test_committed_comparisons_are_of_the_models_that_ship():
-    found = [r for r in reproduce.scene_results() if r["task"] == "paired" and r["seed"] == 0]
-    assert {r["dataset"] for r in found} == set(zero_shot_table(reproduce.scene_results()))
+    scenes = load_results(DATA / "results" / "scenes.json")
+    found = [r for r in scenes if r["task"] == "paired" and r["seed"] == 0]
+    assert {r["dataset"] for r in found} == set(zero_shot_table(scenes))
     assert {(r["model"]["name"], r["details"]["against"]["name"]) for r in found} == {("kd", "base")}

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from mclip.files import DATA
-from mclip.results import ResultError, make_result, save_result
+from mclip.results import ResultError, make_result
 from mclip.show import figures, style
 from mclip.show.tables import zero_shot_table
 
@@ -50,10 +50,8 @@ def whiskers(ax) -> list[tuple[float, float]]:
     return [tuple(segment[:, 0]) for line in lines for segment in line.get_segments()]
 
 
-def test_performance_bars_are_the_results_and_the_published_table(records, tmp_path):
-    for i, one in enumerate(records):
-        save_result(tmp_path / f"{i:02}.json", one)
-    fig = figures.performance_comparison(tmp_path)
+def test_performance_bars_are_the_results_and_the_published_table(records):
+    fig = figures.performance_comparison(records)
     ours, published = fig.axes
     assert bars(ours) == {style.LABELS[m]: list(values) for m, values in VALUES.items()}
     expected = [(max(0.0, v - 3), min(100.0, v + 2)) for values in VALUES.values() for v in values]
@@ -76,8 +74,7 @@ def test_performance_over_seeds_is_the_table(records):
         for d, v in zip(SETS, values, strict=True)
     ]
     table = zero_shot_table(three)
-    fig = figures.performance_comparison(three, published=None)
-    assert len(fig.axes) == 1
+    fig = figures.performance_comparison(three)
     for model, label in style.LABELS.items():
         assert bars(fig.axes[0])[label] == [table[dataset][model]["top1"] for dataset in SETS]
     expected = [(table[d][m]["low"], table[d][m]["high"]) for m in VALUES for d in SETS]
@@ -88,10 +85,10 @@ def test_a_failure_is_shown_as_missing_not_as_zero(records):
     kept = [r for r in records if (r["model"]["name"], r["dataset"]) != ("clip", "colour")]
     model = {"name": "clip", "parameters": 1, "sha256": "0" * 64}
     failed = make_result("zero_shot", "colour", "test", None, model, error="out of memory")
-    ax = figures.performance_comparison([*kept, failed], published=None).axes[0]
+    ax = figures.performance_comparison([*kept, failed]).axes[0]
     assert bars(ax)[style.LABELS["clip"]] == [25.0, 50.0]
     assert [text.get_text() for text in ax.texts].count("no result") == 1
-    only_failures = figures.performance_comparison([failed], published=None).axes[0]
+    only_failures = figures.performance_comparison([failed]).axes[0]
     assert [text.get_text() for text in only_failures.texts] == ["no result"] * 4
     with pytest.raises(ResultError, match="no zero-shot record"):
         figures.performance_comparison([])
@@ -176,7 +173,7 @@ def test_image_grid_and_temperatures():
     for ax, image in zip(shown, images, strict=True):
         np.testing.assert_array_equal(ax.images[0].get_array(), image.transpose(1, 2, 0))
     logits = np.array([30.0, 25.0, 10.0])
-    fig = figures.temperature_effect(logits, [1, 8])
+    fig = figures.temperature_effect(logits, [1, 8], ["a", "b", "c"])
     for ax, temperature in zip(fig.axes, (1, 8), strict=True):
         expected = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
         np.testing.assert_allclose([bar.get_width() for bar in ax.patches], expected)

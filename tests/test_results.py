@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -37,12 +39,49 @@ def test_a_record_says_everything_and_comes_back_unchanged(tmp_path):
         seconds=1.25,
         details={"data_size": 0.1},
     )
-    assert set(made) == {*results.FIELDS, "metrics", "details"}
     assert made["schema"] == 1
+    assert made["details"] == {"data_size": 0.1}
     assert set(made["versions"]) == {"python", "torch", "torchvision", "open_clip", "mclip"}
     save_result(tmp_path / "deep" / "a.json", made)
     assert load_results(tmp_path / "deep") == [made]
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.json"]
+    assert load_results(tmp_path / "deep" / "a.json") == [made]
+    assert [p.name for p in (tmp_path / "deep").iterdir() if not p.name.startswith(".")] == ["a.json"]
+
+
+def test_a_record_is_added_or_takes_the_place_of_its_like(tmp_path):
+    file, others = tmp_path / "study.json", [record(seed=1), record("colour"), record(name="base")]
+    save_result(file, record(value=50.0), *others)
+    save_result(file, record(value=60.0))
+    found = load_results(file)
+    assert [r["metrics"]["top1"]["value"] for r in found] == [60.0, 50.0, 50.0, 50.0]
+    assert found[1:] == others
+    save_result(file, order=lambda r: r["model"]["name"])
+    assert [r["model"]["name"] for r in load_results(file)] == ["base", "kd", "kd", "kd"]
+
+
+def test_a_record_that_stands_alone_in_a_file_is_read_too(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(record(), indent=1))
+    assert len(load_results(tmp_path / "a.json")) == 1
+    save_result(tmp_path / "a.json", record(seed=1))
+    assert [r["seed"] for r in load_results(tmp_path / "a.json")] == [0, 1]
+
+
+def _save_ten(folder: str, number: int) -> None:
+    for seed in range(10):
+        save_result(f"{folder}/shared.json", record(name=f"model {number}", seed=seed))
+
+
+def test_many_may_save_at_once_and_nothing_is_lost(tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(partial(_save_ten, str(tmp_path)), range(4)))
+    assert len(load_results(tmp_path / "shared.json")) == 40
+
+
+def test_a_damaged_file_is_not_overwritten(tmp_path):
+    (tmp_path / "a.json").write_text("[")
+    with pytest.raises(ResultError, match=r"a\.json"):
+        save_result(tmp_path / "a.json", record())
+    assert (tmp_path / "a.json").read_text() == "["
 
 
 @pytest.mark.parametrize(
@@ -57,10 +96,10 @@ def test_a_record_says_everything_and_comes_back_unchanged(tmp_path):
         ({"seconds": math.nan}, "seconds=nan"),
         ({"templates": "a photo of a {}"}, "templates="),
         ({"model": {**MODEL, "sha256": "abc"}}, "model.sha256='abc'"),
-        ({"model": {"name": "kd", "parameters": 10}}, "model.sha256=None"),
+        ({"model": {"name": "kd", "parameters": 10}}, "sha256"),
         ({"metrics": {}}, "metrics={}"),
         ({"metrics": {"top1": 50.0}}, "metrics.top1=50.0"),
-        ({"metrics": {"top1": {"value": math.nan, "low": 0.0, "high": 1.0}}}, "metrics.top1="),
+        ({"metrics": {"top1": {"value": math.nan, "low": 0.0, "high": 1.0}}}, "metrics.top1.value=nan"),
         ({"metrics": {"top1": {"value": 50.0, "low": 60.0, "high": 70.0}}}, "low <= value <= high"),
         ({"metrics": {"top1": {"value": 50.0}}}, "metrics.top1="),
         ({"metrics": {"top1": {"value": 99.0, "low": 98.0, "high": 101.0}}}, "percentage"),
@@ -115,7 +154,7 @@ def test_defect_10_a_failure_is_never_a_zero(tmp_path):
 
 
 def test_errors_name_the_file(tmp_path):
-    with pytest.raises(ResultError, match="no such folder"):
+    with pytest.raises(ResultError, match="no such file or folder"):
         load_results(tmp_path / "none")
     (tmp_path / "half.json").write_text('{"schema": 1,')
     with pytest.raises(ResultError, match=r"half\.json"):

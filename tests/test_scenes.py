@@ -16,13 +16,30 @@ from mclip.metrics import correct_of
 from mclip.scenes.captions import COLOUR_NAMES, COLOUR_WORDS, RELATIONS, SHAPE_NAMES, SHAPE_WORDS
 from mclip.scenes.drawing import SHAPES, _polygon, _regular, object_distance
 from mclip.scenes.test_sets import PAIRS, evaluate_relation, relation_captions, scene_sets
-from mclip.scenes.world import HELD_OUT, SPLITS, SceneConfig, captions_of, export_scenes, make_scenes, sample_table
+from mclip.scenes.world import (
+    HELD_OUT,
+    SPLITS,
+    SceneConfig,
+    captions_of,
+    export_scenes,
+    make_scenes,
+    sample_table,
+    scene_pairs,
+)
 from mclip.sources.loading import load_pairs
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("MCLIP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def test_scenes_as_pairs_are_those_that_a_run_trains_on():
+    config = SceneConfig(12, 64, "val", seed=3)
+    pairs, loaded = scene_pairs(config, progress=False), load_pairs(scenes=config, progress=False)
+    assert np.array_equal(pairs.images, make_scenes(config).images)
+    assert (pairs.captions, pairs.key, pairs.name) == (loaded.captions, loaded.key, loaded.name)
+    assert pairs.key != scene_pairs(dataclasses.replace(config, seed=4), progress=False).key
 
 
 def small(**changes):

@@ -13,9 +13,11 @@ from torch import nn
 from mclip.config import PRESETS, ConfigError
 from mclip.metrics import EvaluationError
 from mclip.model import MobileCLIP
-from mclip.show.widgets import MAX_PROMPTS, compare_prompts, make_update, prompt_chart, prompt_explorer, read_prompts
+from mclip.show.style import NotebookFigure
+from mclip.show.widgets import MAX_PROMPTS, compare_prompts, follow, prompt_chart, prompt_explorer, read_prompts
 
 PNG = b"\x89PNG"
+PROMPTS = ["a circle", "a star"]
 
 
 class Compass(nn.Module):
@@ -89,7 +91,7 @@ def test_chart_shows_every_prompt_and_marks_the_best(pictures):
 
 
 def test_explorer_follows_both_controls(student, pictures):
-    box, chooser, message, chart = parts(prompt_explorer(student, student.tokenizer, pictures))
+    box, chooser, message, chart = parts(prompt_explorer(student, student.tokenizer, pictures, PROMPTS))
     first = bytes(chart.value)
     assert first.startswith(PNG)
     chooser.value = 2
@@ -100,7 +102,7 @@ def test_explorer_follows_both_controls(student, pictures):
 
 
 def test_a_bad_prompt_is_shown_and_the_old_chart_is_not_left_to_mislead(student, pictures):
-    box, _, message, chart = parts(prompt_explorer(student, student.tokenizer, pictures))
+    box, _, message, chart = parts(prompt_explorer(student, student.tokenizer, pictures, PROMPTS))
     box.value = "<b>\n<b>"
     assert "no two alike" in message.value
     assert "&lt;b&gt;" in message.value
@@ -111,9 +113,8 @@ def test_a_bad_prompt_is_shown_and_the_old_chart_is_not_left_to_mislead(student,
 
 
 def test_an_unexpected_error_is_not_swallowed():
-    def broken(_text: str, _number: int) -> bytes:
+    def broken(_text: str) -> NotebookFigure:
         raise RuntimeError("broken")
 
-    update = make_update(lambda: ("a", 1), broken, ipywidgets.Image(), ipywidgets.HTML(), ipywidgets.Output())
     with pytest.raises(RuntimeError, match="broken"):
-        update()
+        follow([ipywidgets.Text("a")], broken)

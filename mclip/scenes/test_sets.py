@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mclip.evaluate import ZeroShotSet, device_of, embed_images, embed_texts
 from mclip.metrics import answers, bootstrap_interval
 from mclip.results import describe_model, make_result
-from mclip.scenes.captions import BACKGROUND_PHRASES, RELATIONS
-from mclip.scenes.drawing import BACKGROUNDS, COLOURS, SHAPES, TEXTURES
+from mclip.scenes.captions import BACKGROUND_PHRASES, COLOUR_NAMES, RELATIONS, SHAPE_NAMES
+from mclip.scenes.drawing import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, object_distance
 from mclip.scenes.world import HELD_OUT, SceneConfig, Scenes, make_scenes
 
 SETS = ("shape", "colour", "texture", "background", "colour-shape", "held-out")
@@ -99,3 +100,44 @@ def evaluate_relation(
         device=device_of(model),
         details={"metric": "top1", **answers(hits, captions[0])},
     )
+
+
+Cases = tuple[Tensor, list[str], Tensor]
+"""Pictures, a phrase for each, and the pixels that it speaks of."""
+
+
+def object_masks(scenes: Scenes) -> np.ndarray:
+    """The pixels (N, 2, S, S) of each picture's objects; the second is in front of the first, and may be missing."""
+    size, table = scenes.config.image_size, scenes.table
+    masks = np.zeros((len(scenes), 2, size, size), dtype=bool)
+    for slot in (0, 1):
+        for shape in range(len(SHAPES)):
+            rows = np.flatnonzero(table["shape"][:, slot] == shape)
+            if len(rows):
+                geometry = (table[key][rows, slot] for key in ("cx", "cy", "radius", "angle"))
+                masks[rows, slot] = object_distance(shape, *geometry, size)[0] < 0
+    masks[:, 0] &= ~masks[:, 1]
+    return masks
+
+
+def object_phrases(scenes: Scenes) -> list[tuple[str, str]]:
+    """What the two objects of each picture are called: "a red star", "a blue circle"."""
+    colours, shapes = scenes.table["colour"], scenes.table["shape"]
+    return [
+        tuple(f"a {COLOUR_NAMES[colours[row, slot]]} {SHAPE_NAMES[shapes[row, slot]]}" for slot in (0, 1))
+        for row in range(len(scenes))
+    ]
+
+
+def cases(split: str, count: int, size: int = 64, seed: int = 0) -> Cases:
+    """Pictures (2N, 3, S, S) uint8, phrases and masks (2N, S, S): each of ``count`` pictures with both of its objects.
+
+    The two objects differ in colour and in shape, and at least 30 pixels of each can be seen.
+    """
+    drawn = make_scenes(SceneConfig(2 * count, size, split, seed, two_objects=1.0, captions="clean"), progress=False)
+    masks, table = object_masks(drawn), drawn.table
+    differ = (table["shape"][:, 0] != table["shape"][:, 1]) & (table["colour"][:, 0] != table["colour"][:, 1])
+    rows = np.flatnonzero(differ & (masks.sum((2, 3)).min(1) >= 30))[:count]
+    phrases = object_phrases(drawn)
+    images = torch.from_numpy(np.repeat(drawn.images[rows], 2, axis=0))
+    return images, [phrase for row in rows for phrase in phrases[row]], torch.from_numpy(masks[rows]).flatten(0, 1)

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from mclip.config import closest, require
 from mclip.files import atomic_folder, cache_dir, content_key, missing_folder, write_json
+from mclip.pairs import Pairs
 from mclip.scenes.captions import CAPTION_STYLES, RELATIONS, Table, write_captions
 from mclip.scenes.drawing import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, draw_backgrounds, draw_clutter, draw_objects
 
@@ -188,3 +189,10 @@ def export_scenes(scenes: Scenes, folder: str | Path, quality: int = 95) -> None
                 annotations.append({"id": len(annotations), "image_id": index, "caption": caption})
         (temporary / "captions.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
         write_json(temporary / "captions.json", {"images": pictures, "annotations": annotations})
+
+
+def scene_pairs(config: SceneConfig, progress: bool = True) -> Pairs:
+    """The scenes of ``config`` as pairs to train on or to validate with."""
+    scenes = make_scenes(config, progress)
+    key = content_key("scenes", DRAWING_VERSION, config, config.image_size)
+    return Pairs(scenes.images, scenes.captions, key, f"scenes-{config.split}")

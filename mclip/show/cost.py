@@ -10,7 +10,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from mclip.config import PRESETS
 from mclip.deploy.cost import RIVALS
-from mclip.show.style import PALETTE, NotebookFigure, figure, styled
+from mclip.show.style import PALETTE, NotebookFigure, figure, interval_bars, name_rows, styled
 from mclip.show.tables import milliseconds
 
 Record = Mapping[str, Any]
@@ -46,50 +46,30 @@ def cost_of_models(record: Record) -> NotebookFigure:
     points = [(sum(latencies[name].values()), m["megabytes"]) for name, m in models.items()]
     fig = figure(8.3, 4.2)
     left, right = fig.subplots(1, 2, width_ratios=(1.25, 1))
-    front = [points[i] for i in pareto_front(points)]
-    for name, (x, y) in zip(models, points, strict=True):
-        ours = name in PRESETS
-        left.plot(x, y, "o" if ours else "s", color=PALETTE[0] if ours else PALETTE[1], markersize=6)
-        left.annotate(name, (x, y), textcoords="offset points", xytext=LABEL_AT.get(name, (6, 4)), fontsize=8)
+    for name, point in zip(models, points, strict=True):
+        marker, colour = ("o", PALETTE[0]) if name in PRESETS else ("s", PALETTE[1])
+        left.plot(*point, marker, color=colour, markersize=6)
+        left.annotate(name, point, textcoords="offset points", xytext=LABEL_AT.get(name, (6, 4)), fontsize=8)
     left.plot([], [], "o", color=PALETTE[0], label="presets of this course")
     left.plot([], [], "s", color=PALETTE[1], label="open_clip's")
-    left.set(
-        title="Lower left is cheaper",
-        xscale="log",
-        yscale="log",
-        xlabel="picture and caption, batch 1, one thread (ms)",
-        ylabel="weights (MB)",
-    )
+    left.set(title="Lower left is cheaper", xscale="log", yscale="log")
+    left.set(xlabel="picture and caption, batch 1, one thread (ms)", ylabel="weights (MB)")
     left.margins(x=0.25, y=0.12)
-    _draw_front(left, front)
+    _draw_front(left, [points[i] for i in pareto_front(points)])
     for axis, ticks in ((left.xaxis, (10, 30, 100, 300, 1000)), (left.yaxis, (50, 100, 200, 400, 800))):
         axis.set_major_locator(FixedLocator(ticks))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_locator(NullLocator())
     left.legend(loc="upper left", fontsize=8)
-    rows = range(len(models))
-    looks = {"image": (PALETTE[2], "", -0.2), "text": (PALETTE[4], "//", 0.2)}
-    for half, (colour, hatch, offset) in looks.items():
-        values = [latencies[name][half] for name in models]
-        right.barh(
-            [row + offset for row in rows],
-            values,
-            0.4,
-            label=half,
-            color=colour,
-            hatch=hatch,
-            edgecolor="white",
-            linewidth=0,
-        )
-        for row, value in zip(rows, values, strict=True):
-            right.text(
-                value, row + offset, f" {value:.0f}" if value >= 10 else f" {value:.1f}", va="center", fontsize=8
-            )
-    right.set_yticks(rows, list(models))
-    right.invert_yaxis()
+    for half, colour, hatch, offset in (("image", PALETTE[2], "", -0.2), ("text", PALETTE[4], "//", 0.2)):
+        rows = [{"value": latencies[name][half]} for name in models]
+        places = [number + offset for number in range(len(rows))]
+        interval_bars(right, places, rows, 0.4, label=half, color=colour, hatch=hatch)
+        for place, row in zip(places, rows, strict=True):
+            right.text(row["value"], place, f" {row['value']:.{int(row['value'] < 10)}f}", va="center", fontsize=8)
+    name_rows(right, list(models))
     right.margins(x=0.15)
     right.set(title="Its two halves", xlabel="median latency (ms)")
-    right.grid(False, axis="y")
     right.legend(loc="lower right")
     return fig
 
@@ -97,18 +77,9 @@ def cost_of_models(record: Record) -> NotebookFigure:
 def _draw_front(ax: Axes, front: Sequence[tuple[float, float]]) -> None:
     """The staircase through ``front``, from the upper edge of the axes to the right one, and the area behind it."""
     (_, right), (_, top) = ax.get_xlim(), ax.get_ylim()
-    x = [point[0] for point in front] + [right]
-    y = [point[1] for point in front] + [front[-1][1]]
-    ax.plot(
-        [x[0], *x],
-        [top, *y],
-        color="black",
-        linewidth=1,
-        linestyle=":",
-        drawstyle="steps-post",
-        zorder=1,
-        label="Pareto front",
-    )
+    x, y = zip(*front, (right, front[-1][1]), strict=True)
+    look = {"color": "black", "linewidth": 1, "linestyle": ":", "zorder": 1}
+    ax.plot([x[0], *x], [top, *y], drawstyle="steps-post", label="Pareto front", **look)
     ax.fill_between(x, y, top, step="post", color=PALETTE[7], alpha=0.15, linewidth=0, zorder=0)
     ax.set(xlim=(None, right), ylim=(None, top))
 
@@ -118,11 +89,10 @@ def stage_chart(stages: Mapping[str, float]) -> NotebookFigure:
     """Milliseconds of each stage of an image encoder, and its share."""
     fig, total = figure(5.5, 2.7), sum(stages.values())
     ax = fig.subplots()
-    ax.barh(list(stages), list(stages.values()), color=PALETTE[2])
+    ax.barh(range(len(stages)), list(stages.values()), color=PALETTE[2])
     for row, value in enumerate(stages.values()):
         ax.text(value, row, f" {value:.2f} ms, {value / total:.0%}", va="center")
-    ax.invert_yaxis()
+    name_rows(ax, list(stages))
     ax.margins(x=0.3)
-    ax.grid(False, axis="y")
     ax.set(title="Where the time of one picture goes", xlabel="time of one picture (ms)")
     return fig

@@ -1,4 +1,4 @@
-"""Where a model looks when it reads a phrase: Grad-CAM of their similarity, scored on scenes with known objects."""
+"""Where a model looks when it reads a phrase: Grad-CAM of their similarity, its scores, and an explorer."""
 
 from __future__ import annotations
 
@@ -18,16 +18,12 @@ from mclip.config import closest, require
 from mclip.evaluate import embed_texts, evaluating, input_of
 from mclip.image_encoder import stage_names
 from mclip.results import ResultError
-from mclip.scenes.captions import COLOUR_NAMES, SHAPE_NAMES
-from mclip.scenes.drawing import SHAPES, object_distance
-from mclip.scenes.world import SceneConfig, Scenes, make_scenes
-from mclip.show.style import COLOURS, HATCHES, LABELS, NotebookFigure, figure, styled
+from mclip.show.style import COLOURS, HATCHES, LABELS, NotebookFigure, figure, interval_bars, label, name_rows, styled
 from mclip.show.widgets import follow
 
-BASELINES = ("random", "centre")
-
-
-Cases = tuple[Tensor, list[str], Tensor]
+BASELINES = {"random": ":", "centre": "-."}
+"""Maps that know nothing of picture and phrase, and the dashes of their lines."""
+SCORES = {"pointing": "pointing game (%)", "iou": "intersection over union (%)"}
 
 
 def map_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -50,11 +46,8 @@ def grad_cam(model: nn.Module, layer: nn.Module, images: Tensor, texts: Tensor) 
     """Grad-CAM (Selvaraju et al. 2017, equations 1 and 2) of the cosine of each picture with its text: (B, h, w).
 
     The channels A_k of ``layer`` are summed with the means over the map of the gradient as their weights, and what
-    is negative is cut off. Each map is scaled to a maximum of 1; one without a positive place stays 0.
-
-    Args:
-        images: (B, 3, S, S), prepared for the model.
-        texts: (B, d), normalised.
+    is negative is cut off. Each map is scaled to a maximum of 1; one without a positive place stays 0. ``images``
+    (B, 3, S, S) are prepared for the model, ``texts`` (B, d) normalised.
     """
     held: list[Tensor] = []
 
@@ -62,16 +55,12 @@ def grad_cam(model: nn.Module, layer: nn.Module, images: Tensor, texts: Tensor) 
         held.append(output.detach().requires_grad_())
         return held[0]
 
-    handle = layer.register_forward_hook(hold)
-    try:
-        with evaluating(model) as device, torch.inference_mode(False), torch.enable_grad():
-            # Tensors that were made in inference mode cannot be part of a gradient: copies can.
-            similarity = (
-                model.encode_image(images.clone().to(device), normalize=True) * texts.clone().to(device)
-            ).sum()
-            (gradient,) = torch.autograd.grad(similarity, held[0])
-    finally:
-        handle.remove()
+    with layer.register_forward_hook(hold), evaluating(model) as device, torch.inference_mode(False):
+        # Tensors that were made in inference mode cannot be part of a gradient: copies can.
+        pictures, goals = images.clone().to(device), texts.clone().to(device)
+        with torch.enable_grad():
+            similarity = (model.encode_image(pictures, normalize=True) * goals).sum()
+        (gradient,) = torch.autograd.grad(similarity, held[0])
     maps = held[0].detach()
     if maps.ndim == 3:  # a transformer's tokens, the class token before the patches
         side = math.isqrt(maps.shape[1])
@@ -81,13 +70,7 @@ def grad_cam(model: nn.Module, layer: nn.Module, images: Tensor, texts: Tensor) 
 
 
 def phrase_maps(
-    model: nn.Module,
-    tokenizer: Any,
-    images: Tensor,
-    phrases: Sequence[str],
-    layer: str,
-    size: int,
-    batch_size: int = 64,
+    model: nn.Module, tokenizer: Any, images: Tensor, phrases: Sequence[str], layer: str, size: int
 ) -> Tensor:
     """Maps (N, size, size) from 0 to 1 of pictures (N, 3, S, S), prepared, each for its own phrase, bilinear.
 
@@ -98,32 +81,15 @@ def phrase_maps(
     require(layer in layers, "layer", layer, closest(layer, layers))
     require(all(phrase.strip() for phrase in phrases), "phrase", "", "write what to look for, such as: a red star")
     texts = embed_texts(model, tokenizer, phrases)
-    parts = zip(images.split(batch_size), texts.split(batch_size), strict=True)
+    parts = zip(images.split(64), texts.split(64), strict=True)
     maps = torch.cat([grad_cam(model, layers[layer], image, text) for image, text in parts])
     return F.interpolate(maps[:, None], size=(size, size), mode="bilinear", align_corners=False)[:, 0]
 
 
-def object_masks(scenes: Scenes) -> np.ndarray:
-    """The pixels (N, 2, S, S) of each picture's objects; the second is in front of the first, and may be missing."""
-    size, table = scenes.config.image_size, scenes.table
-    masks = np.zeros((len(scenes), 2, size, size), dtype=bool)
-    for slot in (0, 1):
-        for shape in range(len(SHAPES)):
-            rows = np.flatnonzero(table["shape"][:, slot] == shape)
-            if len(rows):
-                geometry = (table[key][rows, slot] for key in ("cx", "cy", "radius", "angle"))
-                masks[rows, slot] = object_distance(shape, *geometry, size)[0] < 0
-    masks[:, 0] &= ~masks[:, 1]
-    return masks
-
-
-def object_phrases(scenes: Scenes) -> list[tuple[str, str]]:
-    """What the two objects of each picture are called: "a red star", "a blue circle"."""
-    colours, shapes = scenes.table["colour"], scenes.table["shape"]
-    return [
-        tuple(f"a {COLOUR_NAMES[colours[row, slot]]} {SHAPE_NAMES[shapes[row, slot]]}" for slot in (0, 1))
-        for row in range(len(scenes))
-    ]
+def map_of(model: nn.Module, tokenizer: Any, image: np.ndarray, phrase: str, layer: str) -> np.ndarray:
+    """The map (H, W) of one picture, uint8 (3, H, W), for one phrase; ConfigError as :func:`phrase_maps`."""
+    prepared = input_of(model).transform(Image.fromarray(np.asarray(image).transpose(1, 2, 0)))[None]
+    return phrase_maps(model, tokenizer, prepared, [phrase], layer, image.shape[-1])[0].numpy()
 
 
 def pointing(maps: Tensor, masks: Tensor) -> Tensor:
@@ -145,37 +111,46 @@ def overlap(maps: Tensor, masks: Tensor, threshold: float) -> Tensor:
     return (chosen & masks).flatten(1).sum(1) / union.clamp(min=1)
 
 
+def scores(maps: Tensor, masks: Tensor, threshold: float) -> dict[str, np.ndarray]:
+    """Pointing and overlap of each picture (N,), the mean of its two objects, in percent."""
+    hits = {"pointing": pointing(maps, masks).float(), "iou": overlap(maps, masks, threshold)}
+    return {name: 100 * values.view(-1, 2).mean(1).numpy() for name, values in hits.items()}
+
+
+def baselines(masks: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """Maps (N, S, S) that know nothing of picture and phrase: noise, and a hill in the centre.
+
+    Noise points at a place by chance, so it hits as often as the objects' mean share of the area says.
+    """
+    size, generator = masks.shape[-1], torch.Generator().manual_seed(seed)
+    at = (torch.arange(size) + 0.5) / size - 0.5
+    hill = torch.exp(-(at[:, None] ** 2 + at[None, :] ** 2) / (2 * 0.15**2))
+    maps = torch.rand(masks.shape, generator=generator), hill.expand(len(masks), -1, -1)
+    return dict(zip(BASELINES, maps, strict=True))
+
+
 @styled
-def grounding_chart(image: np.ndarray, maps: dict[str, np.ndarray], label: str = "Grad-CAM") -> NotebookFigure:
+def grounding_chart(image: np.ndarray, maps: dict[str, np.ndarray], name: str = "Grad-CAM") -> NotebookFigure:
     """A picture, uint8 (3, H, W), and beside it each map (H, W) laid over it, under the phrase that it belongs to.
 
-    ``label`` says what the maps show.
+    ``name`` says what the maps show.
     """
     picture = np.asarray(image).transpose(1, 2, 0)
     fig = figure(max(5.5, 1.9 * (1 + len(maps))), 2.3)
     fig.set_layout_engine("compressed")
-    axes = fig.subplots(1, 1 + len(maps), squeeze=False)[0]
+    axes = fig.subplots(1, 1 + len(maps))
     axes[0].imshow(picture, interpolation="nearest")
-    axes[0].set_title("the picture")
-    for ax, (phrase, heat) in zip(axes[1:], maps.items(), strict=True):
+    for ax, title in zip(axes, ("the picture", *maps), strict=True):
+        ax.set_title(label(title, 28))
+        ax.axis("off")
+    for ax, heat in zip(axes[1:], maps.values(), strict=True):
         ax.imshow(picture.mean(2), cmap="gray", interpolation="nearest")
         shown = ax.imshow(heat, cmap="viridis", alpha=0.65, vmin=0, vmax=1)
-        ax.set_title(phrase[:28].replace("$", r"\$"))
-    for ax in axes:
-        ax.axis("off")
-    fig.colorbar(shown, ax=axes[-1], label=label, ticks=(0, 1), shrink=0.8)
+    fig.colorbar(shown, ax=axes[-1], label=name, ticks=(0, 1), shrink=0.8)
     return fig
 
 
-def map_of(model: nn.Module, tokenizer: Any, image: np.ndarray, phrase: str, layer: str) -> np.ndarray:
-    """The map (H, W) of one picture, uint8 (3, H, W), for one phrase; ConfigError as :func:`phrase_maps`."""
-    prepared = input_of(model).transform(Image.fromarray(np.asarray(image).transpose(1, 2, 0)))[None]
-    return phrase_maps(model, tokenizer, prepared, [phrase], layer, image.shape[-1])[0].numpy()
-
-
-def grounding_explorer(
-    model: nn.Module, tokenizer: Any, images: Any, layer: str, phrase: str = "a red star"
-) -> ipywidgets.VBox:
+def grounding_explorer(model: nn.Module, tokenizer: Any, images: Any, layer: str, phrase: str) -> ipywidgets.VBox:
     """A phrase, a picture by its number and a layer, over the map; ``images`` are uint8 (N, 3, S, S), square."""
     require(images.shape[-1] == images.shape[-2], "images", tuple(images.shape), "give square pictures")
     controls = [
@@ -191,90 +166,40 @@ def grounding_explorer(
     return follow(controls, draw)
 
 
-BASELINES = {"random": ":", "centre": "-."}
-SCORES = {"pointing": "pointing game (%)", "iou": "intersection over union (%)"}
-
-
 @styled
 def grounding_scores(records: Iterable[Mapping[str, Any]]) -> NotebookFigure:
     """Pointing game and overlap of each model with 95 % intervals, baselines as lines, and pointing by layer.
 
     The layers are those of the validation pictures, on which layer and threshold were chosen. Failures are left out.
     """
-    found = {r["model"]["name"]: r for r in records if r["task"] == "grounding" and "error" not in r}
-    models = [name for name in LABELS if name in found]
+    measured = {r["model"]["name"]: r for r in records if r["task"] == "grounding" and "error" not in r}
+    models = [name for name in LABELS if name in measured]
     if not models:
-        raise ResultError("no grounding record of a model; run: python -m mclip grounding")
+        raise ResultError("no grounding record of a model; run: python -m mclip study grounding")
     fig = figure(8.3, 2.9)
     *axes, last = fig.subplots(1, 3, width_ratios=(1, 1, 1.1))
-    for ax, (key, label) in zip(axes, SCORES.items(), strict=True):
-        for row, name in enumerate(models):
-            m = found[name]["metrics"][key]
-            ax.barh(row, m["value"], color=COLOURS[name], hatch=HATCHES[name], edgecolor="white", linewidth=0)
-            ax.errorbar(
-                m["value"],
-                row,
-                xerr=[[m["value"] - m["low"]], [m["high"] - m["value"]]],
-                fmt="none",
-                ecolor="black",
-                elinewidth=1,
-                capsize=2,
-            )
-            ax.text(m["high"] + 1, row, f"{m['value']:.1f}", va="center")
+    colours, hatches = ([looks[name] for name in models] for looks in (COLOURS, HATCHES))
+    for ax, (key, title) in zip(axes, SCORES.items(), strict=True):
+        rows = [measured[name]["metrics"][key] for name in models]
+        interval_bars(ax, range(len(rows)), rows, color=colours, hatch=hatches)
+        for place, row in enumerate(rows):
+            ax.text(row["high"] + 1, place, f"{row['value']:.1f}", va="center")
         for name, dash in BASELINES.items():
-            if name in found:
-                ax.axvline(found[name]["metrics"][key]["value"], color="black", linestyle=dash, linewidth=1, label=name)
-        ax.set_yticks(range(len(models)), models if ax is axes[0] else [""] * len(models))
-        ax.invert_yaxis()
-        ax.grid(False, axis="y")
-        ax.set(xlabel=label)
+            if name in measured:
+                level = measured[name]["metrics"][key]["value"]
+                ax.axvline(level, color="black", linestyle=dash, linewidth=1, label=name)
+        name_rows(ax, models if ax is axes[0] else [""] * len(models))
+        ax.set_xlabel(title)
         ax.margins(x=0.2)
     axes[0].set_title("Does it point at the object?")
     axes[1].set_title("Does it cover it?")
-    for number, name in enumerate(models):
-        layers = found[name]["details"]["layers"]
-        values = [scores["pointing"] for scores in layers.values()]
-        look = {"marker": "osD^"[number], "color": COLOURS[name], "linestyle": "--" if HATCHES[name] else "-"}
+    for name, marker in zip(models, "osD^", strict=False):
+        values = [layer["pointing"] for layer in measured[name]["details"]["layers"].values()]
+        look = {"marker": marker, "color": COLOURS[name], "linestyle": "--" if HATCHES[name] else "-"}
         last.plot(range(1, len(values) + 1), values, markersize=5, label=name, **look)
-    last.set(
-        title="Pointing by layer, fine to coarse",
-        xlabel="layer, from the picture on",
-        ylabel="pointing on validation (%)",
-    )
-    last.set_ylim(0, None)
+    last.set(title="Pointing by layer, fine to coarse", ylim=(0, None))
+    last.set(xlabel="layer, from the picture on", ylabel="pointing on validation (%)")
     last.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles = [*axes[0].get_legend_handles_labels()[0], *last.get_legend_handles_labels()[0]]
     fig.legend(handles=handles, loc="outside lower center", ncols=5)
     return fig
-
-
-def cases(split: str, count: int, size: int = 64, seed: int = 0) -> Cases:
-    """Pictures (2N, 3, S, S) uint8, phrases and masks (2N, S, S): each of ``count`` pictures with both of its objects.
-
-    The two objects differ in colour and in shape, and at least 30 pixels of each can be seen.
-    """
-    drawn = make_scenes(SceneConfig(2 * count, size, split, seed, two_objects=1.0, captions="clean"), progress=False)
-    masks, table = object_masks(drawn), drawn.table
-    differ = (table["shape"][:, 0] != table["shape"][:, 1]) & (table["colour"][:, 0] != table["colour"][:, 1])
-    rows = np.flatnonzero(differ & (masks.sum((2, 3)).min(1) >= 30))[:count]
-    phrases = object_phrases(drawn)
-    images = torch.from_numpy(np.repeat(drawn.images[rows], 2, axis=0))
-    return images, [phrase for row in rows for phrase in phrases[row]], torch.from_numpy(masks[rows]).flatten(0, 1)
-
-
-def scores(maps: Tensor, masks: Tensor, threshold: float) -> dict[str, np.ndarray]:
-    """Pointing and overlap of each picture (N,), the mean of its two objects, in percent."""
-    found = {"pointing": pointing(maps, masks).float(), "iou": overlap(maps, masks, threshold)}
-    return {name: 100 * each.view(-1, 2).mean(1).numpy() for name, each in found.items()}
-
-
-def baselines(masks: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    """Maps (N, S, S) that know nothing of picture and phrase: noise, and a hill in the centre.
-
-    Noise points at a place by chance, so it hits as often as the objects' mean share of the area says.
-    """
-    size, generator = masks.shape[-1], torch.Generator().manual_seed(seed)
-    at = (torch.arange(size) + 0.5) / size - 0.5
-    hill = torch.exp(-(at[:, None] ** 2 + at[None, :] ** 2) / (2 * 0.15**2))
-    maps = torch.rand(masks.shape, generator=generator), hill.expand(len(masks), -1, -1)
-    return dict(zip(BASELINES, maps, strict=True))

@@ -1,11 +1,11 @@
-"""How every figure looks: colours, patterns and sizes, and PNG files that depend on the data alone."""
+"""How every figure looks: colours, patterns, sizes and bars, and PNG files that depend on the data alone."""
 
 from __future__ import annotations
 
 import functools
 import io
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from mclip.files import atomic_path
 
 Arguments = ParamSpec("Arguments")
-Table = dict[str, dict[str, dict[str, float]]]
+Row = Mapping[str, float]  # {"value"} in percent, with "low" and "high" where there is an interval
+Table = dict[str, dict[str, Row]]  # {group: {model: row}}
 PALETTE = sns.color_palette("colorblind")
 LABELS = {"base": "student alone", "clip": "CLIP from scratch", "kd": "distilled student", "teacher": "teacher"}
 # Models and terms are told apart without colour as well, by hatches and dashes.
@@ -79,12 +80,6 @@ def save_figure(fig: NotebookFigure, path: str | Path) -> Path:
     return Path(path)
 
 
-def in_order(models: Iterable[str]) -> list[str]:
-    """``models`` as a figure shows them: those of LABELS in their order, then others as they come, each once."""
-    found = dict.fromkeys(models)
-    return [name for name in LABELS if name in found] + [name for name in found if name not in LABELS]
-
-
 def label(text: str, width: int, lines: int = 1) -> str:
     """``text`` for a figure: at most ``lines`` lines of ``width`` characters, "…" for what is cut off, no formulas.
 
@@ -96,31 +91,44 @@ def label(text: str, width: int, lines: int = 1) -> str:
     return "\n".join(rows).replace("$", r"\$")
 
 
+def name_rows(ax: Axes, names: Sequence[str]) -> None:
+    """Write ``names`` beside the rows 0, 1, 2, ... of a horizontal bar chart, from top to bottom."""
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.grid(False, axis="y")
+
+
+def interval_bars(ax: Axes, places: Sequence[float], rows: Sequence[Row], height: float = 0.8, **look: Any) -> None:
+    """Horizontal bars of the values of ``rows``, with whiskers where all rows have an interval."""
+    values = [row["value"] for row in rows]
+    ax.barh(places, values, height, edgecolor="white", linewidth=0, **look)
+    if rows and all("low" in row for row in rows):
+        spread = np.array([(row["value"] - row["low"], row["high"] - row["value"]) for row in rows]).T
+        ax.errorbar(values, places, xerr=spread, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+
+
 def grouped_bars(ax: Axes, table: Table, models: Sequence[str]) -> None:
     """Horizontal bars of percentages: a group per key of ``table``, a bar per model, and its number.
 
-    ``table`` is ``{group: {model: {"value", "low", "high"}}}``, or ``{"value"}`` where there is no interval.
-    A bar that is missing says so, because it is not a zero. Models that LABELS does not know keep their names.
+    Models of LABELS come first, in its order; others keep their names. A bar that is missing says so, because it is
+    not a zero.
     """
+    models = [name for name in dict.fromkeys([*LABELS, *models]) if name in models]
     height = 0.84 / len(models)
     looks = {name: (COLOURS[name], HATCHES[name]) for name in LABELS}
     looks |= dict(zip((name for name in models if name not in LABELS), cycle(OTHERS), strict=False))
     for i, model in enumerate(models):
         offset = (i - (len(models) - 1) / 2) * height
         rows = {y + offset: group[model] for y, group in enumerate(table.values()) if model in group}
-        values = [row["value"] for row in rows.values()]
-        look = {"color": looks[model][0], "hatch": looks[model][1], "edgecolor": "white", "linewidth": 0}
-        ax.barh(list(rows), values, height, label=LABELS.get(model) or label(model, 24), **look)
-        if rows and all("low" in row for row in rows.values()):
-            spread = np.array([(r["value"] - r["low"], r["high"] - r["value"]) for r in rows.values()]).T
-            ax.errorbar(values, list(rows), xerr=spread, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+        colour, hatch = looks[model]
+        name = LABELS.get(model) or label(model, 24)
+        interval_bars(ax, list(rows), list(rows.values()), height, label=name, color=colour, hatch=hatch)
         for y, group in enumerate(table.values()):
             row = group.get(model, {})
             text, end = f"{row['value']:.1f}" if row else "no result", row.get("high", row.get("value", 0))
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0}
             ax.text(end + 1.5, y + offset, text, va="center", bbox=box)
-    ax.set_yticks(range(len(table)), [label(group.replace("_", " "), 40) for group in table])
+    name_rows(ax, [label(group.replace("_", " "), 40) for group in table])
     ax.set_ylim(len(table) - 0.5, -0.5)
     ax.set_xlim(0, 118)  # room for the number behind a bar of 100
     ax.set_xticks(range(0, 101, 20))
-    ax.grid(False, axis="y")

@@ -17,7 +17,7 @@ from mclip.config import require
 from mclip.files import content_key
 from mclip.pairs import Pairs
 from mclip.pictures import DECODING_VERSION, PictureError
-from mclip.scenes.world import DRAWING_VERSION, SceneConfig, make_scenes
+from mclip.scenes.world import SceneConfig, scene_pairs
 from mclip.sources.decoding import Pictures, Rows, decoded_once, fingerprint, readable
 from mclip.sources.folders import read_folder, read_shards, shards_of
 from mclip.sources.readers import DataError, OnError, Table, collect, read_json, reject
@@ -68,13 +68,11 @@ def load_pairs(
     require(decoding in ("auto", "once", "always"), "decoding", decoding, "choose 'auto', 'once' or 'always'")
     if str(source) in ("", SCENES):
         config = scenes or SceneConfig(split=split, image_size=image_size, seed=seed)
-        drawn = make_scenes(replace(config, image_size=image_size), progress)
-        key, name = content_key("scenes", DRAWING_VERSION, config, image_size), f"scenes-{config.split}"
+        pairs = scene_pairs(replace(config, image_size=image_size), progress)
         if data_size == 1:
-            return Pairs(drawn.images, drawn.captions, key, name)
-        rows = _random_rows(len(drawn), data_size, seed)
-        captions = [drawn.captions[row] for row in rows]
-        return Pairs(Rows(drawn.images, rows), captions, content_key(key, data_size, seed), name)
+            return pairs
+        rows, key = _random_rows(len(pairs), data_size, seed), content_key(pairs.key, data_size, seed)
+        return replace(pairs, images=Rows(pairs.images, rows), captions=[pairs.captions[row] for row in rows], key=key)
     path = Path(source).expanduser()
     kind = path.suffix.lower()
     if shards_of(path):

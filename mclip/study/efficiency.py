@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
 import torch
-from tqdm.auto import tqdm
 
 from mclip.config import closest, get_profile, require
 from mclip.deploy.cost import (
     CAPTION,
     RIVALS,
-    Candidate,
     Form,
     block_times,
     candidate,
@@ -28,15 +26,15 @@ from mclip.deploy.cost import (
 )
 from mclip.deploy.export import evaluate_deployed, export
 from mclip.deploy.reader import Deployed
-from mclip.files import DATA, read_json, write_json
+from mclip.files import DATA
 from mclip.recipes import load_model
-from mclip.results import describe_machine, versions
+from mclip.results import load_results, make_result, save_result
 from mclip.scenes.test_sets import scene_sets
 from mclip.scenes.world import SceneConfig, make_scenes
-from mclip.study.bench import in_new_process, peak_megabytes
+from mclip.study.bench import NO_MODEL, describe_machine, in_new_process, peak_megabytes
 
 FILE = DATA / "results" / "efficiency.json"
-MODELS = (
+MODELS: tuple[tuple[str, Form], ...] = (
     *((name, "deployed") for name in ("mobile-256", "mobile-512", "klmobile", *RIVALS)),
     ("mobile-256", "trained"),
     ("MobileCLIP2-S0", "trained"),
@@ -46,21 +44,27 @@ MODELS = (
 """Name and form of all that is measured."""
 
 
-def costs(each: Candidate) -> dict[str, Any]:
-    """What does not depend on the clock: parameters by part, multiply-adds of each half, size of the weights in MB.
+def models(rounds: int = 6) -> dict[str, Any]:
+    """Parameters, multiply-adds, megabytes and latency of :data:`MODELS`: 1 and 2 threads, 1 and 32 samples."""
+    candidates = [candidate(name, form) for name, form in MODELS]
+    measured: dict[str, Any] = {}
+    for each in candidates:
+        adds = each.multiply_adds()
+        size = {"image_size": each.image_size, "megabytes": each.megabytes}
+        costs = {"parameters": each.parameters, **size, "latency": {}}
+        measured[each.name] = costs | ({"multiply_adds": adds} if adds else {})
+    for count in (1, 2):
+        for batch, turns, repeats in ((1, rounds, 3), (32, max(2, rounds // 5), 1)):
+            calls = {(each.name, half): call for each in candidates for half, call in each.calls(batch).items()}
+            with threads(count):
+                clock = latency(calls, turns, repeats)
+            setting = f"{count} thread{'s' * (count > 1)}, batch {batch}"
+            for (name, half), numbers in clock.items():
+                measured[name]["latency"].setdefault(setting, {})[half] = numbers
+    return measured
 
-    PyTorch's counter does not see the operations of ONNX Runtime, so exported forms have no multiply-adds.
-    """
-    return {
-        "parameters": each.parameters,
-        "multiply_adds": each.multiply_adds(),
-        "image_size": each.image_size,
-        "megabytes": each.megabytes,
-        "latency": {},
-    }
 
-
-def quantised(calibration: int = 512, profile: str = "cpu") -> dict[str, dict[str, Any]]:
+def quantised(calibration: int = 512, profile: str = "cpu") -> dict[str, Any]:
     """The shipped student, exported, in float32 and with int8 halves: MB, and top-1 (%) of each set of scenes.
 
     Ranges of activations come from pictures of the training set.
@@ -68,41 +72,17 @@ def quantised(calibration: int = 512, profile: str = "cpu") -> dict[str, dict[st
     model, _ = load_model("kd")
     size = model.config.image.image_size
     seen = make_scenes(SceneConfig(calibration, size, "train"), progress=False).images
-    forms: dict[str, dict[str, Any]] = {}
+    forms: dict[str, Any] = {}
     with TemporaryDirectory() as place:
         export(model, Path(place) / "kd", "kd", seen)
         for form in ("float32", "int8 text", "int8 image", "int8"):
             reader = Deployed(Path(place) / "kd", form)
-            bytes_each = (reader.manifest["files"][graph]["bytes"] for graph in reader.graphs)
-            forms[form] = {"megabytes": sum(bytes_each) / 1e6, "top1": {}}
-            for dataset in scene_sets(size, get_profile(profile).test_pictures).values():
-                record = evaluate_deployed(reader, dataset, form)
-                forms[form]["top1"][dataset.name] = record["metrics"]["top1"]
+            megabytes = sum(reader.manifest["files"][graph]["bytes"] for graph in reader.graphs) / 1e6
+            sets = scene_sets(size, get_profile(profile).test_pictures).values()
+            records = [evaluate_deployed(reader, each, form) for each in sets]
+            top1 = {record["dataset"]: record["metrics"]["top1"] for record in records}
+            forms[form] = {"megabytes": megabytes, "top1": top1}
     return forms
-
-
-def measure_latency(found: list[Candidate], models: Mapping[str, dict[str, Any]], rounds: int, bar: tqdm) -> None:
-    """Enter into ``models`` the milliseconds of all candidates, in turns: 1 and 2 threads, 1 and 32 samples."""
-    for count in (1, 2):
-        for batch, turns, repeats in ((1, rounds, 3), (32, max(2, rounds // 5), 1)):
-            calls = {(each.name, half): call for each in found for half, call in each.calls(batch).items()}
-            with threads(count):
-                for (name, half), numbers in latency(calls, turns, repeats).items():
-                    key = f"{count} thread{'s' * (count > 1)}, batch {batch}"
-                    models[name]["latency"].setdefault(key, {})[half] = numbers
-            bar.update()
-
-
-def models(rounds: int = 6) -> dict[str, Any]:
-    """Costs and latency of :data:`MODELS`."""
-    with tqdm(total=len(MODELS) + 4, desc="models", unit="part") as bar:
-        found = []
-        for name, form in MODELS:
-            found.append(candidate(name, form))
-            bar.update()
-        measured = {each.name: costs(each) for each in found}
-        measure_latency(found, measured, rounds, bar)
-    return measured
 
 
 def peak_memory(name: str, form: Form = "deployed", batch: int = 1) -> float | None:
@@ -136,9 +116,10 @@ def give_back_freed_memory() -> None:
         allocator.malloc_trim(0)
 
 
-def memory() -> dict[str, float | None]:
-    """Peak memory in MB of :data:`MODELS`, by the names that they have there."""
-    return {candidate_name(name, form): peak_memory(name, form) for name, form in tqdm(MODELS, desc="memory")}
+def memory() -> dict[str, float]:
+    """Peak memory in MB of :data:`MODELS`, by the names that they have there; empty where not Linux."""
+    peaks = {candidate_name(name, form): peak_memory(name, form) for name, form in MODELS}
+    return {name: peak for name, peak in peaks.items() if peak is not None}
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -152,19 +133,20 @@ UNTIMED = ("memory", "int8")
 """Parts that another day's machine, or a busy one, measures as well."""
 
 
-def efficiency(only: list[str] | None = None) -> None:
-    """Measure, about a quarter of an hour on two cores, and keep in data/results/efficiency.json.
-
-    Each part is written when it is done; a part that is not measured keeps its old numbers.
+def efficiency(only: list[str] | None = None, out: str = "") -> None:
+    """Measure, about a quarter of an hour on two cores; a part that is not measured keeps its old numbers.
 
     Args:
         only: parts to measure, all by default: models, memory, stages, blocks, int8.
+        out: file of the record; data/results/efficiency.json if empty.
     """
-    for name in only or PARTS:
+    for name in only or ():
         require(name in PARTS, "only", name, closest(name, PARTS))
-    record = read_json(FILE) if FILE.exists() else {}
+    file = Path(out or FILE)
     for name in only or PARTS:
-        record |= {name: PARTS[name](), "versions": versions(), "caption": CAPTION}
-        record |= {} if name in UNTIMED else {"machine": describe_machine()}
-        write_json(FILE, record)
-        print(f"{name}: measured, {FILE}", flush=True)
+        kept = [record for record in load_results(file) if record["dataset"] == "costs"] if file.exists() else []
+        metrics, details = (kept[0]["metrics"], kept[0]["details"]) if kept else ({}, {})
+        metrics = metrics | {name: PARTS[name]()}
+        details = details | {"caption": CAPTION} | ({} if name in UNTIMED else {"machine": describe_machine()})
+        save_result(file, make_result("efficiency", "costs", "none", len(MODELS), NO_MODEL, metrics, details=details))
+        print(f"{name}: measured, {file}", flush=True)

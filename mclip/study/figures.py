@@ -1,0 +1,182 @@
+"""The command ``figures``: draws the figures, and writes the tables beside them, from ``data/results`` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mclip.files import DATA, atomic_path
+from mclip.metrics import describe
+from mclip.results import ResultError, load_results
+from mclip.show.ablations import ablation_figure, ablation_table, defect_curves, defect_table, means_of
+from mclip.show.cost import cost_of_models
+from mclip.show.figures import per_class_recall, performance_comparison, similarity_matrices, training_curves
+from mclip.show.grounding import grounding_scores
+from mclip.show.style import COLOURS, HATCHES, LABELS, NotebookFigure, figure, name_rows, save_figure, styled
+from mclip.show.tables import (
+    Scores,
+    by_model,
+    efficiency_goals,
+    efficiency_table,
+    markdown,
+    milliseconds,
+    reached,
+    retrieval_table,
+    zero_shot_table,
+)
+from mclip.train import read_log
+
+Records = list[dict[str, Any]]
+RESULTS, FIGURES, README = DATA / "results", DATA.parent / "figures", DATA.parent / "README.md"
+COST_SETS = {"COCO 2017": (118_287, 5, 30), "CC12M": (12_400_000, 1, 30)}
+"""Pictures, captions of each, and passes."""
+
+
+def scores_markdown(table: Scores, models: Iterable[str]) -> str:
+    """Percentages with their intervals: a row for each key of ``table``, a column for each model."""
+    models = list(models)
+    rows = []
+    for name, values in table.items():
+        shown = [values.get(model) for model in models]
+        cells = [f"{v.get('value', v.get('top1')):.1f} ({v['low']:.1f}-{v['high']:.1f})" if v else "" for v in shown]
+        rows.append([name, *cells])
+    return markdown(["%", *models], rows)
+
+
+def paired_markdown(records: Records) -> str:
+    """The records of task "paired": a row for each set, a column for each seed."""
+    rows: dict[str, dict[int, str]] = {}
+    for record in records:
+        if record["task"] == "paired":
+            rows.setdefault(record["dataset"], {})[record["seed"]] = describe(record)
+    seeds = sorted({seed for row in rows.values() for seed in row})
+    header = ["kd - base", *(f"seed {seed}" for seed in seeds)]
+    return markdown(header, [[name, *(row.get(seed, "") for seed in seeds)] for name, row in rows.items()])
+
+
+def bench_markdown(records: Records) -> str:
+    """The rows of ``bench.json``, and whether their aims are reached."""
+    rows = [row for record in records for row in record["details"]["rows"]]
+    cells = [(r["what"], f"{r['value']:.4g} {r['unit']}", r["bar"], reached(r["value"], r["bar"])) for r in rows]
+    return markdown(("what", "measured", "aim", "reached"), cells)
+
+
+def cost_markdown(records: Records) -> str:
+    """Hours on the machine of ``bench.json``: pictures x passes / pace."""
+    pace = {row["key"]: row["value"] for record in records for row in record["details"]["rows"] if "key" in row}
+    rows = []
+    for name, (pictures, captions, passes) in COST_SETS.items():
+        targets = pictures / pace["teacher pictures"] + pictures * captions / pace["teacher captions"]
+        size = pictures * (1 + captions) * pace["bytes of a target"] / 1e9
+        training = pictures * passes / pace["mobile-512"]
+        what = f"{name}: {pictures:,} pictures, {passes} passes of `mobile-512`"
+        rows.append((what, f"{targets / 3600:,.1f}", f"{size:,.2f}", f"{training / 3600:,.0f}"))
+    return markdown(("", "targets, hours", "targets, GB", "training, hours"), rows)
+
+
+def headline(records: Records, costs: Mapping[str, Any]) -> str:
+    """The sentences that open the README: what distillation gained, and what the small model costs."""
+    classes = round(100 / by_model(records)["colour-shape"]["kd"][0]["metrics"]["chance"])
+    top1 = {name: f"{row['top1']:.0f} %" for name, row in zero_shot_table(records)["colour-shape"].items()}
+    models = costs["models"]
+    small, large = (sum(milliseconds(models[name]).values()) for name in ("mobile-256", "ViT-B-32"))
+    size = {name: f"{models[name]['megabytes']:.0f} MB" for name in ("mobile-256", "mobile-256, int8", "ViT-B-32")}
+    return (
+        f"Shown a drawn picture and the names of {classes} kinds of coloured shapes, the distilled student chooses the "
+        f"right one in {top1['kd']} of cases, the same student without a teacher in {top1['base']}, the teacher in "
+        f"{top1['teacher']}.\n"
+        f"`mobile-256`, the size for a phone, takes {small:.1f} ms for a picture and a caption on one core of a CPU "
+        f"where CLIP ViT-B/32 takes {large:.0f} ms, and {size['mobile-256']} of weights "
+        f"({size['mobile-256, int8']} in int8) where that takes {size['ViT-B-32']}.\n"
+        "These numbers, and all tables in [figures](figures/README.md), are written from `data/results` by "
+        "`make figures`."
+    )
+
+
+def replace_block(text: str, name: str, block: str) -> str:
+    """``text`` with what lies between ``<!-- name -->`` and the next ``<!-- end -->`` replaced by ``block``."""
+    start, mark = text.find(f"<!-- {name} -->"), "<!-- end -->"
+    end = text.find(mark, start)
+    if start < 0 or end < 0:
+        raise ResultError(f"no block <!-- {name} --> ... {mark} in the text; restore the two lines.")
+    return f"{text[:start]}<!-- {name} -->\n{block}\n{text[end:]}"
+
+
+@styled
+def prompt_sensitivity(models: Mapping[str, Mapping[str, Mapping[str, float]]]) -> NotebookFigure:
+    """Top-1 (%) with interval by wording, ``{model: {wording: {"value", "low", "high"}}}``: a row of marks each."""
+    wordings = list(next(iter(models.values())))
+    fig = figure(7.5, 1.2 + 0.36 * len(wordings))
+    ax = fig.subplots()
+    for number, (name, rows) in enumerate(models.items()):
+        places = [row + 0.18 * (number - (len(models) - 1) / 2) for row in range(len(wordings))]
+        values = [rows[wording]["value"] for wording in wordings]
+        spread = [[abs(rows[w][end] - rows[w]["value"]) for w in wordings] for end in ("low", "high")]
+        face = "white" if HATCHES[name] else COLOURS[name]
+        look = {"fmt": "osD^"[number], "color": COLOURS[name], "markerfacecolor": face, "label": LABELS[name]}
+        ax.errorbar(values, places, xerr=spread, markersize=5, capsize=2, **look)
+    name_rows(ax, [wording.replace("{}", "…") for wording in wordings])
+    title = "Prompts that mean the same, and what they score"
+    ax.set(title=title, xlabel="top-1 on colour-shape (%), with 95 % interval", xlim=(0, 100))
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(models))
+    return fig
+
+
+def load_all() -> dict[str, Records]:
+    """The records of every study by its name."""
+    names = ("scenes", "ablations", "defects", "views", "photographs", "grounding", "examples", "efficiency", "bench")
+    return {name: load_results(RESULTS / f"{name}.json") for name in names}
+
+
+def figures_of(records: Mapping[str, Records]) -> dict[str, NotebookFigure]:
+    """The committed figures by the name of their file."""
+    examples = {record["model"]["name"]: record for record in records["examples"]}
+    cosines = {name: record["details"]["cosines"] for name, record in examples.items()}
+    return {
+        "performance_comparison": performance_comparison(records["scenes"]),
+        "per_class_recall": per_class_recall(records["scenes"], "shape"),
+        "training_curves": training_curves(read_log(RESULTS / "logs" / "kd.jsonl")),
+        "grounding": grounding_scores(records["grounding"]),
+        "efficiency_pareto": cost_of_models(records["efficiency"][0]["metrics"]),
+        "ablations": ablation_figure(records["ablations"]),
+        "defects": defect_curves(records["defects"], records["ablations"]),
+        "similarity_matrices": similarity_matrices(cosines, records["examples"][0]["details"]["captions"]),
+        "prompt_sensitivity": prompt_sensitivity({name: record["metrics"] for name, record in examples.items()}),
+    }
+
+
+def tables_of(records: Mapping[str, Records]) -> dict[str, str]:
+    """The blocks of ``figures/README.md``, and of the README those called headline and cost, by their names."""
+    costs, real = records["efficiency"][0]["metrics"], records["photographs"]
+    return {
+        "headline": headline(records["scenes"], costs),
+        "cost": cost_markdown(records["bench"]),
+        "scenes": scores_markdown(zero_shot_table(records["scenes"]), ("base", "clip", "kd", "teacher")),
+        "paired": paired_markdown(records["scenes"]),
+        "ablations": ablation_table(records["ablations"]),
+        "defects": defect_table(records["defects"], means_of(records["ablations"])),
+        "efficiency": f"{efficiency_table(costs)}\n\n{efficiency_goals(costs)}",
+        "views": scores_markdown(zero_shot_table(records["views"]), ("whole", "cached-views", "online")),
+        "photographs": scores_markdown(retrieval_table(real) | zero_shot_table(real), ("base", "kd", "teacher")),
+        "bench": bench_markdown(records["bench"]),
+    }
+
+
+def figures() -> None:
+    """Draw the committed figures, and write the tables of README.md and figures/README.md."""
+    records = load_all()
+    for name, fig in figures_of(records).items():
+        save_figure(fig, FIGURES / f"{name}.png")
+    for file, text in written(records).items():
+        with atomic_path(file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def written(records: Mapping[str, Records]) -> dict[Path, str]:
+    """The text of both README files, with their tables as the records have them."""
+    files = {file: file.read_text(encoding="utf-8") for file in (README, FIGURES / "README.md")}
+    for name, table in tables_of(records).items():
+        file = README if name in ("headline", "cost") else FIGURES / "README.md"
+        files[file] = replace_block(files[file], name, table)
+    return files
