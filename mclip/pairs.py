@@ -1,4 +1,4 @@
-"""The batches of an epoch: tensors for the student, and the teacher's embeddings beside them."""
+"""Pairs of pictures and captions, and the batches of an epoch: tensors for the student, and a teacher's embeddings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any, Protocol
 
@@ -18,9 +19,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as VF
 
 from mclip.config import require
-from mclip.files import content_key
-from mclip.pictures import Crops, Pictures, decode, met_late, open_picture, pool, square
-from mclip.sources.readers import Captions, Texts
+from mclip.pictures import Crops, decode, met_late, open_picture, pool, square
 
 READ_AHEAD = 2  # batches
 
@@ -28,7 +27,7 @@ READ_AHEAD = 2  # batches
 def normalise(images: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 pictures (B, 3, H, W) -> standardised float (B, 3, size, size).
 
-    The shortest side is resized (bicubic) and the centre cut out, as for PIL pictures: nothing is squashed.
+    The shortest side is resized (bicubic) and the centre is cut out, as for PIL pictures. The aspect ratio stays.
     """
     pictures = images.float() / 255
     if tuple(images.shape[-2:]) != (size, size):
@@ -36,6 +35,51 @@ def normalise(images: Tensor, size: int, mean: Sequence[float], std: Sequence[fl
         pictures = VF.center_crop(pictures, [size, size])
     # Convolutions on a CPU are a quarter to a third faster when the channels lie innermost.
     return VF.normalize(pictures, list(mean), list(std)).contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pictures with their captions.
+
+    Attributes:
+        images: (N, 3, S, S) uint8: an array, in memory or memory-mapped, or what decodes pictures when indexed.
+        captions: for each picture one caption or more.
+        key: changes when pictures or captions do; a teacher's cached targets are kept under it.
+        name: for messages and results files.
+        files: (N,) the file of each picture, so that a teacher can read it at its own size; None for scenes.
+        skipped: number of rows left out by ``on_error="skip"``.
+    """
+
+    images: Any
+    captions: Sequence[list[str]]
+    key: str
+    name: str
+    files: Sequence[str] | None = None
+    skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @cached_property
+    def first_caption(self) -> np.ndarray:
+        """(N + 1,) position of each picture's first caption in the flat list of all captions."""
+        if hasattr(self.captions, "first"):  # the readers of files know it
+            return self.captions.first
+        return np.concatenate([[0], np.cumsum([len(own) for own in self.captions])])
+
+    def picture(self, row: int) -> Image.Image:
+        """The picture as it came, at its full size."""
+        if self.files is None:
+            return Image.fromarray(self.images[row].transpose(1, 2, 0))
+        with met_late():
+            return open_picture(self.files[row])
+
+    def cropped(self, row: int, size: int, seed: int, crops: Crops) -> np.ndarray:
+        """The crop of a picture that ``seed`` decides, (3, size, size) uint8."""
+        if self.files is not None:
+            with met_late():
+                return decode(self.files[row], size, seed, crops.smallest)
+        return square(torch.from_numpy(np.array(self.images[row])), size, seed, crops.smallest).numpy()
 
 
 class TeacherTargets(Protocol):
@@ -79,7 +123,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """The rows of several arrays, each (N, ..., D), as one of (N, ..., sum of D): joined when they are asked for."""
+    """Several arrays, each (N, ..., D), as one of (N, ..., sum of D). Rows are joined when they are asked for."""
 
     parts: Sequence[np.ndarray]
 
@@ -101,10 +145,9 @@ def join_targets(several: Sequence[Targets]) -> Targets:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step reads: token ids (B, T), the teacher's embeddings (B, D) if any, and pictures.
+    """What one step reads: pictures, token ids (B, T), and the teacher's embeddings (B, D) if there is a teacher.
 
-    Pictures wait as uint8 ``pixels`` (B, 3, S, S), a quarter of what ``images``, ready for the model, take: of a step
-    in many pieces only one is ready at a time.
+    ``pixels`` (B, 3, S, S) stay uint8 until the model needs them, which takes a quarter of the memory of float32.
     """
 
     pixels: Tensor
@@ -125,11 +168,11 @@ class Batch:
 
 
 class BatchSource:
-    """The batches of each epoch: a function of (seed, epoch) alone, so that a resumed run sees the same ones.
+    """The batches of each epoch. They depend on (seed, epoch) alone, so that a resumed run sees the same ones.
 
-    Every epoch visits each picture once, in a new order, with one of its captions chosen at random; the last
-    incomplete batch is left out, since its pairs would have fewer in-batch negatives. While a batch is used, the
-    next one is read.
+    Every epoch visits each picture once, in a new order, with one of its captions chosen at random. The last,
+    incomplete batch is left out, because its pairs would have fewer in-batch negatives. The next batches are read
+    while one is used.
     """
 
     def __init__(
@@ -142,12 +185,8 @@ class BatchSource:
         targets: TeacherTargets | None = None,
         crops: Crops | None = None,
     ) -> None:
-        require(
-            batch_size <= len(pairs),
-            "batch_size",
-            batch_size,
-            f"there are {len(pairs)} pictures; choose a smaller batch",
-        )
+        remedy = f"there are {len(pairs)} pictures; choose a smaller batch"
+        require(batch_size <= len(pairs), "batch_size", batch_size, remedy)
         self.pairs, self.prepare, self.batch_size, self.seed = pairs, prepare, batch_size, seed
         self.tokenizer, self.targets, self.crops = tokenizer, targets, crops
         self.first_caption = pairs.first_caption
@@ -185,9 +224,8 @@ class BatchSource:
         if self.crops:
             view = self.crops.view(pictures, epoch)
             seeds = self.crops.seeds(pictures, view)
-        batch = Batch(
-            torch.from_numpy(self._pixels(pictures, seeds)), tokens, torch.from_numpy(pictures), prepare=self.prepare
-        )
+        pixels = torch.from_numpy(self._pixels(pictures, seeds))
+        batch = Batch(pixels, tokens, torch.from_numpy(pictures), prepare=self.prepare)
         if self.targets is None:
             return batch
         image, text = self.targets.of(pictures, captions, view, seeds)
@@ -197,68 +235,5 @@ class BatchSource:
         images = self.pairs.images
         if seeds is None:
             return np.ascontiguousarray(images[pictures])
-        return np.stack(
-            list(pool().map(lambda p, s: self.pairs.cropped(p, images.shape[-1], s, self.crops), pictures, seeds))
-        )
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Pictures with their captions.
-
-    Attributes:
-        images: (N, 3, S, S) uint8: an array, in memory or memory-mapped, or decoded whenever indexed.
-        captions: for each picture one caption or more.
-        key: changes whenever pictures or captions do; cached teacher targets are kept under it.
-        name: for messages and results files.
-        files: where the pictures came from, so that a teacher can read them at its own size; None for scenes.
-        skipped: number of rows left out by ``on_error="skip"``.
-    """
-
-    images: np.ndarray | Pictures
-    captions: Sequence[list[str]]
-    key: str
-    name: str
-    files: Sequence[str] | None = None
-    skipped: int = 0
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def first_caption(self) -> np.ndarray:
-        """(N + 1,) position of each picture's first caption in the flat list of all captions."""
-        if isinstance(self.captions, Captions):
-            return self.captions.first
-        return np.concatenate([[0], np.cumsum([len(own) for own in self.captions])])
-
-    def picture(self, row: int) -> Image.Image:
-        """The picture as it came, at its full size."""
-        if not self.files:
-            return Image.fromarray(self.images[row].transpose(1, 2, 0))
-        with met_late():
-            return open_picture(self.files[row])
-
-    def cropped(self, row: int, size: int, seed: int, crops: Crops) -> np.ndarray:
-        """The crop of a picture that ``seed`` decides, (3, size, size) uint8."""
-        if self.files:
-            with met_late():
-                return decode(self.files[row], size, seed, crops.smallest)
-        return square(torch.from_numpy(np.array(self.images[row])), size, seed, crops.smallest).numpy()
-
-    def fraction(self, data_size: float, seed: int = 0) -> Pairs:
-        """A random ``data_size`` of the pictures, chosen by ``seed``, in their old order; at least one."""
-        require(0 < data_size <= 1, "data_size", data_size, "choose a share of the pictures in (0, 1]")
-        if data_size == 1:
-            return self
-        count = max(1, round(data_size * len(self)))
-        rows = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
-        files = self.files and Texts(self.files[int(row)] for row in rows)
-        captions = self.captions
-        return replace(
-            self,
-            images=Pictures(files, self.images.size) if isinstance(self.images, Pictures) else self.images[rows],
-            captions=captions.subset(rows) if isinstance(captions, Captions) else [captions[row] for row in rows],
-            key=content_key(self.key, data_size, seed),
-            files=files,
-        )
+        size = images.shape[-1]
+        return np.stack(list(pool().map(lambda p, s: self.pairs.cropped(p, size, s, self.crops), pictures, seeds)))

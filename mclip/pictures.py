@@ -5,17 +5,17 @@ Training, evaluation, ``mclip.load`` and the reader of exported students share :
 
 from __future__ import annotations
 
+import errno
 import io
-import json
 import math
 import os
+import re
 import struct
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,6 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as VF
-from tqdm.auto import tqdm
-
-from mclip.files import cache_dir, missing_folder, write_json
 
 DECODING_VERSION = 3
 """Part of the keys of cached pictures; to be raised whenever :func:`as_rgb` makes something else of a file."""
@@ -78,8 +75,20 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-IN_ARCHIVE = "::"
+NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
+"""What the system answers where a name leads to no file. Any other number is trouble of the system itself."""
+_IN_ARCHIVE = re.compile(r"(.+)::(\d+):(\d+)", re.DOTALL)
 RATIOS = (3 / 4, 4 / 3)  # width to height of a crop, before it is made square
+
+
+def unreadable(name: str | Path, error: Exception) -> PictureError:
+    """The error of a picture that cannot be read.
+
+    Raises: ``error`` itself if the system failed, not the picture: too many open files, a faulty disk, no permission.
+    """
+    if isinstance(error, OSError) and error.errno is not None and error.errno not in NO_FILE:
+        raise error
+    return PictureError(f"{name}: not readable as a picture ({error})")
 
 
 @contextmanager
@@ -91,19 +100,24 @@ def met_late() -> Iterator[None]:
         raise PictureError(f"{error}; mend it, or pass on_error='skip', which leaves it out at the start.") from error
 
 
-@lru_cache(64)
-def _archive(path: str) -> int:
-    return os.open(path, os.O_RDONLY)
+def split_name(name: str) -> tuple[str, int, int]:
+    """File, first byte and number of bytes (-1: all) of a picture, which may lie in an archive: "a.tar::512:9000".
+
+    A file that has such a name itself is a file.
+    """
+    found = _IN_ARCHIVE.fullmatch(name)
+    if found is None or os.path.exists(name):
+        return name, 0, -1
+    return found[1], int(found[2]), int(found[3])
 
 
 def _opened(name: str) -> tuple[bytes, Image.Image]:
     """The bytes of the picture ``name``, and its header as Pillow reads it, which refuses decompression bombs."""
-    if IN_ARCHIVE in name:
-        archive, place = name.rsplit(IN_ARCHIVE, 1)
-        offset, size = map(int, place.split(":"))
-        content = os.pread(_archive(archive), size, offset)
-    else:
-        content = Path(name).read_bytes()
+    file, start, size = split_name(name)
+    # Opened anew for each picture: that takes microseconds, and no descriptor stays open for a thousand archives.
+    with open(file, "rb") as handle:
+        handle.seek(start)
+        content = handle.read(size)
     try:
         return content, Image.open(io.BytesIO(content))
     except UnidentifiedImageError as error:  # Pillow would name the buffer by its address
@@ -120,7 +134,7 @@ def open_picture(picture: str | Path | Image.Image) -> Image.Image:
         return as_rgb(picture if isinstance(picture, Image.Image) else _opened(str(picture))[1])
     except UNREADABLE as error:
         name = getattr(picture, "filename", "") or "a picture" if isinstance(picture, Image.Image) else picture
-        raise PictureError(f"{name}: not readable as a picture ({error})") from error
+        raise unreadable(name, error) from error
 
 
 def read_picture(name: str) -> Tensor:
@@ -134,7 +148,7 @@ def read_picture(name: str) -> Tensor:
                 return decode_jpeg(coded, ImageReadMode.RGB, apply_exif_orientation=turned)
         return VF.pil_to_tensor(as_rgb(opened))
     except UNREADABLE as error:
-        raise PictureError(f"{name}: not readable as a picture ({error})") from error
+        raise unreadable(name, error) from error
 
 
 def crop_box(seed: int, width: int, height: int, smallest: float) -> tuple[int, int, int, int]:
@@ -180,31 +194,6 @@ def pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), "pictures")
 
 
-class Pictures:
-    """Pictures (N, 3, S, S) uint8 that are decoded anew whenever they are asked for; indexed like an array."""
-
-    dtype = np.dtype(np.uint8)
-
-    def __init__(self, names: Sequence[str], size: int) -> None:
-        self.names, self.size = names, size
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """As of an array."""
-        return (len(self.names), 3, self.size, self.size)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, rows: int | slice | np.ndarray | list[int]) -> np.ndarray:
-        with met_late():
-            if isinstance(rows, int | np.integer):
-                return decode(self.names[int(rows)], self.size)
-            numbers = range(*rows.indices(len(self))) if isinstance(rows, slice) else [int(row) for row in rows]
-            found = list(pool().map(lambda row: decode(self.names[row], self.size), numbers))
-        return np.stack(found) if found else np.empty((0, *self.shape[1:]), np.uint8)
-
-
 @dataclass(frozen=True)
 class Crops:
     """Random crops that can be cut again: the seed of each is a function of ``seed``, picture and view.
@@ -233,68 +222,3 @@ class Crops:
                 state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
                 state = state ^ (state >> np.uint64(31))
         return state
-
-
-Bad = Callable[[int, PictureError], None]
-"""Told the number of a picture that cannot be read: raises, or takes note."""
-
-
-def _each(names: Sequence[str], work: Callable[[str], Any], bad: Bad, progress: bool, label: str) -> Iterator[Any]:
-    """(number, ``work`` of the picture) for each that can be read, in order, by all threads."""
-
-    def attempt(name: str) -> Any:
-        try:
-            return work(name)
-        except PictureError as error:
-            return error
-
-    waiting: deque[Future] = deque()
-    upcoming = iter(names)
-    for number in tqdm(range(len(names)), label, disable=not progress, leave=False):
-        while len(waiting) < 64 and (name := next(upcoming, None)) is not None:
-            waiting.append(pool().submit(attempt, name))
-        found = waiting.popleft().result()
-        if isinstance(found, PictureError):
-            bad(number, found)
-        else:
-            yield number, found
-
-
-def decoded_once(names: Sequence[str], size: int, key: str, bad: Bad, progress: bool) -> tuple[np.ndarray, list[int]]:
-    """Pictures (N, 3, size, size) uint8, memory-mapped from the cache, and the numbers of those that could be read."""
-    folder = cache_dir() / "pixels" / key
-    with missing_folder(folder) as temporary:
-        if temporary:
-            kept: list[int] = []
-            shape = (len(names), 3, size, size)
-            images = np.lib.format.open_memmap(temporary / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
-            for number, picture in _each(names, lambda name: decode(name, size), bad, progress, "decoding pictures"):
-                images[len(kept)] = picture
-                kept.append(number)
-            images.flush()
-            write_json(temporary / "kept.json", kept)
-    kept = json.loads((folder / "kept.json").read_text(encoding="utf-8"))
-    return np.load(folder / "images.npy", mmap_mode="r")[: len(kept)], kept
-
-
-def readable(names: Sequence[str], key: str, bad: Bad, progress: bool) -> list[int]:
-    """The numbers of the pictures that can be read; all are tried once, and what was found is kept in the cache."""
-    folder = cache_dir() / "readable" / key
-    with missing_folder(folder) as temporary:
-        if temporary:
-            found = _each(names, lambda name: decode(name, 32) is not None, bad, progress, "checking pictures")
-            write_json(temporary / "kept.json", [number for number, _ in found])
-    return json.loads((folder / "kept.json").read_text(encoding="utf-8"))
-
-
-def fingerprint(names: Sequence[str], at_most: int = 100_000) -> list[tuple[str, int, int]]:
-    """Path, bytes and time of change of each picture's file, so that an edited one is seen.
-
-    Of more than ``at_most``, that many evenly spaced ones: asking for each of millions takes longer than reading
-    the table that names them.
-    """
-    step = max(1, math.ceil(len(names) / at_most))
-    files = dict.fromkeys(names[row].rsplit(IN_ARCHIVE, 1)[0] for row in range(0, len(names), step))
-    stats = ((file, os.stat(file)) for file in files)
-    here = os.getcwd()
-    return [(os.path.join(here, file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]

@@ -59,8 +59,6 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        if "encoding" in fault:
-            self.send_header("Content-Encoding", "x-gzip")
         if "no length" not in fault:
             self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()

@@ -64,6 +64,7 @@ BAD_ROWS = [
     ('0.png,images,"  "', "line 10: the caption is empty"),
     ("5.png,images,a caption", "line 10: no picture at"),
     ("broken.png,images,a caption", r"data\.csv, line 10: .*broken\.png: not readable as a picture"),
+    ("gone.png,images,a caption", r"data\.csv, line 10: .*gone\.png: not readable as a picture"),
     ("text.png,images,a caption", r"data\.csv, line 10: .*text\.png: not readable as a picture"),
 ]
 
@@ -72,6 +73,7 @@ BAD_ROWS = [
 def test_a_bad_row_is_named_or_skipped_and_counted(folder, row, message, capsys):
     whole = (folder / "images" / "0.png").read_bytes()
     (folder / "images" / "broken.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "images" / "gone.png").symlink_to(folder / "nowhere.png")
     (folder / "images" / "text.png").write_text("not a picture", encoding="utf-8")
     path = append(folder, row)
     with pytest.raises(DataError, match=message) as error:

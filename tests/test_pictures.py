@@ -1,10 +1,14 @@
 """Pictures in files and archives, random crops, and readers of folders and WebDataset shards."""
 
+import errno
 import io
 import json
 import os
 import re
+import resource
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mclip.pictures import RATIOS, Crops, PictureError, Pictures, crop_box, decode, open_picture, square
+from mclip.cli.main import main
+from mclip.pictures import RATIOS, Crops, PictureError, crop_box, decode, open_picture, square
+from mclip.scenes.world import SceneConfig
+from mclip.sources.decoding import Pictures
 from mclip.sources.loading import load_pairs
-from mclip.sources.readers import Captions, DataError, Texts
+from mclip.sources.readers import DataError
+from mclip.sources.zero_shot import image_folder_set
 
 
 @pytest.fixture(autouse=True)
@@ -41,26 +49,6 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-@given(st.lists(st.text(max_size=20), max_size=30), st.integers(-3, 33))
-def test_texts_are_a_list_in_less_memory(texts, place):
-    column = Texts(texts)
-    assert list(column) == texts
-    assert column == texts
-    assert list(column[place:]) == texts[place:]
-    if -len(texts) <= place < len(texts):
-        assert column[place] == texts[place]
-    else:
-        with pytest.raises(IndexError):
-            column[place]
-
-
-def test_captions_are_a_list_of_lists():
-    captions = Captions(Texts(["a", "b", "c"]), np.array([0, 2, 3]))
-    assert captions == [["a", "b"], ["c"]]
-    assert captions != [["a"], ["b", "c"]]
-    assert captions.subset(np.array([1, 0])) == [["c"], ["a", "b"]]
-
-
 def test_captions_of_one_picture_may_lie_apart(folder):
     pairs = load_pairs(folder / "pairs.csv", 32, progress=False)
     assert pairs.captions[4] == ["picture 4 first", "picture 4 second"]
@@ -76,9 +64,6 @@ def test_decoding_always_gives_what_decoding_once_gives(folder):
     np.testing.assert_array_equal(always.images[rows], once.images[rows])
     np.testing.assert_array_equal(always.images[1:3], once.images[1:3])
     np.testing.assert_array_equal(always.images[2], once.images[2])
-    half = always.fraction(0.5)
-    np.testing.assert_array_equal(half.images[:], once.fraction(0.5).images)
-    assert half.key == once.fraction(0.5).key
 
 
 def test_a_damaged_picture_is_found_when_it_is_needed_or_skipped_at_once(folder, capsys):
@@ -143,6 +128,111 @@ def test_views_come_in_turns_and_their_seeds_differ():
     assert len({int(fresh.seeds(pictures[:1], fresh.view(pictures[:1], epoch))[0]) for epoch in range(50)}) == 50
 
 
+@contextmanager
+def few_descriptors(count: int) -> Iterator[None]:
+    """Let this process open ``count`` more files and no others."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    probe = os.open(os.devnull, os.O_RDONLY)  # the lowest number that is free
+    os.close(probe)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (probe + count, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_many_shards_need_few_descriptors(tmp_path):
+    for number in range(40):
+        write_shard(tmp_path / f"{number:05d}.tar", range(number, number + 1))
+    pairs = load_pairs(tmp_path, 32, decoding="always", progress=False)
+    pairs.images[:1]  # starts the threads
+    with few_descriptors(16):
+        assert len(pairs.images[:]) == 40
+
+
+def test_trouble_of_the_system_is_never_a_bad_picture(folder, monkeypatch):
+    with few_descriptors(0), pytest.raises(OSError, match="Too many open files"):
+        decode(str(folder / "0.png"), 32)
+    for number in (errno.EIO, errno.ENOMEM, errno.EACCES, errno.ENFILE):
+
+        def fail(name, *arguments, number=number, **options):
+            raise OSError(number, os.strerror(number), str(name))
+
+        monkeypatch.setattr("mclip.pictures.open", fail, raising=False)
+        with pytest.raises(OSError, match=r"\.png") as error:
+            load_pairs(folder / "pairs.csv", 32, on_error="skip", progress=False)
+        assert error.value.errno == number
+
+
+def test_only_the_chosen_pictures_are_decoded_and_none_is_copied(folder, monkeypatch):
+    decoded = []
+    monkeypatch.setattr("mclip.sources.decoding.decode", lambda name, size: decoded.append(name) or decode(name, size))
+    half = load_pairs(folder / "pairs.csv", 32, data_size=0.5, seed=1, progress=False)
+    assert len(decoded) == len(half) == 3
+    assert isinstance(half.images, np.memmap)
+    whole = load_pairs(folder / "pairs.csv", 32, progress=False)
+    rows = [list(whole.files).index(file) for file in half.files]
+    np.testing.assert_array_equal(half.images, whole.images[rows])
+    assert half.captions == [whole.captions[row] for row in rows]
+    assert half.key != load_pairs(folder / "pairs.csv", 32, data_size=0.5, seed=2, progress=False).key
+
+
+def test_a_share_of_scenes_is_not_copied():
+    whole, half = (load_pairs(scenes=SceneConfig(40, 64, "val"), data_size=s, progress=False) for s in (1.0, 0.5))
+    assert half.images.array.base is not None
+    assert isinstance(half.images.array, np.memmap)
+    assert half.images.shape == (20, 3, 64, 64)
+    for row in (0, 7, 19):
+        original = half.images.rows[row]
+        np.testing.assert_array_equal(half.images[row], whole.images[original])
+        assert half.captions[row] == whole.captions[original]
+    np.testing.assert_array_equal(half.images[[3, 1]], whole.images[half.images.rows[[3, 1]]])
+
+
+def test_a_file_is_a_file_whatever_its_name(tmp_path, monkeypatch):
+    for name in ("a::b/1.png", "2::0:9"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        gradient(number=3).save(tmp_path / name, "PNG")
+    (tmp_path / "pairs.csv").write_text("file_name,caption\na::b/1.png,one\n2::0:9,two\n", encoding="utf-8")
+    pairs = load_pairs(tmp_path / "pairs.csv", 32, progress=False)
+    assert len(pairs) == 2
+    np.testing.assert_array_equal(pairs.images[0], pairs.images[1])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_pairs("~/pairs.csv", 32, progress=False).key == pairs.key
+
+
+def test_what_is_left_out_of_a_folder_is_counted_and_named(tmp_path, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        gradient().save(tmp_path / name / "1.png")
+    for name in ("2.heic", "3.HEIC", "4.gif", "1.txt", ".hidden.gif"):
+        (tmp_path / "cat" / name).write_text("a cat", encoding="utf-8")
+    for read in (lambda: load_pairs(tmp_path, 32), lambda: image_folder_set(tmp_path)):
+        read()
+        assert "3 files of other kinds left out (2 of .heic, 1 of .gif)" in capsys.readouterr().out
+
+
+def test_no_bar_is_shown_without_progress(folder, tmp_path_factory, capfd):
+    shards = tmp_path_factory.mktemp("shards")
+    write_shard(shards / "0.tar", range(2))
+    for decoding in ("once", "always"):
+        for source in (folder / "pairs.csv", shards):
+            load_pairs(source, 33, decoding=decoding, on_error="skip", progress=False)
+    load_pairs(scenes=SceneConfig(9, 32, "val"), progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("command", ["train", "teacher"])
+def test_the_commands_pass_progress_on(monkeypatch, command):
+    def load(*_, progress=True, **__):
+        assert not progress
+        raise DataError("far enough")
+
+    monkeypatch.setattr("mclip.recipes.load_pairs", load)
+    monkeypatch.setattr("mclip.cli.commands.load_pairs", load)
+    assert main([command, "--progress", "false"]) == 2
+
+
 def write_shard(path: Path, numbers: range, extra: dict[str, bytes] | None = None) -> None:
     """A shard as img2dataset writes it, by hand: NAME.jpg, NAME.txt, NAME.json."""
     with tarfile.open(path, "w") as archive:
@@ -200,9 +290,44 @@ def test_bad_shards_are_named(tmp_path, capsys):
     with pytest.raises(DataError, match=r"bad\.tar: not a WebDataset shard"):
         load_pairs(tmp_path / "bad.tar", 32, progress=False)
     write_shard(tmp_path / "part.tar", range(2), {"000000009.txt": b"a caption without a picture"})
-    with pytest.raises(DataError, match=r"part\.tar: the sample .*000000009 has no picture"):
+    with pytest.raises(DataError, match=r"part\.tar: the sample '.*000000009' has no picture"):
         load_pairs(tmp_path / "part.tar", 32, progress=False)
     assert load_pairs(tmp_path / "part.tar", 32, on_error="skip", progress=False).skipped == 1
+
+
+def sample(number: int, **members: object) -> dict[str, bytes]:
+    """Members of one sample; what is no text is written as JSON."""
+    picture = io.BytesIO()
+    gradient(number=number).save(picture, "PNG")
+    written = {key: value if isinstance(value, str) else json.dumps(value) for key, value in members.items()}
+    return {f"{number}.png": picture.getvalue(), **{f"{number}.{key}": text.encode() for key, text in written.items()}}
+
+
+def test_captions_of_shards_in_every_form(tmp_path, capsys):
+    several = {"caption": "two", "caption_2": ["three", None], "captions": ["one"], "url": "x", "recaption": "new"}
+    members = (
+        sample(1, txt="one", json=several) | sample(2, json={"caption": ["a", "b"]}) | sample(3, json={"url": "x"})
+    )
+    members |= (
+        sample(4, txt="four", json="{damaged")
+        | sample(7, json={"caption": "\ud800"})
+        | {"8": b"no kind"}
+        | {"5.png": b"", "5.json": b"[]"}
+        | sample(6, txt="", caption="six")
+    )
+    write_shard(tmp_path / "00000.tar", range(0), members)
+    source = f"{tmp_path}/{{00000..00001}}.tar"
+    pairs = load_pairs(source, 32, on_error="skip", progress=False)
+    assert pairs.captions == [["one", "two", "three"], ["a", "b"], ["four"], ["six"]]
+    # Samples 3, 5, 7 and 8 lack a caption or a picture, or are not Unicode; one archive is not there.
+    assert pairs.skipped == 5
+    assert "5 rows left out" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"00000\.tar: the sample '.*3' has no caption"):
+        load_pairs(tmp_path, 32, progress=False)
+    write_shard(tmp_path / "00000.tar", range(0), sample(1, json=several))
+    with pytest.raises(DataError, match=r"00001\.tar: no such file"):
+        load_pairs(source, 32, progress=False)
+    assert load_pairs(tmp_path, 32, caption_key="recaption", progress=False).captions == [["new"]]
 
 
 def test_a_members_name_is_never_a_path(tmp_path):

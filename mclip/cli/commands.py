@@ -47,6 +47,7 @@ class DataOptions:
         data_size: share of the pictures to train on, in (0, 1].
         csv_img_key: column of a CSV that names the pictures.
         csv_caption_key: column of a CSV that holds the captions.
+        csv_separator: what separates the columns of a CSV; empty is a tab for .tsv files and a comma for others.
         on_error: stop at a bad row (raise), or leave it out and count it (skip).
         decoding: keep decoded pictures in the cache (once) or decode them in each epoch (always); auto keeps 4 GiB.
     """
@@ -56,6 +57,7 @@ class DataOptions:
     data_size: float = 1.0
     csv_img_key: str = "file_name"
     csv_caption_key: str = "caption"
+    csv_separator: str = ""
     on_error: Literal["raise", "skip"] = "raise"
     decoding: Decoding = "auto"
 
@@ -192,7 +194,7 @@ def teacher(
     scenes = SceneConfig(pictures, size, "teacher", two_objects=0.1, captions="clean")
     training = load_pairs(data.train_data_path, size, scenes=scenes, data_size=data.data_size, **reading)
     scenes = SceneConfig(500, size, "val", captions="clean")
-    validation = load_pairs(data.val_data_path, size, scenes=scenes, **reading)
+    validation = load_pairs(data.val_data_path, size, split="val", scenes=scenes, **reading)
     result = train_open_clip("teacher", training, validation, settings, out_dir)
     folder, metrics = Path(out_dir) / "model", result.validations()[-1]["validation"]
     print(f"{folder}: {result.steps} steps in {result.seconds:.0f} s, validation {metrics}")

@@ -56,7 +56,7 @@ def evaluate(
         records = []
         for name, (model, tokenizer) in models.items():
             if retrieval:
-                pairs = load_pairs(dataset, input_of(model).size)
+                pairs = load_pairs(dataset, input_of(model).size, split="test")
                 record = evaluate_retrieval(model, tokenizer, pairs, name, seed=seed)
                 scores = {way.replace("_", " "): recalls for way, recalls in record["metrics"].items()}
             elif data is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,9 +25,9 @@ class Archive:
         whole: unpack all of it, as ``folder``; the archive has no such folder itself.
     """
 
+    folder: str
     url: str
     checksum: str
-    folder: str
     size: int | None = None
     about: str = ""
     whole: bool = False
@@ -41,35 +41,11 @@ class Archive:
         return f"{self.url} ({human_size(self.size) if self.size else self.about})"
 
 
-_COCO = "http://images.cocodataset.org"  # its certificate is of another name: the checksum guards the way
-_FLICKR8K = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
-_COCO_CAPTIONS = Archive(
-    f"{_COCO}/annotations/annotations_trainval2017.zip",
-    "md5:f4bbac642086de4f52a3fdda2de5fa2c",
-    "annotations",
-    252_907_541,
-)
-_COCO_PICTURES = {
-    "train": Archive(
-        f"{_COCO}/zips/train2017.zip", "md5:cced6f7f71b7629ddf16f17bbcfab6b2", "train2017", 19_336_861_798
-    ),
-    "val": Archive(f"{_COCO}/zips/val2017.zip", "md5:442b8da7639aecaf257c1dceb8ba8c80", "val2017", 815_585_330),
+_STORED = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+SOURCES: dict[str, dict[str, list[Archive]]] = {
+    name: {split: [Archive(key, **_STORED["archives"][key]) for key in keys] for split, keys in splits.items()}
+    for name, splits in _STORED["sets"].items()
 }
-_FLICKR8K_TEXT = Archive(
-    f"{_FLICKR8K}/Flickr8k_text.zip",
-    "md5:bf6c1abcb8e4a833b7f922104de18627",
-    "Flickr8k_text",
-    about="about 2 MB",
-    whole=True,
-)
-_FLICKR8K_PICTURES = Archive(
-    f"{_FLICKR8K}/Flickr8k_Dataset.zip", "md5:f18a1e2920de5bd84dae7cf08ec78978", "Flicker8k_Dataset", about="about 1 GB"
-)
-SOURCES: dict[str, Mapping[str, tuple[Archive, ...]]] = {
-    "coco": {split: (_COCO_CAPTIONS, pictures) for split, pictures in _COCO_PICTURES.items()},
-    "flickr8k": dict.fromkeys(("train", "val", "test"), (_FLICKR8K_TEXT, _FLICKR8K_PICTURES)),
-}
-"""Set: split: archives. Publishers give no checksums: these are the ones on which projects that use the files agree."""
 
 
 def caption_set(name: str, root_dir: str | Path | None = None, download: bool = False, split: Split = "train") -> Path:

@@ -9,19 +9,21 @@ import json
 import os
 import re
 import tarfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import is_image_file
 from tqdm.auto import tqdm
 
-from mclip.files import cache_dir, content_key, missing_folder, write_json
-from mclip.pictures import IN_ARCHIVE, fingerprint, open_picture
-from mclip.sources.readers import DataError, OnError, Table, TableBuilder
+from mclip.files import cache_dir, content_key, missing_folder, read_json
+from mclip.pictures import open_picture
+from mclip.sources.decoding import fingerprint
+from mclip.sources.readers import PICTURES, Row
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 CLASS_CAPTION = "a photo of a {}"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_CAPTION_KEY = re.compile(r"captions?[ ._-]?\d*")
 
 
 def hidden(name: str) -> bool:
@@ -29,41 +31,48 @@ def hidden(name: str) -> bool:
     return name.startswith(".")
 
 
-def read_folder(path: Path, on_error: OnError) -> Table:
-    """Pictures at any depth: the lines of the text file of the same name are captions; without one, the folder's
-    name is the class of "a photo of a ...". What is hidden is left out."""
-    builder = TableBuilder(path, on_error, "picture")
-    files = []
+def pictures_in(path: Path) -> list[str]:
+    """The files of pictures below ``path`` in order, at any depth, without what is hidden; other kinds are named."""
+    files: list[str] = []
     for folder, subfolders, names in os.walk(path, followlinks=True):
         subfolders[:] = [name for name in subfolders if not hidden(name)]
-        files += [os.path.join(folder, name) for name in names if name.lower().endswith(PICTURES) and not hidden(name)]
-    files.sort()
-    for number, file in enumerate(files):
-        text = Path(file).with_suffix(".txt")
-        folder = Path(file).parent
-        if text.is_file():
-            try:
-                lines = [line for line in text.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-            except UnicodeDecodeError as error:
-                builder.bad(f"{text}: not readable as UTF-8 ({error})")
-                continue
-        else:
+        files += [os.path.join(folder, name) for name in names if not hidden(name)]
+    others = Counter(Path(file).suffix.lower() or "no suffix" for file in files if not is_picture(file))
+    del others[".txt"]  # captions
+    if others:
+        kinds = ", ".join(f"{count} of {kind}" for kind, count in others.most_common())
+        print(f"{path}: {others.total()} files of other kinds left out ({kinds}); pictures are {', '.join(PICTURES)}.")
+    return sorted(filter(is_picture, files))
+
+
+def is_picture(file: str) -> bool:
+    """Whether the name is that of a picture that can be read."""
+    return file.lower().endswith(PICTURES)
+
+
+def read_folder(path: Path) -> Iterator[Row]:
+    """Pictures at any depth. The lines of a text file of the same name are a picture's captions.
+
+    Without one, the folder's name is the class of "a photo of a ...".
+    """
+    for number, file in enumerate(pictures_in(path)):
+        text, folder = Path(file).with_suffix(".txt"), Path(file).parent
+        try:
+            lines = [line for line in text.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except FileNotFoundError:
             lines = [] if folder == path else [CLASS_CAPTION.format(folder.name.replace("_", " "))]
-        if not lines:
-            builder.bad(f"{file}: no caption; it needs {text.name} beside it, or a folder named after its class")
-        for line in lines:
-            builder.add(file, line, number)
-    return builder.table()
+        except UnicodeDecodeError as error:
+            yield number, None, f"{text}: not readable as UTF-8 ({error})"
+            continue
+        problem = f"{file}: no caption; it needs {text.name} beside it, or a folder named after its class"
+        yield number, file if lines else None, lines or problem
 
 
 class VisibleFolder(ImageFolder):
     """torchvision's ImageFolder without what is hidden, such as ``.ipynb_checkpoints``; pictures are read as ours."""
 
     def __init__(self, root: Path) -> None:
-        def seen(file: str) -> bool:
-            return is_image_file(file) and not any(map(hidden, Path(file).relative_to(root).parts))
-
-        super().__init__(str(root), loader=open_picture, is_valid_file=seen)
+        super().__init__(str(root), loader=open_picture, is_valid_file=set(pictures_in(root)).__contains__)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """The names of the sub-folders in order, and their numbers; FileNotFoundError if there are none."""
@@ -73,60 +82,81 @@ class VisibleFolder(ImageFolder):
         return names, {name: number for number, name in enumerate(names)}
 
 
-def shards_of(source: str) -> list[str]:
-    """The archives that ``source`` names: a folder of .tar files, one file, or a range "{00000..00099}.tar"."""
-    found = _RANGE.search(source)
-    if found:
-        first, last = found.groups()
-        numbers = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
-        shards = [source[: found.start()] + number + source[found.end() :] for number in numbers]
-    else:
-        shards = sorted(map(str, Path(source).glob("*.tar"))) if Path(source).is_dir() else [source]
-    for shard in shards:
-        if not os.path.isfile(shard):
-            raise DataError(f"{shard}: no such file; give a folder of .tar files, one of them, or a range of them.")
-    return shards
+def shards_of(path: Path) -> list[str]:
+    """The archives that ``path`` names: a .tar file, a folder of them, or a range such as "{00000..00099}.tar"."""
+    span = _RANGE.search(str(path))
+    if path.is_dir():
+        return sorted(map(str, path.glob("*.tar")))
+    if span is None or path.suffix.lower() != ".tar" or path.is_file():
+        return [str(path)] if path.suffix.lower() == ".tar" else []
+    first, last = span.groups()
+    numbers = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
+    return [str(path)[: span.start()] + number + str(path)[span.end() :] for number in numbers]
 
 
-def _index(shard: str) -> list[list[str]]:
-    """(where the picture lies, caption) of each sample of a shard that has both; kept in the cache.
+def read_shards(path: Path, caption_key: str, progress: bool) -> Iterator[Row]:
+    """The samples of WebDataset shards on a disk, as img2dataset writes them.
+
+    Captions are NAME.txt and what NAME.json holds under "caption", "captions", "caption_2" and so on: text or a list.
+    Another ``caption_key`` names one key or one kind of member. Pictures are read in place, in any order.
+    """
+    row = 0
+    for shard in tqdm(shards_of(path), "reading shards", disable=not progress, leave=False):
+        try:
+            samples = _index(shard, caption_key)
+        except FileNotFoundError:
+            problem = f"{shard}: no such file; give a folder of .tar files, one of them, or a range of them"
+            samples = [["", problem]]
+        except (tarfile.TarError, EOFError) as error:
+            samples = [["", f"{shard}: not a WebDataset shard ({error!r}); copy or write it again"]]
+        for picture, content in samples:
+            yield row, picture or None, content
+            row += 1
+
+
+def _index(shard: str, caption_key: str) -> list[list]:
+    """Where the picture of each sample lies, and its captions; or nothing, and what is wrong. Kept in the cache.
 
     Members of one sample share the name up to its first dot. Nothing is unpacked, so a member's name is never a path.
     """
-    folder = cache_dir() / "shards" / content_key("shard", fingerprint([shard]))
+    folder = cache_dir() / "shards" / content_key("captions", caption_key, fingerprint([shard]))
     with missing_folder(folder) as temporary:
         if temporary:
-            samples: dict[str, list[str]] = {}
-            try:
-                with tarfile.open(shard, "r:") as archive:
-                    for member in archive:
-                        base, _, extension = member.name.rpartition("/")[2].partition(".")
-                        sample = samples.setdefault(f"{member.name.rpartition('/')[0]}/{base}", ["", ""])
-                        if not member.isfile():
-                            continue
-                        if f".{extension.lower()}" in PICTURES:
-                            sample[0] = f"{os.path.abspath(shard)}{IN_ARCHIVE}{member.offset_data}:{member.size}"
-                        elif extension in ("txt", "json") and (extension == "txt" or not sample[1]):
-                            content = archive.extractfile(member).read().decode("utf-8")
-                            sample[1] = content if extension == "txt" else str(json.loads(content)["caption"] or "")
-            except (tarfile.TarError, ValueError, KeyError, TypeError, OSError, EOFError) as error:
-                raise DataError(
-                    f"{shard}: not a WebDataset shard ({error!r}); it needs members NAME.jpg with NAME.txt, or "
-                    "NAME.json with a 'caption'. Copy or write it again."
-                ) from error
-            write_json(temporary / "samples.json", [[name, *sample] for name, sample in samples.items()])
-    return json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+            pictures: dict[str, str] = {}
+            captions: dict[str, list] = {}
+            with tarfile.open(shard, "r:") as archive:
+                for member in filter(tarfile.TarInfo.isfile, archive):
+                    place, _, base = member.name.rpartition("/")
+                    base, _, extension = base.partition(".")
+                    name = f"{place}/{base}"
+                    own = captions.setdefault(name, [])
+                    kind = "caption" if extension == "txt" else extension.removesuffix(".txt")
+                    if is_picture(f".{extension}"):
+                        pictures[name] = f"{os.path.abspath(shard)}::{member.offset_data}:{member.size}"
+                    elif extension == "json" or _is_caption(kind, caption_key):
+                        own += _texts(archive.extractfile(member).read(), extension, caption_key)
+            samples = []
+            for name, own in captions.items():
+                lacks = "picture" if name not in pictures else "" if own else "caption"
+                problem = f"{shard}: the sample {name!r} has no {lacks}"
+                samples.append(["", problem] if lacks else [pictures[name], list(dict.fromkeys(own))])
+            (temporary / "samples.json").write_text(json.dumps(samples), encoding="utf-8")
+    return read_json(folder / "samples.json")
 
 
-def read_shards(source: str, on_error: OnError, progress: bool) -> Table:
-    """WebDataset shards on a disk. Pictures are read in place, in any order; the archives' indexes are cached."""
-    builder = TableBuilder(Path(source), on_error, "sample")
-    row = 0
-    for shard in tqdm(shards_of(source), "reading shards", disable=not progress, leave=False):
-        for name, picture, caption in _index(shard):
-            if picture:
-                builder.add(picture, caption, row)
-            else:
-                builder.bad(f"{shard}: the sample {name} has no picture ({', '.join(PICTURES)})")
-            row += 1
-    return builder.table()
+def _is_caption(key: str, caption_key: str) -> bool:
+    several = caption_key == "caption" and _CAPTION_KEY.fullmatch(key) is not None
+    return several or key == caption_key
+
+
+def _texts(content: bytes, extension: str, caption_key: str) -> list[str]:
+    """The captions in a member; none if it is damaged or empty."""
+    try:
+        if extension != "json":
+            values = [content.decode("utf-8")]
+        else:
+            values = [value for key, value in json.loads(content).items() if _is_caption(key, caption_key)]
+    except (ValueError, AttributeError, RecursionError):  # AttributeError: JSON of another shape
+        return []
+    texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
+    return [text for text in texts if isinstance(text, str) and text.strip()]

@@ -1,78 +1,49 @@
-"""Millions of short texts in little memory: one block of bytes and the places where each begins."""
+"""What all readers share, and the readers of COCO Captions and Karpathy's JSON.
+
+Each reader yields rows. :func:`collect` checks them, stops at bad ones or leaves them out, and puts the captions of
+each picture together. Millions of paths and captions are kept in arrays of numpy's StringDType.
+"""
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import json
-import operator
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 
+from mclip.pictures import NO_FILE
 from mclip.text_encoder import clean_caption
 
-
-class Texts(Sequence[str]):
-    """A sequence of strings that takes their bytes and eight more for each, where a list takes some fifty more."""
-
-    def __init__(self, texts: Iterable[str] = ()) -> None:
-        self.block, self.ends = bytearray(), array("q")
-        texts = iter(texts)
-        while some := list(islice(texts, 10_000)):
-            self.extend(some)
-
-    def extend(self, texts: Iterable[str]) -> None:
-        """Add some at the end."""
-        texts = list(texts)
-        joined = "".join(texts)
-        # As many bytes as characters: the usual case needs no bytes of each text.
-        parts = texts if joined.isascii() else [text.encode("utf-8", "surrogatepass") for text in texts]
-        self.ends.extend(islice(accumulate(map(len, parts), initial=len(self.block)), 1, None))
-        self.block += joined.encode("utf-8", "surrogatepass")
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    @overload
-    def __getitem__(self, place: int) -> str: ...
-    @overload
-    def __getitem__(self, place: slice) -> Texts: ...
-    def __getitem__(self, place: int | slice) -> str | Texts:
-        if isinstance(place, slice):
-            return Texts(self[i] for i in range(*place.indices(len(self))))
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"no text {place} of {len(self)}")
-        place %= len(self)
-        start = self.ends[place - 1] if place else 0
-        return self.block[start : self.ends[place]].decode("utf-8", "surrogatepass")
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
-
-    def digest(self) -> str:
-        """A fingerprint of all texts."""
-        found = hashlib.sha256(self.block)
-        found.update(self.ends)
-        return found.hexdigest()
+OnError = Literal["raise", "skip"]
+Row = tuple[int, str | None, Any]
+"""The number of a row, its picture, and its caption or a list of captions; without a picture, what is wrong with it."""
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+_TEXT = np.dtypes.StringDType()
+_WORDS = re.compile(r"[A-Za-z0-9]")
+SURROGATE = re.compile("[\ud800-\udfff]")
+_AT_ONCE = 20_000  # rows
 
 
-class Captions(Sequence[list[str]]):
-    """For each picture the list of its captions, held as :class:`Texts`.
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file, the line or picture, and the remedy."""
+
+
+class CaptionLists(Sequence[list[str]]):
+    """For each picture the list of its captions.
 
     Args:
-        texts: all captions, those of a picture beside each other.
-        first: (N + 1,) position of each picture's first caption, and the number of all.
+        texts: (M,) of numpy's StringDType: all captions, those of one picture side by side.
+        first: (N + 1,) position of each picture's first caption, and M.
     """
 
-    def __init__(self, texts: Texts, first: np.ndarray) -> None:
+    def __init__(self, texts: np.ndarray, first: np.ndarray) -> None:
         self.texts, self.first = texts, first
 
     def __len__(self) -> int:
@@ -80,108 +51,32 @@ class Captions(Sequence[list[str]]):
 
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"no picture {place} of {len(self)}")
-        place %= len(self)
-        return [self.texts[i] for i in range(int(self.first[place]), int(self.first[place + 1]))]
+            return [self[row] for row in range(*place.indices(len(self)))]
+        row = range(len(self))[place]
+        return self.texts[self.first[row] : self.first[row + 1]].tolist()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
-
-    def subset(self, pictures: np.ndarray) -> Captions:
-        """The captions of the ``pictures`` with these numbers, in their order."""
-        chosen = [self[int(i)] for i in pictures]
-        first = np.concatenate([[0], np.cumsum([len(own) for own in chosen], dtype=np.int64)])
-        return Captions(Texts(text for own in chosen for text in own), first)
-
-
-OnError = Literal["raise", "skip"]
-_WORDS = re.compile(r"[A-Za-z0-9]")
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file, the line or picture, and the remedy."""
+        return isinstance(other, Sequence) and list(self) == list(other)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Pictures by name, the captions of each, where each was read (for messages), and the rows left out."""
+    """``pictures`` (N,) by name, the ``captions`` and the first row of each, and the number of rows left out."""
 
-    pictures: Texts
-    captions: Captions
-    place: Callable[[int], str]
+    pictures: np.ndarray
+    captions: CaptionLists
+    rows: np.ndarray
+    where: str
     skipped: int
 
-    def keep(self, numbers: Sequence[int]) -> Table:
-        """The table of these pictures alone; the captions of the others count as left out."""
-        if len(numbers) == len(self.pictures):
-            return self
-        captions = self.captions.subset(np.asarray(numbers))
-        lost = len(self.captions.texts) - len(captions.texts)
-        pictures = Texts(self.pictures[number] for number in numbers)
-        return Table(pictures, captions, lambda number: self.place(numbers[number]), self.skipped + lost)
-
-
-@dataclass
-class TableBuilder:
-    """Collects rows; captions of one picture may lie apart. ``label`` says what a number of a row counts."""
-
-    path: Path
-    on_error: OnError
-    label: str
-    skipped: int = 0
-    _numbers: dict[str, int] = field(default_factory=dict)
-    _places: array = field(default_factory=lambda: array("q"))
-    _captions: Texts = field(default_factory=Texts)
-    _owners: array = field(default_factory=lambda: array("q"))
-
-    def where(self, row: int) -> str:
-        """The file and the row, for messages."""
-        return f"{self.path}, {self.label} {row}"
-
-    def bad(self, message: str) -> None:
-        """Raise DataError, or count the row."""
-        reject(message, self.on_error)
-        self.skipped += 1
-
-    def add(self, picture: str, caption: str, row: int) -> None:
-        """One pair; a caption without a word is a bad row."""
-        if has_words(caption):
-            self.extend([picture], [caption], [row])
-        else:
-            self.bad(f"{self.where(row)}: the caption is empty")
-
-    def extend(self, pictures: Sequence[str], captions: Sequence[str], rows: Sequence[int]) -> None:
-        """Many pairs whose captions are known to have words."""
-        known, before = self._numbers, len(self._numbers)
-        numbers = [known.setdefault(picture, len(known)) for picture in pictures]
-        if len(known) == before + len(pictures):  # all are new, as they mostly are
-            self._places.extend(rows)
-        else:
-            first_rows = dict(zip(reversed(numbers), reversed(rows), strict=True))
-            self._places.extend(first_rows[number] for number in range(before, len(known)))
-        self._owners.extend(numbers)
-        self._captions.extend(captions)
-
-    def table(self) -> Table:
-        """What was collected, captions beside their picture; DataError if it is nothing."""
-        if not self._numbers:
-            raise DataError(f"{self.path}: no usable rows; it needs at least one picture with a caption.")
-        pictures = Texts(self._numbers)
-        self._numbers.clear()
-        owners, captions = np.array(self._owners), self._captions
-        if np.any(np.diff(owners) < 0):
-            order = np.argsort(owners, kind="stable")
-            owners, captions = owners[order], Texts(captions[int(row)] for row in order)
-        first = np.searchsorted(owners, np.arange(len(pictures) + 1))
-        places = self._places
-        return Table(pictures, Captions(captions, first), lambda number: self.where(places[number]), self.skipped)
-
-
-def has_words(caption: str) -> bool:
-    """Whether anything is left of a caption once it is cleaned; a letter or digit answers at once."""
-    return _WORDS.search(caption) is not None or clean_caption(caption) != ""
+    def take(self, numbers: Sequence[int] | np.ndarray) -> Table:
+        """The table of the pictures with these numbers, in their order."""
+        before, numbers = self.captions.first, np.asarray(numbers, np.int64)
+        counts = np.diff(before)[numbers]
+        first = np.concatenate([[0], np.cumsum(counts)])
+        texts = self.captions.texts[np.arange(first[-1]) + np.repeat(before[numbers] - first[:-1], counts)]
+        captions = CaptionLists(texts, first)
+        return Table(self.pictures[numbers], captions, self.rows[numbers], self.where, self.skipped)
 
 
 def reject(message: str, on_error: OnError) -> None:
@@ -190,105 +85,123 @@ def reject(message: str, on_error: OnError) -> None:
         raise DataError(f"{message}; mend the row, or pass on_error='skip'.")
 
 
-class Listing:
-    """Which files exist. Each folder is listed once: asking for every file takes five times as long."""
+def collect(source: str | Path, label: str, rows: Iterable[Row], on_error: OnError) -> Table:
+    """The table of ``rows``; captions of one picture may lie apart. ``label`` says what a row's number counts.
 
-    def __init__(self) -> None:
-        self._folders: dict[str, set[str]] = {}
-
-    def names(self, folder: str) -> set[str]:
-        """The names in ``folder``; none if there is no such folder."""
-        if folder not in self._folders:
-            try:
-                self._folders[folder] = set(os.listdir(folder))
-            except (OSError, ValueError):
-                self._folders[folder] = set()
-        return self._folders[folder]
-
-
-def read_csv(path: Path, image_key: str, caption_key: str, on_error: OnError) -> Table:
-    """A CSV file (.tsv: separated by tabs); an ``image_path`` column holds the folder, relative to the file."""
-    csv.field_size_limit(2**24)
-    builder = TableBuilder(path, on_error, "line")
-    with path.open(newline="", encoding="utf-8-sig") as handle:
-        reader = csv.reader(handle, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        try:
-            columns = next(reader, [])
-            if not columns:
-                raise DataError(
-                    f"{path}: the file is empty; it needs a header line such as file_name,image_path,caption."
-                )
-            for key in (image_key, caption_key):
-                if key not in columns:
-                    raise DataError(f"{path}: no column {key!r}; the columns are {', '.join(columns)}.")
-            places = [columns.index(key) for key in ("image_path", image_key, caption_key) if key in columns]
-            _read_rows(reader, places, builder)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{path}: not readable as UTF-8 CSV ({error}); save it as UTF-8 text.") from error
-    return builder.table()
-
-
-def _read_rows(reader: Any, columns: list[int], builder: TableBuilder) -> None:
-    """``columns``: of the folder, if there is one, the picture and the caption. Rows are taken by the hundred.
-
-    More at once would keep Python's garbage collector busy, which walks all that torch has imported.
+    Raises: DataError at the first bad row unless ``on_error`` is "skip", and if no row is left.
     """
-    *at_folder, at_image, at_caption = columns
-    widest, listing, parent = max(columns), Listing(), str(builder.path.parent)
+    where, skipped = f"{source}, {label}", 0
+    numbers: dict[str, int] = {}
+    first_rows, owners, texts, arrays = array("q"), array("q"), [], []
+    for row, picture, content in rows:
+        captions = content if isinstance(content, list) else (content,)
+        for caption in captions or (None,):
+            if problem := caption if picture is None else _problem(picture, caption):
+                reject(f"{where} {row}: {problem}", on_error)
+                skipped += 1
+                continue
+            number = numbers.setdefault(picture, len(first_rows))
+            if number == len(first_rows):
+                first_rows.append(row)
+            owners.append(number)
+            texts.append(caption)
+        if len(texts) >= _AT_ONCE:
+            arrays.append(np.array(texts, _TEXT))
+            texts.clear()
+    if not numbers:
+        raise DataError(f"{source}: no usable rows; it needs at least one picture with a caption.")
+    captions, owner = np.concatenate([*arrays, np.array(texts, _TEXT)]), np.array(owners)
+    if np.any(np.diff(owner) < 0):
+        order = np.argsort(owner, kind="stable")
+        captions, owner = captions[order], owner[order]
+    first = np.searchsorted(owner, np.arange(len(numbers) + 1))
+    pictures = np.array(list(numbers), _TEXT)
+    return Table(pictures, CaptionLists(captions, first), np.array(first_rows), where, skipped)
 
-    def place(row: list[str]) -> tuple[str, bool]:
-        folder = str(Path(parent, row[at_folder[0]])) if at_folder else parent
-        file, name = f"{folder}{os.sep}{row[at_image]}", row[at_image]
-        return file, name in listing.names(folder) or (name != "" and os.path.isfile(file))
 
-    while some := [(reader.line_num, row) for row in islice(reader, 256)]:
-        lines, rows = [line for line, row in some if row], [row for _, row in some if row]
-        for row in rows:
-            if len(row) <= widest:
-                row += [""] * (widest + 1 - len(row))
-        folders = {row[at_folder[0]] for row in rows} if at_folder else {""}
-        names, captions = [row[at_image] for row in rows], [row[at_caption] for row in rows]
-        folder = str(Path(parent, *folders)) if len(folders) == 1 else ""
-        if folder and all(map(listing.names(folder).__contains__, names)) and all(map(_WORDS.search, captions)):
-            builder.extend([f"{folder}{os.sep}{name}" for name in names], captions, lines)
-            continue
-        for line, row in zip(lines, rows, strict=True):
-            file, there = place(row)
-            if there:
-                builder.add(file, row[at_caption], line)
-            else:
-                builder.bad(f"{builder.where(line)}: no picture at {file}")
+def _problem(picture: str, caption: Any) -> str:
+    """What is wrong with a pair; empty if nothing."""
+    if not isinstance(caption, str):
+        return f"the caption is {str(caption)[:40]}, not a text"
+    if not (_WORDS.search(caption) or clean_caption(caption)):  # a letter or a digit answers at once
+        return "the caption is empty"
+    pair = picture + caption
+    return "" if pair.isascii() or not SURROGATE.search(pair) else f"{pair!r} is not valid Unicode"
 
 
-def read_json(path: Path, on_error: OnError) -> Table:
-    """COCO Captions; pictures lie beside the JSON file, in ``images/``, or as COCO unpacks.
+def picture_finder() -> Callable[[str, Sequence[str]], str | None]:
+    """A function that looks for a picture by its name, or its whole path, in several folders.
 
-    That is, for ``annotations/captions_val2017.json``, in ``val2017/`` beside ``annotations/``.
+    It returns the path, or None. Each folder is listed once: asking for every file takes five times as long. The
+    function raises OSError if the system cannot list a folder that exists.
+    """
+
+    @cache
+    def listed(folder: str) -> set[str]:
+        try:
+            return set(os.listdir(folder or os.sep))
+        except OSError as error:
+            if error.errno not in NO_FILE:
+                raise
+        except ValueError:  # a NUL in the name
+            pass
+        return set()
+
+    def find(name: str, folders: Sequence[str]) -> str | None:
+        for folder in folders:
+            if name in listed(folder):  # the usual case, told apart quickly
+                return f"{folder}{os.sep}{name}"
+        name = os.path.expanduser(name)
+        for path in [name] if os.path.isabs(name) else [f"{folder}{os.sep}{name}" for folder in folders]:
+            folder, _, base = path.rpartition(os.sep)
+            if base and (base in listed(folder) or os.path.exists(path)):
+                return path
+        return None
+
+    return find
+
+
+def read_json(path: Path, split: str) -> Iterator[Row]:
+    """The rows of COCO Captions, or of one ``split`` of Karpathy's JSON, where "train" holds "restval" too.
+
+    Pictures lie beside the JSON file or beside its folder, there or in ``images/``, or as COCO unpacks: for
+    ``annotations/captions_val2017.json`` in ``val2017/`` beside ``annotations/``.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        pictures = {entry["id"]: str(entry["file_name"]) for entry in content["images"]}
-        annotations = [(entry["image_id"], str(entry["caption"])) for entry in content["annotations"]]
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(path.read_bytes())
+        images = [image for image in content["images"] if isinstance(image, dict)]
+        karpathy = any("sentences" in image for image in images)
+        rows = _karpathy(path, images, split) if karpathy else _coco(images, list(content["annotations"]))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{path}: not COCO Captions JSON ({error!r}); it needs 'images' (id, file_name) and "
-            "'annotations' (image_id, caption)."
+            f"{path}: not COCO Captions JSON ({error!r}); it needs 'images' (id, file_name) and 'annotations' "
+            "(image_id, caption). Of Karpathy's JSON 'images' is enough (filename, split, sentences)."
         ) from error
-    listing, builder = Listing(), TableBuilder(path, on_error, "annotation")
-    folders = [str(f) for f in (path.parent, path.parent / "images", path.parent.parent / path.stem.rpartition("_")[2])]
-    for number, (image_id, caption) in enumerate(annotations):
-        where, name = builder.where(number), pictures.get(image_id)
-        if name is None:
-            builder.bad(f"{where}: no image with id {image_id}")
-            continue
-        places = [f"{folder}{os.sep}{name}" for folder in folders]
-        there = (
-            name in listing.names(folder) or os.path.isfile(place)
-            for folder, place in zip(folders, places, strict=True)
-        )
-        file = next((place for place, found in zip(places, there, strict=True) if found), None)
-        if file is None:
-            builder.bad(f"{where}: no picture {name} in {' or '.join(folders)}")
-        else:
-            builder.add(file, caption, number)
-    return builder.table()
+    here, above, find = path.parent, path.parent.parent, picture_finder()
+    folders = [str(f) for f in (here, here / "images", above / path.stem.rpartition("_")[2], above, above / "images")]
+    for number, name, captions in rows:
+        picture = None if name is None else find(name, folders)
+        missing = captions if name is None else f"no picture {name} in {' or '.join(folders)}"
+        yield number, picture, captions if picture else missing
+
+
+def _coco(images: list[dict], annotations: list[Any]) -> Iterator[Row]:
+    names = {image["id"]: image.get("file_name") for image in images if isinstance(image.get("id"), Hashable)}
+    for number, annotation in enumerate(annotations):
+        entry = annotation if isinstance(annotation, dict) else {}
+        key = entry.get("image_id")
+        name = names.get(key) if isinstance(key, Hashable) else None
+        found = isinstance(name, str)
+        yield number, name if found else None, entry.get("caption") if found else f"no image with id {key}"
+
+
+def _karpathy(path: Path, images: list[dict], split: str) -> Iterator[Row]:
+    wanted = ("train", "restval") if split == "train" else (split,)
+    splits = sorted({str(image.get("split", split)) for image in images})
+    if not {*wanted} & {*splits}:
+        raise DataError(f"{path}: no picture of the split {split!r}; it has {', '.join(splits)}")
+    for number, image in enumerate(images):
+        if image.get("split", split) in wanted:
+            name = os.path.join(str(image.get("filepath", "")), str(image.get("filename")))
+            sentences = image.get("sentences") or []
+            yield number, name, [entry.get("raw") if isinstance(entry, dict) else entry for entry in sentences]

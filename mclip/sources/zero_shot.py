@@ -7,150 +7,68 @@ those below, and PASCAL VOC, KITTI and two sets of videos, whose labels or pictu
 
 from __future__ import annotations
 
-import gzip
 import json
+import operator
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib import resources
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
-from torch.utils.data import Dataset
 from torchvision import datasets
-from torchvision.datasets import utils
 
 from mclip.config import ConfigError, closest, require
 from mclip.evaluate import ZeroShotSet
-from mclip.files import atomic_path, cache_dir
-from mclip.sources.downloads import DownloadError, extract, fetch
+from mclip.files import cache_dir
 from mclip.sources.folders import VisibleFolder
 
 PHOTO_TEMPLATES = ["a photo of a {}"]
 
 
-def _spaces(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _from_three(count: int) -> int:
-    return count - 3
-
-
 @dataclass(frozen=True)
 class _Source:
-    """How torchvision builds a set, where below ``root_dir`` it looks, how its class names become words."""
+    """How torchvision builds a set, where below ``root_dir`` it looks, how its class names become words.
 
-    build: Callable[..., Dataset]
+    A set without ``settings`` has no official split: all of it is the test set.
+    """
+
+    dataset: str
     layout: str
-    settings: Mapping[str, Any] = field(default_factory=lambda: {"split": "test"})
-    rename: Callable[[str], str] = _spaces
+    settings: Mapping[str, Any]
+    rename: Sequence[tuple[str, str]] = (("_", " "),)
     downloads: bool = True
     folder: str = ""
+    first_label: int = 0
+
+    def words(self, name: str) -> str:
+        """The name of a class as words."""
+        for pattern, replacement in self.rename:
+            name = re.sub(pattern, replacement, name)
+        return name
 
 
-_WHOLE: Mapping[str, Any] = {}  # the set has no official split: all of it is the test set
-_SOURCES: dict[str, _Source] = {
-    "caltech101": _Source(datasets.Caltech101, "caltech101/101_ObjectCategories/", _WHOLE),
-    "caltech256": _Source(
-        datasets.Caltech256,
-        "caltech256/256_ObjectCategories/",
-        _WHOLE,
-        lambda name: re.sub(r"^\d+\.|-101$", "", name).replace("-", " "),
-    ),
-    "cifar10": _Source(datasets.CIFAR10, "cifar-10-batches-py/", {"train": False}),
-    "cifar100": _Source(datasets.CIFAR100, "cifar-100-python/", {"train": False}),
-    "clevr_counts": _Source(  # the test split has no labels; a picture shows 3 to 10 objects
-        datasets.CLEVRClassification, "clevr/CLEVR_v1.0/", {"split": "val", "target_transform": _from_three}
-    ),
-    "country211": _Source(datasets.Country211, "country211/test/"),
-    "dtd": _Source(datasets.DTD, "dtd/dtd/"),
-    "eurosat": _Source(datasets.EuroSAT, "eurosat/2750/", _WHOLE),
-    "fer2013": _Source(datasets.FER2013, "fer2013/fer2013.csv", downloads=False),
-    "fgvc_aircraft": _Source(
-        datasets.FGVCAircraft, "fgvc-aircraft-2013b/data/", {"split": "test", "annotation_level": "variant"}
-    ),
-    "flowers102": _Source(datasets.Flowers102, "flowers-102/"),
-    "food101": _Source(datasets.Food101, "food-101/"),
-    "gtsrb": _Source(datasets.GTSRB, "gtsrb/GTSRB/Final_Test/Images/ and gtsrb/GT-final_test.csv"),
-    "imagenet": _Source(
-        datasets.ImageNet,
-        "imagenet/ILSVRC2012_img_val.tar and imagenet/ILSVRC2012_devkit_t12.tar.gz",
-        {"split": "val"},
-        downloads=False,
-        folder="imagenet",
-    ),
-    "mnist": _Source(datasets.MNIST, "MNIST/raw/", {"train": False}),
-    "oxford_pets": _Source(datasets.OxfordIIITPet, "oxford-iiit-pet/"),
-    "pcam": _Source(datasets.PCAM, "pcam/camelyonpatch_level_2_split_test_x.h5 and ..._y.h5"),
-    "rendered_sst2": _Source(datasets.RenderedSST2, "rendered-sst2/test/"),
-    "stanford_cars": _Source(
-        datasets.StanfordCars,
-        "stanford_cars/cars_test/, stanford_cars/devkit/ and stanford_cars/cars_test_annos_withlabels.mat",
-        downloads=False,
-    ),
-    "stl10": _Source(datasets.STL10, "stl10_binary/"),
-    "sun397": _Source(datasets.SUN397, "SUN397/", _WHOLE, lambda name: _spaces(name).replace("/", " ")),
-    "svhn": _Source(datasets.SVHN, "test_32x32.mat"),
-}
+_STORED = json.loads(Path(__file__).with_name("zero_shot_sets.json").read_text(encoding="utf-8"))
+_SOURCES = {name: _Source(**entry) for name, entry in _STORED["sets"].items()}
 TORCHVISION_SETS = tuple(_SOURCES)
-
-
-def _retrieve(url: str, filename: str | Path) -> None:
-    Path(filename).unlink(missing_ok=True)  # torchvision asks only if there is no such file, or a damaged one
-    try:
-        fetch(url, filename)
-    except DownloadError as error:
-        raise RuntimeError(str(error)) from error  # after an OSError it would try again without encryption
-
-
-def _unpack(archive: str | Path, folder: str | Path, remove_finished: bool = False) -> None:
-    archive = Path(archive)
-    if archive.suffix == ".gz" and not archive.stem.endswith(".tar"):  # one file, as MNIST's are
-        with gzip.open(archive) as packed, atomic_path(Path(folder) / archive.stem) as temporary:
-            temporary.write_bytes(packed.read())
-        return
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking.") as temporary:
-        for entry in extract(archive, Path(temporary) / "all").iterdir():
-            if (Path(folder) / entry.name).is_dir():  # an earlier archive of the same set
-                shutil.copytree(entry, Path(folder) / entry.name, dirs_exist_ok=True)
-            else:
-                entry.replace(Path(folder) / entry.name)
-
-
-@contextmanager
-def _our_downloads() -> Iterator[None]:
-    """Let torchvision download and unpack through mclip, which resumes, and leaves no half of a set behind."""
-    ours: dict[str, Callable[..., Any]] = {
-        "_urlretrieve": _retrieve,
-        "_get_redirect_url": lambda url, max_hops=3: url,  # requests follows them, and tries again
-        "extract_archive": _unpack,
-    }
-    theirs = {name: getattr(utils, name) for name in ours}
-    vars(utils).update(ours)
-    try:
-        yield
-    finally:
-        vars(utils).update(theirs)
 
 
 def torchvision_set(name: str, root_dir: str | Path | None = None, download: bool = False) -> ZeroShotSet:
     """The test split of one of ``TORCHVISION_SETS`` (all of a set that has no splits).
 
-    ``root_dir`` (default: the cache folder) is looked at first; ``download`` fetches what is missing, against
-    torchvision's checksums. An unknown name, and missing or damaged files, raise :class:`ConfigError`, which
-    says where the files go.
+    ``root_dir`` (default: the cache folder) is looked at first. With ``download`` torchvision fetches what is missing,
+    and compares its checksums.
+
+    Raises: ConfigError for an unknown name, and for missing or damaged files; it says where the files go.
     """
     require(name in _SOURCES, "dataset", name, closest(name, _SOURCES))
     source, root = _SOURCES[name], Path(root_dir or cache_dir()).expanduser()
     settings = {**source.settings, **({"download": download} if source.downloads else {})}
+    if source.first_label:
+        settings["target_transform"] = partial(operator.add, -source.first_label)
     try:
-        with _our_downloads():
-            data: Any = source.build(str(root / source.folder), **settings)
+        data: Any = getattr(datasets, source.dataset)(str(root / source.folder), **settings)
         _, label = data[0]  # a library that is missing, or labels, would show only now
     except ModuleNotFoundError as error:
         library = str(error.name).split(".")[0]
@@ -165,17 +83,15 @@ def torchvision_set(name: str, root_dir: str | Path | None = None, download: boo
         ) from error
     require(label is not None, "dataset", name, f"these files have no labels; place {root / source.layout} there")
     found = getattr(data, "classes", None) or getattr(data, "categories", None)
-    stored = json.loads(resources.files("mclip.sources").joinpath("zero_shot_sets.json").read_text(encoding="utf-8"))
-    if name == "imagenet":
-        stored["class_names"][name] = list(IMAGENET_CLASSNAMES)
-        stored["templates"][name] = [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES]
-    class_names = stored["class_names"].get(name) or [source.rename(c) for c in found or []]
+    published = {**_STORED["class_names"], "imagenet": list(IMAGENET_CLASSNAMES)}
+    class_names = published.get(name) or [source.words(c) for c in found or []]
+    templates = [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES] if name == "imagenet" else _STORED["templates"][name]
     count, expected = len(found or class_names), len(class_names)
     remedy = f"{root / source.layout} holds {count} classes, not {expected}; place the files there again"
     require(count == expected, "dataset", name, remedy)
-    split = "all" if source.settings is _WHOLE else source.settings.get("split", "test")
-    metric = "mean_per_class_recall" if name in stored["mean_per_class_recall"] else "top1"
-    return ZeroShotSet(name, data, None, class_names, stored["templates"][name], split, metric)
+    split = source.settings.get("split", "test") if source.settings else "all"
+    metric = "mean_per_class_recall" if name in _STORED["mean_per_class_recall"] else "top1"
+    return ZeroShotSet(name, data, None, class_names, templates, split, metric)
 
 
 def image_folder_set(path: str | Path, templates: Sequence[str] = PHOTO_TEMPLATES) -> ZeroShotSet:
@@ -190,7 +106,8 @@ def image_folder_set(path: str | Path, templates: Sequence[str] = PHOTO_TEMPLATE
         raise ConfigError(f"{path}: not a folder of pictures, one sub-folder per class ({error}).") from error
     named = path.name in ("train", "val", "test")
     name, split = (path.parent.name, path.name) if named else (path.name, "all")
-    return ZeroShotSet(name, data, None, [_spaces(c) for c in data.classes], list(templates), split)
+    class_names = [folder.replace("_", " ") for folder in data.classes]
+    return ZeroShotSet(name, data, None, class_names, list(templates), split)
 
 
 def zero_shot_set(
