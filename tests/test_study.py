@@ -217,7 +217,7 @@ def photographs(tmp_path_factory):
         arguments = ["study", "photographs", "--seeds", "2", "--epochs", "1", "--out_dir", str(folder / "runs")]
         for split in ("train", "val"):
             arguments += [f"--{split}_data_path", str(next((folder / split).glob("*.csv")))]
-        assert main([*arguments, "--datasets", f"[{folder / 'test'}]"]) == 0
+        assert main([*arguments, "--datasets", str(folder / "test")]) == 0
     assert not (folder / "results").exists(), "what ships is overwritten"
     return folder / "runs"
 
