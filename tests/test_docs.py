@@ -120,7 +120,7 @@ def test_minutes_are_those_of_the_measured_course():
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     for notebook in summary["notebooks"]:
         minutes = notebook["seconds"] / 60
-        row = next(line for line in readme.splitlines() if f"(notebooks/{notebook["name"]}.ipynb)" in line)
+        row = next(line for line in readme.splitlines() if f"(notebooks/{notebook['name']}.ipynb)" in line)
         assert abs(int(re.search(r"(\d+) min", row)[1]) - minutes) <= 1, row
         head = "".join(
             json.loads((REPOSITORY / "notebooks" / f"{notebook['name']}.ipynb").read_text())["cells"][0]["source"]
