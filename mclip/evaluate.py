@@ -157,11 +157,10 @@ def _read(images: Any, transform: Callable[[Image], Tensor], number: int) -> tup
 
 def as_templates(prompt: str | Sequence[str]) -> list[str]:
     """One prompt or several, as templates: "a photo of a" becomes "a photo of a {}"."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    require(len(prompts) > 0, "prompt", prompt, 'give a text, for example "a photo of a"')
-    templates = [p if "{}" in p else f"{p} {{}}".strip() for p in prompts]
-    for template in templates:
-        require(template.count("{}") == 1, "prompt", template, 'the class name has one place, "{}"')
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    templates = [text if "{}" in text else f"{text} {{}}".strip() for text in prompts]
+    good = len(templates) > 0 and all(template.count("{}") == 1 for template in templates)
+    require(good, "prompt", prompt, 'give texts with one place for the class name, for example "a photo of a {}"')
     return templates
 
 

@@ -123,9 +123,9 @@ def describe_model(name: str, module: nn.Module) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python, of mclip and of the libraries that decide a number."""
-    libraries = {"torch": "torch", "torchvision": "torchvision", "open_clip": "open_clip_torch"}
-    found = {name: importlib.metadata.version(package) for name, package in libraries.items()}
-    return {"python": platform.python_version(), **found, "mclip": __version__}
+    packages = {"torch": "torch", "torchvision": "torchvision", "open_clip": "open_clip_torch"}
+    installed = {name: importlib.metadata.version(package) for name, package in packages.items()}
+    return {"python": platform.python_version(), **installed, "mclip": __version__}
 
 
 def git_commit() -> str | None:
