@@ -72,7 +72,7 @@ def _typed(value: Any, expected: Any, key: str) -> Any:
 
 
 def from_yaml(kind: type[Config], path: str | Path) -> Config:
-    """Read ``kind`` from a YAML file; the error for a file that is not a YAML mapping names the file."""
+    """Read ``kind`` from a YAML file; the error for one that cannot be read, or is no mapping, names the file."""
     try:
         values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -100,22 +100,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class ImageConfig(Settings):
-    """MobileNetV3-Large (Howard et al. 2019).
-
-    Attributes:
-        width: channel multiplier of every stage.
-        image_size: side of the square input, in pixels.
-        bn_momentum: share of each batch in BatchNorm's running statistics; a run of a few hundred steps needs 0.1.
-        head: widths of fully connected layers after pooling; empty uses the pooled features themselves.
-        pretrained: start from ImageNet weights where they can be had (width 1.0 only).
-    """
+    """MobileNetV3-Large (Howard et al. 2019)."""
 
     PREFIX = "image."
-    width: float = 1.0
-    image_size: int = 224
-    bn_momentum: float = 0.01
-    head: tuple[int, ...] = ()
-    pretrained: bool = False
+    width: float = 1.0  # channel multiplier of every stage
+    image_size: int = 224  # side of the square input, in pixels
+    bn_momentum: float = 0.01  # share of a batch in BatchNorm's running statistics; a run of 500 steps needs 0.1
+    head: tuple[int, ...] = ()  # widths of fully connected layers after pooling; empty uses the pooled features
+    pretrained: bool = False  # start from ImageNet weights, which exist for width 1.0
 
     def __post_init__(self) -> None:
         self.check("width", 0.1 <= self.width <= 4, "choose a multiplier between 0.1 and 4")
@@ -128,28 +120,17 @@ class ImageConfig(Settings):
 
 @dataclass(frozen=True)
 class TextConfig(Settings):
-    """Lite Transformer with Long-Short Range Attention (Wu et al. 2020).
-
-    Attributes:
-        width: channels d of the residual stream; half goes to attention, half to LightConv.
-        heads: heads of the attention half, and of LightConv's shared kernels.
-        kernels: LightConv kernel size of each block; its length is the number of blocks.
-        feed_forward: hidden width of each feed-forward layer; the paper's "flattened" form uses d.
-        context_length: longest caption, in tokens.
-        vocab_size: 49,408 is CLIP's byte-pair vocabulary.
-        embedding_rank: rank r of a factorised token embedding (vocab x r times r x d); None stores vocab x d.
-        dropout: probability applied to each residual branch.
-    """
+    """Lite Transformer with Long-Short Range Attention (Wu et al. 2020)."""
 
     PREFIX = "text."
-    width: int = 512
-    heads: int = 8
-    kernels: tuple[int, ...] = (3, 7, 15, 15, 15, 15)
-    feed_forward: int = 512
-    context_length: int = 32
-    vocab_size: int = 49408
-    embedding_rank: int | None = 128
-    dropout: float = 0.0
+    width: int = 512  # channels d of the residual stream; half goes to attention, half to LightConv
+    heads: int = 8  # of the attention half, and of LightConv's shared kernels
+    kernels: tuple[int, ...] = (3, 7, 15, 15, 15, 15)  # LightConv kernel size of each block
+    feed_forward: int = 512  # hidden width of each feed-forward layer; the paper's "flattened" form uses d
+    context_length: int = 32  # longest caption, in tokens
+    vocab_size: int = 49408  # of CLIP's byte-pair vocabulary
+    embedding_rank: int | None = 128  # rank r of a factorised embedding (vocab x r times r x d); None stores vocab x d
+    dropout: float = 0.0  # probability applied to each residual branch
 
     def __post_init__(self) -> None:
         half, rank = self.width // 2, self.embedding_rank

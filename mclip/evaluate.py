@@ -34,23 +34,15 @@ BATCH_SIZE = 128  # beyond it the feature maps leave a processor's cache: 256 is
 
 @dataclass(frozen=True)
 class ZeroShotSet:
-    """Pictures to classify, and the words to classify them with.
-
-    Attributes:
-        images: uint8 tensor or array (N, 3, H, W), list of PIL pictures, or dataset of (PIL picture, label).
-        labels: (N,) class numbers; None where ``images`` is a dataset that gives them.
-        class_names: one name per class number.
-        templates: prompts with "{}" in the place of the class name; several are averaged.
-        metric: the one that the literature reports for this set: "top1" or "mean_per_class_recall".
-    """
+    """Pictures to classify, and the words to classify them with."""
 
     name: str
-    images: Any
-    labels: Tensor | np.ndarray | None
-    class_names: list[str]
-    templates: list[str]
+    images: Any  # uint8 tensor or array (N, 3, H, W), list of PIL pictures, or dataset of (PIL picture, label)
+    labels: Tensor | np.ndarray | None  # (N,) class numbers; None where ``images`` gives them
+    class_names: list[str]  # one per class number
+    templates: list[str]  # prompts with "{}" in the place of the class name; several are averaged
     split: str = "test"
-    metric: str = "top1"
+    metric: str = "top1"  # what the literature reports for this set: this, or "mean_per_class_recall"
 
     def __post_init__(self) -> None:
         key, names = f"{self.name}.class_names", self.class_names
@@ -77,11 +69,6 @@ def input_of(model: nn.Module) -> Input:
     return Input(size, tuple(settings.mean), tuple(settings.std), transform)
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters are."""
-    return next(model.parameters()).device
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
     """Evaluation mode, no gradients; every submodule gets its own mode back. Yields the model's device."""
@@ -89,7 +76,7 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
     model.eval()
     try:
         with torch.inference_mode():
-            yield device_of(model)
+            yield next(model.parameters()).device
     finally:
         for module, training in modes.items():
             module.training = training
@@ -195,7 +182,7 @@ def evaluate_zero_shot(
     if embeddings is None:
         embeddings, own_labels = embed_images(model, dataset.images)
         labels = own_labels if labels is None else labels
-    more = {"seed": seed, "templates": templates, "device": device_of(model)}
+    more = {"seed": seed, "templates": templates, "device": next(model.parameters()).device}
     return zero_shot_record(dataset, describe_model(name, model), embeddings, classifier, labels, start, **more)
 
 
@@ -223,5 +210,5 @@ def evaluate_retrieval(
     owner = torch.tensor([i for i, own in enumerate(pairs.captions) for _ in own])
     texts = embed_texts(model, tokenizer, [text for own in pairs.captions for text in own])
     metrics = retrieval(embed_images(model, pairs.images)[0], texts, owner, seed)
-    more = {"seed": seed, "seconds": time.perf_counter() - start, "device": device_of(model)}
+    more = {"seed": seed, "seconds": time.perf_counter() - start, "device": next(model.parameters()).device}
     return make_result("retrieval", pairs.name, split, len(pairs), describe_model(name, model), metrics, **more)

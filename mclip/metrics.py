@@ -82,10 +82,9 @@ def percent(interval: Interval) -> dict[str, float]:
 
 def _mean_recall(hits: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, float]:
     """Recall averaged over the classes present; the bootstrap resamples within each class."""
-    counts = np.bincount(labels)
-    present, rng = counts > 0, np.random.default_rng(seed)
-    recall = np.bincount(labels, hits)[present] / counts[present]
-    resampled = rng.binomial(counts[present], recall, size=(RESAMPLES, len(recall))) / counts[present]
+    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    recall = np.bincount(classes, hits) / counts
+    resampled = np.random.default_rng(seed).binomial(counts, recall, size=(RESAMPLES, len(recall))) / counts
     return percent(_interval(float(recall.mean()), resampled.mean(1)))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mclip.evaluate import ZeroShotSet, device_of, embed_images, embed_texts
+from mclip.evaluate import ZeroShotSet, embed_images, embed_texts
 from mclip.metrics import answers, bootstrap_interval, percent
 from mclip.results import describe_model, make_result
 from mclip.scenes.captions import BACKGROUND_PHRASES, COLOUR_NAMES, RELATIONS, SHAPE_NAMES
@@ -96,7 +96,7 @@ def evaluate_relation(
         metrics,
         seed=seed,
         seconds=time.perf_counter() - start,
-        device=device_of(model),
+        device=next(model.parameters()).device,
         details={"metric": "top1", **answers(hits, captions[0])},
     )
 
