@@ -18,10 +18,7 @@ import yaml
 
 SHIPPED = "scenes"
 """The name of the teacher that ships with the course, which learned from drawn scenes."""
-TRAINING = ("max_epochs", "batch_size", "learning_rate", "crop_scale", "views")
-"""The settings of :class:`TrainConfig` that a profile decides."""
 
-Balancing = Literal["fixed", "magnitude", "gradient_norm", "uncertainty"]
 Config = TypeVar("Config")
 
 
@@ -46,8 +43,7 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], prefix: str = ""
     """Build the dataclass ``kind`` from ``values``; unknown keys and wrong types raise :class:`ConfigError`."""
     hints = typing.get_type_hints(kind)
     for key, value in values.items():
-        remedy = f"no such setting of {kind.__name__}; {closest(key, hints)}"
-        require(key in hints, f"{prefix}{key}", value, remedy)
+        require(key in hints, f"{prefix}{key}", value, f"no such setting of {kind.__name__}; {closest(key, hints)}")
     return kind(**{key: _typed(value, hints[key], prefix + key) for key, value in values.items()})
 
 
@@ -69,15 +65,14 @@ def _typed(value: Any, expected: Any, key: str) -> Any:
         return tuple(_typed(v, t, key) for v, t in zip(value, inner, strict=True))
     if expected is float and type(value) is int:
         return float(value)
-    remedy = f"expected {expected.__name__}, got {type(value).__name__}"
-    if expected is float and isinstance(value, str):
-        remedy += " (YAML reads 1e-3 as text: write 1.0e-3)"
+    hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if expected is float and isinstance(value, str) else ""
+    remedy = f"expected {expected.__name__}, got {type(value).__name__}{hint}"
     require(type(value) is expected, key, value, remedy)  # not isinstance: a bool is no int here
     return value
 
 
 def from_yaml(kind: type[Config], path: str | Path) -> Config:
-    """Read ``kind`` from a YAML file; the error for a file that is not a YAML mapping names the file."""
+    """Read ``kind`` from a YAML file; the error for one that cannot be read, or is no mapping, names the file."""
     try:
         values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -105,69 +100,46 @@ class Settings:
 
 @dataclass(frozen=True)
 class ImageConfig(Settings):
-    """MobileNetV3-Large (Howard et al. 2019).
-
-    Attributes:
-        width: channel multiplier of every stage.
-        image_size: side of the square input, in pixels.
-        bn_momentum: share of each batch in the running statistics of BatchNorm. torchvision's 0.01 is right for
-            long runs; a run of a few hundred steps needs 0.1.
-        head: widths of fully connected layers after pooling; empty uses the pooled features themselves.
-        pretrained: start from ImageNet weights where they can be had (width 1.0 only).
-    """
+    """MobileNetV3-Large (Howard et al. 2019)."""
 
     PREFIX = "image."
-    width: float = 1.0
-    image_size: int = 224
-    bn_momentum: float = 0.01
-    head: tuple[int, ...] = ()
-    pretrained: bool = False
+    width: float = 1.0  # channel multiplier of every stage
+    image_size: int = 224  # side of the square input, in pixels
+    bn_momentum: float = 0.01  # share of a batch in BatchNorm's running statistics; a run of 500 steps needs 0.1
+    head: tuple[int, ...] = ()  # widths of fully connected layers after pooling; empty uses the pooled features
+    pretrained: bool = False  # start from ImageNet weights, which exist for width 1.0
 
     def __post_init__(self) -> None:
         self.check("width", 0.1 <= self.width <= 4, "choose a multiplier between 0.1 and 4")
         self.check("image_size", self.image_size >= 32, "the five stride-2 stages need 32 pixels or more")
         self.check("bn_momentum", 0 < self.bn_momentum <= 1, "choose a share in (0, 1]")
         self.check("head", all(w > 0 for w in self.head), "layer widths are positive")
-        only_full_width = not self.pretrained or self.width == 1.0
-        self.check("pretrained", only_full_width, f"ImageNet weights exist for width 1.0, not {self.width}")
+        available = not self.pretrained or self.width == 1.0
+        self.check("pretrained", available, f"ImageNet weights exist for width 1.0, not {self.width}")
 
 
 @dataclass(frozen=True)
 class TextConfig(Settings):
-    """Lite Transformer with Long-Short Range Attention (Wu et al. 2020).
-
-    Attributes:
-        width: channels d of the residual stream; half goes to attention, half to LightConv.
-        heads: heads of the attention half, and of LightConv's shared kernels.
-        kernels: LightConv kernel size of each block; its length is the number of blocks.
-        feed_forward: hidden width of each feed-forward layer; the paper's "flattened" form uses d.
-        context_length: longest caption, in tokens.
-        vocab_size: 49,408 is CLIP's byte-pair vocabulary.
-        embedding_rank: rank r of a factorised token embedding (vocab x r times r x d); None stores vocab x d.
-        dropout: probability applied to each residual branch.
-    """
+    """Lite Transformer with Long-Short Range Attention (Wu et al. 2020)."""
 
     PREFIX = "text."
-    width: int = 512
-    heads: int = 8
-    kernels: tuple[int, ...] = (3, 7, 15, 15, 15, 15)
-    feed_forward: int = 512
-    context_length: int = 32
-    vocab_size: int = 49408
-    embedding_rank: int | None = 128
-    dropout: float = 0.0
+    width: int = 512  # channels d of the residual stream; half goes to attention, half to LightConv
+    heads: int = 8  # of the attention half, and of LightConv's shared kernels
+    kernels: tuple[int, ...] = (3, 7, 15, 15, 15, 15)  # LightConv kernel size of each block
+    feed_forward: int = 512  # hidden width of each feed-forward layer; the paper's "flattened" form uses d
+    context_length: int = 32  # longest caption, in tokens
+    vocab_size: int = 49408  # of CLIP's byte-pair vocabulary
+    embedding_rank: int | None = 128  # rank r of a factorised embedding (vocab x r times r x d); None stores vocab x d
+    dropout: float = 0.0  # probability applied to each residual branch
 
     def __post_init__(self) -> None:
-        even, half, rank = self.width > 0 and self.width % 2 == 0, self.width // 2, self.embedding_rank
-        self.check("width", even, "LSRA splits it in two, so it must be even")
-        divides = self.heads > 0 and half % self.heads == 0
-        self.check("heads", divides, f"heads must divide half the width, {half}")
-        self.check("kernels", len(self.kernels) > 0, "name one kernel size per block")
-        odd = all(k > 0 and k % 2 == 1 for k in self.kernels)
-        self.check("kernels", odd, "kernel sizes are odd, so that each has a centre")
-        self.check("feed_forward", self.feed_forward > 0, "use a positive width")
-        self.check("context_length", self.context_length >= 3, "start, one token and end need 3")
-        self.check("vocab_size", self.vocab_size > 2, "use 49408 for CLIP's vocabulary")
+        half, rank = self.width // 2, self.embedding_rank
+        self.check("width", half > 0 and self.width % 2 == 0, "LSRA splits it in two, so it must be even")
+        self.check("heads", self.heads > 0 and half % self.heads == 0, f"heads must divide half the width, {half}")
+        odd = len(self.kernels) > 0 and all(k > 0 and k % 2 == 1 for k in self.kernels)
+        self.check("kernels", odd, "name one odd kernel size per block, so that each has a centre")
+        self.at_least(1, "feed_forward")
+        self.at_least(3, "context_length", "vocab_size")  # start, one token and end
         remedy = f"choose 1 to {self.width}, or null for a full embedding"
         self.check("embedding_rank", rank is None or 0 < rank <= self.width, remedy)
         self.check("dropout", 0 <= self.dropout < 1, "choose a probability in [0, 1)")
@@ -183,23 +155,19 @@ class ModelConfig(Settings):
     text: TextConfig = field(default_factory=TextConfig)
 
     def __post_init__(self) -> None:
-        self.check("embed_dim", self.embed_dim > 0, "use 256 or 512")
+        self.at_least(1, "embed_dim")
 
 
+COURSE_IMAGE = ImageConfig(width=0.5, image_size=64, bn_momentum=0.1)
+COURSE_TEXT = TextConfig(width=128, heads=4, kernels=(3, 7, 15, 15), feed_forward=128, embedding_rank=24)
 MOBILE_TEXT = TextConfig(kernels=(3, 7, 15, 15, 31, 31))
-KLMOBILE_TEXT = TextConfig(
-    kernels=(15,) * 2 + (31,) * 4 + (63,) * 6, feed_forward=1024, context_length=77, embedding_rank=None
-)
+KL_KERNELS = (15,) * 2 + (31,) * 4 + (63,) * 6
+KL_TEXT = TextConfig(kernels=KL_KERNELS, feed_forward=1024, context_length=77, embedding_rank=None)
 PRESETS = {
-    "course": ModelConfig(
-        "course",
-        256,
-        ImageConfig(width=0.5, image_size=64, bn_momentum=0.1),
-        TextConfig(width=128, heads=4, kernels=(3, 7, 15, 15), feed_forward=128, embedding_rank=24),
-    ),
+    "course": ModelConfig("course", 256, COURSE_IMAGE, COURSE_TEXT),
     "mobile-256": ModelConfig("mobile-256", 256, ImageConfig(pretrained=True), MOBILE_TEXT),
     "mobile-512": ModelConfig("mobile-512", 512, ImageConfig(pretrained=True), MOBILE_TEXT),
-    "klmobile": ModelConfig("klmobile", 2048, ImageConfig(head=(1280, 1280)), KLMOBILE_TEXT),
+    "klmobile": ModelConfig("klmobile", 2048, ImageConfig(head=(1280, 1280)), KL_TEXT),
 }
 
 
@@ -207,8 +175,7 @@ PRESETS = {
 class DistillConfig(Settings):
     """Loss terms, the phases in which they begin, and how they are balanced.
 
-    The weights of the terms are priors: 0 switches a term off, and the balancer multiplies them. Until the image
-    encoder has come near the teacher, any other term that pulls as hard as "feature" only slows it down.
+    The weights of the terms are priors: 0 switches a term off, and the balancer multiplies them.
 
     Attributes:
         task: the student's own loss on its pairs.
@@ -221,11 +188,9 @@ class DistillConfig(Settings):
         icl_weight: prior of the interactive contrastive term.
         feature_source: distil the final embedding, or the encoders' penultimate features.
         feature_form: "cosine" is 1 - cos; "mse" is the mean squared error summed over dimensions.
-        aligner: "mlp" (Linear, ReLU, Dropout 0.1, Linear), "identity", which needs equal widths, or "auto": identity
-            where the widths agree, so that what is distilled is what inference uses.
+        aligner: "mlp" (Linear, ReLU, Dropout 0.1, Linear), "identity", or "auto": identity where the widths agree.
         online_teacher: embed each batch anew while training, in place of cached targets; slower, but every crop is new.
-        phases: start of phase 2 (feature), start of phase 3 (response), end of the temperature's descent; all
-            fractions of the run (at most 1) or all steps (above 1), in order.
+        phases: start of feature and of response, end of cooling; all fractions of the run (at most 1) or all steps.
         ramp: a term that becomes active rises over this many steps (or this fraction of the run).
         max_temperature: of the response term, before phase 2.
         min_temperature: of the response term, from the last of the phases' bounds on.
@@ -251,7 +216,10 @@ class DistillConfig(Settings):
     ramp: float = 0.02
     max_temperature: float = 8.0
     min_temperature: float = 4.0
-    balancers: tuple[Balancing, ...] = ("gradient_norm", "magnitude")
+    balancers: tuple[Literal["fixed", "magnitude", "gradient_norm", "uncertainty"], ...] = (
+        "gradient_norm",
+        "magnitude",
+    )
     adaptation_rate: float = 0.1
     gradient_check_frequency: int = 10
     plateau_patience: int = 3
@@ -262,13 +230,12 @@ class DistillConfig(Settings):
         self.check("original_weight", self.original_weight > 0, "phase 1 has no other term; use a positive weight")
         remedy = "it or txt_distill_weight must be positive; feature_weight=0 switches the term off"
         self.check("img_distill_weight", self.img_distill_weight + self.txt_distill_weight > 0, remedy)
-        fractions, steps = all(0 <= p <= 1 for p in self.phases), all(p == 0 or p > 1 for p in self.phases)
-        self.check("phases", fractions or steps, "give three fractions in [0, 1] or three step numbers above 1")
+        alike = all(0 <= p <= 1 for p in self.phases) or all(p == 0 or p > 1 for p in self.phases)
+        self.check("phases", alike, "give three fractions in [0, 1] or three step numbers above 1")
         self.check("phases", list(self.phases) == sorted(self.phases), "the bounds must be in rising order")
         self.at_least(0, "ramp")
-        cooling = self.max_temperature >= self.min_temperature > 0
         remedy = f"choose a positive value, at most max_temperature={self.max_temperature}"
-        self.check("min_temperature", cooling, remedy)
+        self.check("min_temperature", self.max_temperature >= self.min_temperature > 0, remedy)
         self.check("balancers", len(self.balancers) > 0, "name at least one strategy, for example ('fixed',)")
         self.check("adaptation_rate", 0 < self.adaptation_rate <= 1, "choose a share in (0, 1]")
         self.at_least(1, "gradient_check_frequency", "plateau_patience")
@@ -278,17 +245,13 @@ class DistillConfig(Settings):
 class TrainConfig(Settings):
     """The optimiser and the loop.
 
-    A step takes ``accumulate_grad_batches`` batches of ``batch_size`` pairs, over all processes together; whatever
-    their number, each pair sees all others of the step.
-
     Attributes:
         max_epochs: passes over the pictures.
         batch_size: pairs that are embedded together, over all processes.
         learning_rate: peak of the schedule.
         weight_decay: of AdamW, on matrices.
         warmup: share of the run in which the learning rate rises.
-        clip_grad_norm: bound of the gradient's norm, against explosions: a healthy norm is 1 or 2 here, and a bound
-            that cuts into it slows the image encoder down.
+        clip_grad_norm: bound of the gradient's norm, against explosions: a healthy norm is 1 or 2 here.
         accumulate_grad_batches: batches of one step, with all their pairs as in-batch negatives.
         ema_decay: keep a moving average of the weights with this decay, and use it.
         early_stopping_patience: evaluations without improvement before training stops.
@@ -298,8 +261,7 @@ class TrainConfig(Settings):
         accelerator: Lightning Fabric's name: auto, cpu, gpu.
         precision: Lightning Fabric's name: 32-true, bf16-mixed, 16-mixed.
         crop_scale: random crops of the pictures keep at least this share of the area; 1 shows the whole picture.
-        views: different crops of a picture in the whole run, taken in turns; 0: a new one in each epoch. Whole
-            pictures have none.
+        views: different crops of a picture in the whole run, taken in turns; 0: a new one in each epoch.
         progress: show a progress bar.
     """
 
@@ -334,10 +296,7 @@ class TrainConfig(Settings):
 
 @dataclass(frozen=True)
 class Profile:
-    """How much a run does: ``pictures`` of scenes, passes over them, and pictures in each test set.
-
-    Every run is shown ``views`` random crops of each picture; at equal samples they gain more than whole pictures do.
-    """
+    """How much a run does: ``pictures`` of scenes, passes over them, and pictures in each test set."""
 
     pictures: int
     max_epochs: int
@@ -352,7 +311,8 @@ class Profile:
 
     def training(self, **changes: Any) -> TrainConfig:
         """The settings of a run of this size; ``changes`` replace some."""
-        return TrainConfig(**({key: getattr(self, key) for key in TRAINING} | changes))
+        decided = {key: value for key, value in vars(self).items() if hasattr(TrainConfig, key)}
+        return TrainConfig(**(decided | changes))
 
 
 PROFILES = {

@@ -21,7 +21,6 @@ from open_clip.model import get_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL.Image import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from torchvision.transforms.v2 import Compose
 
 from mclip.config import ConfigError, require
@@ -35,27 +34,18 @@ BATCH_SIZE = 128  # beyond it the feature maps leave a processor's cache: 256 is
 
 @dataclass(frozen=True)
 class ZeroShotSet:
-    """Pictures to classify, and the words to classify them with.
-
-    Attributes:
-        images: uint8 tensor or array (N, 3, H, W), list of PIL pictures, or dataset of (PIL picture, label).
-        labels: (N,) class numbers; None where ``images`` is a dataset that gives them.
-        class_names: one name per class number.
-        templates: prompts with "{}" in the place of the class name; several are averaged.
-        metric: the one that the literature reports for this set: "top1" or "mean_per_class_recall".
-    """
+    """Pictures to classify, and the words to classify them with."""
 
     name: str
-    images: Tensor | np.ndarray | Sequence[Image] | Dataset
-    labels: Tensor | np.ndarray | None
-    class_names: list[str]
-    templates: list[str]
+    images: Any  # uint8 tensor or array (N, 3, H, W), list of PIL pictures, or dataset of (PIL picture, label)
+    labels: Tensor | np.ndarray | None  # (N,) class numbers; None where ``images`` gives them
+    class_names: list[str]  # one per class number
+    templates: list[str]  # prompts with "{}" in the place of the class name; several are averaged
     split: str = "test"
-    metric: str = "top1"
+    metric: str = "top1"  # what the literature reports for this set: this, or "mean_per_class_recall"
 
     def __post_init__(self) -> None:
         key, names = f"{self.name}.class_names", self.class_names
-        require(len(self.images) > 0, f"{self.name}.images", self.images, "a test set needs a picture")
         different = len(set(names)) == len(names) or self.name == "imagenet"  # CLIP has two missiles, two sunglasses
         require(different and len(names) > 1, key, names, "give at least two names, all different")
 
@@ -79,11 +69,6 @@ def input_of(model: nn.Module) -> Input:
     return Input(size, tuple(settings.mean), tuple(settings.std), transform)
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters are."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
     """Evaluation mode, no gradients; every submodule gets its own mode back. Yields the model's device."""
@@ -91,7 +76,7 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
     model.eval()
     try:
         with torch.inference_mode():
-            yield device_of(model)
+            yield next(model.parameters()).device
     finally:
         for module, training in modes.items():
             module.training = training
@@ -110,12 +95,10 @@ def embed_texts(model: nn.Module, tokenizer: Any, texts: Sequence[str], batch_si
 
 
 def embed_images(model: nn.Module, images: Any, batch_size: int = BATCH_SIZE) -> tuple[Tensor, Tensor]:
-    """Normalised float32 embeddings (N, d) on the CPU, and the labels (N,) that came with the pictures.
+    """Normalised float32 embeddings (N, d) on the CPU, and the labels (N,) that came with the pictures, or -1.
 
-    ``images`` as in :class:`ZeroShotSet`, or :class:`~mclip.pictures.Pictures`, which are decoded a batch at a time;
-    the model's own preparation is applied. A picture without a label has -1.
-
-    Raises: ConfigError for none, or arrays of another kind; EvaluationError, naming a picture that cannot be read.
+    ``images`` as in :class:`ZeroShotSet`, or :class:`~mclip.pictures.Pictures`, which are decoded a batch at a time.
+    ConfigError for none, or arrays of another kind; EvaluationError, naming a picture that cannot be read.
     """
     require(len(images) > 0, "images", len(images), "give at least one picture")
     embeddings, labels = [], []
@@ -161,20 +144,17 @@ def _read(images: Any, transform: Callable[[Image], Tensor], number: int) -> tup
 
 def as_templates(prompt: str | Sequence[str]) -> list[str]:
     """One prompt or several, as templates: "a photo of a" becomes "a photo of a {}"."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    require(len(prompts) > 0, "prompt", prompt, 'give a text, for example "a photo of a"')
-    templates = [p if "{}" in p else f"{p} {{}}".strip() for p in prompts]
-    for template in templates:
-        require(template.count("{}") == 1, "prompt", template, 'the class name has one place, "{}"')
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    templates = [text if "{}" in text else f"{text} {{}}".strip() for text in prompts]
+    good = len(templates) > 0 and all(template.count("{}") == 1 for template in templates)
+    require(good, "prompt", prompt, 'give texts with one place for the class name, for example "a photo of a {}"')
     return templates
 
 
-def build_classifier(
-    model: nn.Module, tokenizer: Any, class_names: Sequence[str], templates: str | Sequence[str]
-) -> Tensor:
-    """Class embeddings (d, n_classes): each the mean of its normalised prompt embeddings, normalised again.
+def build_classifier(model: nn.Module, tokenizer: Any, class_names: Sequence[str], templates: Any) -> Tensor:
+    """Class embeddings (d, n_classes) of Radford et al. 2021, section 3.1.4.
 
-    The ensemble of Radford et al. 2021, section 3.1.4.
+    Each is the mean of its normalised embeddings in the templates (as in :func:`as_templates`), normalised again.
     """
     templates = as_templates(templates)
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
@@ -194,41 +174,32 @@ def evaluate_zero_shot(
 ) -> dict[str, Any]:
     """The results record of ``model``, called ``name``, on ``dataset``.
 
-    ``prompt``, one or several, replaces the set's own templates. ``embeddings`` (N, d) are those of the set's
-    pictures by :func:`embed_images`, where another set has the same pictures; the set must then bring its labels.
+    ``prompt``, one or several, replaces the set's own templates. ``embeddings`` (N, d) of the set's pictures, where
+    they are known, save :func:`embed_images`; the set must then bring its labels.
     """
     start, templates = time.perf_counter(), as_templates(dataset.templates if prompt is None else prompt)
     classifier, labels = build_classifier(model, tokenizer, dataset.class_names, templates), dataset.labels
     if embeddings is None:
         embeddings, own_labels = embed_images(model, dataset.images)
         labels = own_labels if labels is None else labels
-    more = {"templates": templates, "seed": seed, "device": device_of(model)}
+    more = {"seed": seed, "templates": templates, "device": next(model.parameters()).device}
     return zero_shot_record(dataset, describe_model(name, model), embeddings, classifier, labels, start, **more)
 
 
 def zero_shot_record(
-    dataset: ZeroShotSet,
-    described: dict[str, Any],
-    embeddings: Tensor,
-    classifier: Tensor,
-    labels: Tensor | np.ndarray,
-    start: float,
-    *,
-    templates: list[str],
-    seed: int,
-    device: torch.device | str = "cpu",
+    dataset: ZeroShotSet, described: Any, embeddings: Tensor, classifier: Tensor, labels: Any, start: float, **more: Any
 ) -> dict[str, Any]:
     """The results record of embeddings (N, d) of ``dataset`` against a classifier (d, n_classes).
 
-    ``described`` is the record's field "model"; ``start`` is when the measurement began, by ``time.perf_counter``.
+    ``described`` is the record's field "model"; ``start`` is when the measurement began, by ``time.perf_counter``;
+    ``more``, with the seed of the bootstrap, is passed on to :func:`~mclip.results.make_result`.
     """
     truth = torch.as_tensor(labels).cpu()
     ranks = class_ranks(embeddings, classifier, truth)
-    metrics = rank_metrics(ranks, truth, dataset.class_names, seed)
-    details = {"metric": dataset.metric, **answers(ranks < 1, truth.tolist())}
-    seconds, n = time.perf_counter() - start, len(truth)
-    more = {"templates": templates, "seed": seed, "seconds": seconds, "device": device, "details": details}
-    return make_result("zero_shot", dataset.name, dataset.split, n, described, metrics, **more)
+    metrics = rank_metrics(ranks, truth, dataset.class_names, more["seed"])
+    more["details"] = {"metric": dataset.metric, **answers(ranks < 1, truth.tolist())}
+    more["seconds"] = time.perf_counter() - start
+    return make_result("zero_shot", dataset.name, dataset.split, len(truth), described, metrics, **more)
 
 
 def evaluate_retrieval(
@@ -239,5 +210,5 @@ def evaluate_retrieval(
     owner = torch.tensor([i for i, own in enumerate(pairs.captions) for _ in own])
     texts = embed_texts(model, tokenizer, [text for own in pairs.captions for text in own])
     metrics = retrieval(embed_images(model, pairs.images)[0], texts, owner, seed)
-    more = {"seed": seed, "seconds": time.perf_counter() - start, "device": device_of(model)}
+    more = {"seed": seed, "seconds": time.perf_counter() - start, "device": next(model.parameters()).device}
     return make_result("retrieval", pairs.name, split, len(pairs), describe_model(name, model), metrics, **more)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,9 +31,10 @@ def cache_dir() -> Path:
     The last one, which XDG_CACHE_HOME moves, serves where there is no clone or where it cannot be written.
     ConfigError if no folder can be had.
     """
-    own = os.environ.get("MCLIP_CACHE")
-    candidates = [Path(own).expanduser()] if own else [DATA / "cache"] if CLONE else []
-    if not own:
+    if own := os.environ.get("MCLIP_CACHE"):
+        candidates = [Path(own).expanduser()]
+    else:
+        candidates = [DATA / "cache"] if CLONE else []
         with suppress(RuntimeError):  # no HOME, and no entry in the password file
             candidates.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mclip")
     for folder in candidates:
@@ -47,9 +48,10 @@ def cache_dir() -> Path:
 
 def model_folder(name: str | Path) -> Path:
     """The folder of a model that ships (``MODELS``), or ``name`` itself if it is a folder; ``~`` is expanded."""
-    ships = DATA / "teacher" if str(name) == "teacher" else DATA / "checkpoints" / str(name)
-    folder = ships if str(name) in MODELS and ships.is_dir() else Path(name).expanduser()
-    require(folder.is_dir(), "model", str(name), f"give a model folder or a name; {closest(str(name), MODELS)}")
+    name = str(name)
+    ships = DATA / ("teacher" if name == "teacher" else f"checkpoints/{name}")
+    folder = ships if name in MODELS and ships.is_dir() else Path(name).expanduser()
+    require(folder.is_dir(), "model", name, f"give a model folder or a name; {closest(name, MODELS)}")
     return folder
 
 
@@ -59,43 +61,35 @@ def processes() -> tuple[int, int]:
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; it takes the final name only if the block succeeds."""
+def atomic_path(path: str | Path, ending: str = ".part") -> Iterator[Path]:
+    """Yield a path beside ``path`` to write a file to, or a folder; it takes the final name if the block succeeds."""
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{ending}")
     try:
         yield temporary
-        temporary.chmod(0o644)
+        if temporary.is_dir() and path.exists():
+            shutil.rmtree(path)
         temporary.replace(path)
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; it takes the final name only if the block succeeds."""
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
+    """An empty folder that takes the final name, and the place of one that has it, only if the block succeeds."""
+    with atomic_path(path, ending="") as temporary:
+        temporary.mkdir()
         yield temporary
-        temporary.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def missing_folder(path: str | Path) -> Iterator[Path | None]:
     """Yield None where ``path`` is there, else a folder to fill, as :func:`atomic_folder`.
 
-    Of several processes that want the same folder one fills it while the others wait. If it is killed, the next one
-    takes over.
+    One process fills it while the others wait; if it is killed, the next one takes over.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,10 +119,10 @@ def read_json(path: str | Path) -> Any:
         raise ConfigError(f"{path}: line {error.lineno} is not JSON ({error.msg}); restore the file.") from error
 
 
-def file_hash(path: str | Path) -> dict[str, str]:
+def file_hash(path: Path) -> dict[str, str]:
     """``{name: SHA-256}`` of a file, as it is kept beside weights under the key "sha256"."""
-    with Path(path).open("rb") as handle:
-        return {Path(path).name: hashlib.file_digest(handle, "sha256").hexdigest()}
+    with path.open("rb") as handle:
+        return {path.name: hashlib.file_digest(handle, "sha256").hexdigest()}
 
 
 def content_key(*parts: Any) -> str:

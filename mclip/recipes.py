@@ -5,6 +5,7 @@ Notebooks and the command line call the same functions, so that equal settings g
 
 from __future__ import annotations
 
+import base64
 import math
 import shutil
 import time
@@ -16,17 +17,18 @@ import numpy as np
 import open_clip
 import torch
 from safetensors.torch import save_file
+from scipy.special import bdtr
 from torch import Tensor, nn
 
 from mclip import load
 from mclip.config import PRESETS, DistillConfig, ModelConfig, TrainConfig, closest, from_yaml, get_profile, require
 from mclip.evaluate import ZeroShotSet, embed_images, embed_texts, evaluate_zero_shot
 from mclip.files import atomic_folder, atomic_path, file_hash, model_folder, processes, read_json, write_json
-from mclip.metrics import first_hit_ranks
+from mclip.metrics import bootstrap_interval, first_hit_ranks, percent
 from mclip.model import MobileCLIP
 from mclip.objectives import Contrastive, Distillation
 from mclip.pairs import BatchSource, Pairs, normalise
-from mclip.results import save_result
+from mclip.results import ResultError, make_result, save_result
 from mclip.scenes.test_sets import evaluate_relation, scene_sets
 from mclip.scenes.world import SceneConfig
 from mclip.sources.loading import load_pairs
@@ -288,3 +290,53 @@ def write_card(
     values = {**records[0]["model"], "title": title, "command": command, "seconds": seconds, "rows": "\n".join(rows)}
     with atomic_path(Path(folder) / "README.md") as temporary:
         temporary.write_text(CARD.format(**values, device=records[0]["device"]), encoding="utf-8")
+
+
+def correct_of(record: Mapping[str, Any]) -> np.ndarray:
+    """Which pictures (N,) a zero-shot record counts as right; ResultError where it does not say."""
+    if "correct" not in record.get("details", {}):
+        name = f"{record['model']['name']} on {record['dataset']}"
+        raise ResultError(f"the record of {name} says nothing of single pictures; evaluate it again.")
+    packed = np.frombuffer(base64.b64decode(record["details"]["correct"]), dtype=np.uint8)
+    return np.unpackbits(packed, count=record["n"]).astype(bool)
+
+
+def mcnemar(first_only: int, second_only: int) -> float:
+    """Two-sided p-value of the exact test of McNemar (1947), from the pictures that one model alone got right.
+
+    If neither model is better, each of these is as likely to be the first one's as the second one's: their
+    number is binomial with probability 1/2.
+    """
+    return min(1.0, 2 * float(bdtr(min(first_only, second_only), first_only + second_only, 0.5)))
+
+
+def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The record, of task "paired", of two zero-shot records of the same pictures and prompts.
+
+    Its metrics are ``difference``, first minus second in points of top-1 with the 95 % interval of a bootstrap over
+    pictures; ``p_value`` of :func:`mcnemar`; and ``first_only`` and ``second_only``, the pictures that decide it.
+    All of this is about the pictures. It cannot say how far training with another seed would move either model.
+    """
+    start = time.perf_counter()
+    hits, others = correct_of(first), correct_of(second)
+    for key in ("dataset", "split", "n", "templates"):
+        if first[key] != second[key]:
+            differ = f"{key}={first[key]!r} against {second[key]!r}"
+            raise ResultError(f"{differ}: compare on the same pictures and prompts.")
+    if first["details"]["pictures"] != second["details"]["pictures"]:
+        raise ResultError(f"{first['dataset']}: the two records are of other pictures, or in another order.")
+    difference = bootstrap_interval(hits.astype(float) - others, first["seed"])
+    only = int((hits & ~others).sum()), int((others & ~hits).sum())
+    metrics = {"difference": percent(difference), "p_value": mcnemar(*only)}
+    metrics |= {"first_only": only[0], "second_only": only[1]}
+    same = {key: first[key] for key in ("dataset", "split", "n", "model", "templates", "seed")}
+    seconds, details = time.perf_counter() - start, {"against": second["model"]}
+    return make_result("paired", metrics=metrics, seconds=seconds, details=details, **same)
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """A "paired" record in a line: "+70.3 points (68.2 to 72.4), p < 0.001, n=2000 (1412 against 6)"."""
+    metrics, p = record["metrics"], record["metrics"]["p_value"]
+    points = "{value:+.1f} points ({low:+.1f} to {high:+.1f})".format(**metrics["difference"])
+    shown = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    return f"{points}, {shown}, n={record['n']} ({metrics['first_only']} against {metrics['second_only']})"

@@ -10,9 +10,10 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import operator
 import platform
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,9 +26,9 @@ from torch import nn
 
 from mclip import __version__
 from mclip.config import ConfigError, from_mapping, require
-from mclip.files import atomic_path
+from mclip.files import PACKAGE, atomic_path
 
-PERCENT_TASKS = ("zero_shot", "retrieval")
+Record = Mapping[str, Any]
 
 
 class ResultError(ValueError):
@@ -41,8 +42,6 @@ class _Model:
     sha256: str
 
     def __post_init__(self) -> None:
-        require(self.name.strip() != "", "model.name", self.name, "name the model")
-        require(self.parameters >= 0, "model.parameters", self.parameters, "give the number of parameters")
         require(len(self.sha256) == 64, "model.sha256", self.sha256, "give the 64 digits of weights_sha256(model)")
 
 
@@ -69,7 +68,7 @@ class _Result:
 
     def __post_init__(self) -> None:
         require(self.schema == 1, "schema", self.schema, "this version of mclip reads schema 1")
-        for key in ("task", "dataset", "split", "device", "created", "error"):
+        for key in ("task", "dataset", "split", "error"):
             value = getattr(self, key)
             require(value is None or value.strip() != "", key, value, "give a text that says it")
         require(self.seed >= 0, "seed", self.seed, "give a whole number, 0 or more")
@@ -79,9 +78,9 @@ class _Result:
         failed = self.metrics is None and self.n is None
         require(failed or (self.n or 0) > 0, "n", self.n, "metrics are measured on at least one sample")
         if self.metrics is not None:
-            _check_metrics(self.metrics, "metrics", self.task in PERCENT_TASKS)
+            _check_metrics(self.metrics, "metrics", self.task in ("zero_shot", "retrieval"))
             top1, remedy = self.metrics.get("top1"), 'give {"value", "low", "high"}'
-            require(self.task != "zero_shot" or isinstance(top1, Mapping), "metrics.top1", top1, remedy)
+            require(self.task != "zero_shot" or isinstance(top1, dict), "metrics.top1", top1, remedy)
 
 
 def _check_metrics(metrics: Any, key: str, percent: bool) -> None:
@@ -98,7 +97,7 @@ def _check_metrics(metrics: Any, key: str, percent: bool) -> None:
         require(not percent or (low >= 0 and high <= 100), key, metrics, "a percentage lies in [0, 100]")
 
 
-def validate_result(record: Mapping[str, Any]) -> None:
+def validate_result(record: Record) -> None:
     """Raise :class:`ResultError`, naming key, value and remedy, unless ``record`` follows the schema."""
     try:
         from_mapping(_Result, record)
@@ -122,73 +121,50 @@ def describe_model(name: str, module: nn.Module) -> dict[str, Any]:
     return {"name": name, "parameters": parameters, "sha256": weights_sha256(module)}
 
 
-def describe_device(device: torch.device | str) -> str:
-    """``"cpu (2 threads)"``, or the accelerator's own name."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
-
-
 def versions() -> dict[str, str]:
     """Versions of Python, of mclip and of the libraries that decide a number."""
-    libraries = {"torch": "torch", "torchvision": "torchvision", "open_clip": "open_clip_torch"}
-    found = {name: importlib.metadata.version(package) for name, package in libraries.items()}
-    return {"python": platform.python_version(), **found, "mclip": __version__}
+    packages = {"torch": "torch", "torchvision": "torchvision", "open_clip": "open_clip_torch"}
+    installed = {name: importlib.metadata.version(package) for name, package in packages.items()}
+    return {"python": platform.python_version(), **installed, "mclip": __version__}
 
 
 def git_commit() -> str | None:
     """The commit of the checkout that holds this package, or None when it is installed elsewhere."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    if (PACKAGE.parent / ".git").exists():
+        command = ["git", "-C", str(PACKAGE), "rev-parse", "HEAD"]
+        with suppress(OSError, subprocess.SubprocessError):
+            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     return None
 
 
 def make_result(
-    task: str,
-    dataset: str,
-    split: str,
-    n: int | None,
-    model: Mapping[str, Any],
-    metrics: Mapping[str, Any] | None = None,
-    *,
-    error: str | None = None,
-    templates: Iterable[str] = (),
-    seed: int = 0,
-    seconds: float = 0.0,
-    device: torch.device | str = "cpu",
-    details: Mapping[str, Any] | None = None,
+    task: str, dataset: str, split: str, n: int | None, model: Record, metrics: Record | None = None, **more: Any
 ) -> dict[str, Any]:
     """A validated record: what is given, plus schema, versions, commit and time.
 
     ``n`` is the number of samples (None in a failure) and ``model`` as :func:`describe_model` gives it. ``metrics``
-    is a nested mapping of numbers and ``{"value", "low", "high"}``, in percent in PERCENT_TASKS; ``error`` says what
-    failed and is given in its place. ``seed`` is that of the run that made the model, and of the bootstrap.
+    is a nested mapping of numbers and ``{"value", "low", "high"}``, in percent for "zero_shot" and "retrieval".
+
+    ``more`` may give ``templates``; ``seed``, of the run that made the model and of the bootstrap; ``seconds``;
+    ``device``, a torch device; ``details``, any mapping; and ``error``, what failed, in place of metrics.
     """
-    created = datetime.now(UTC).isoformat(timespec="seconds")
     record = {"schema": 1, "task": task, "dataset": dataset, "split": split, "n": n, "model": dict(model)}
-    record |= {"templates": list(templates), "seed": seed, "versions": versions(), "device": describe_device(device)}
-    record |= {"seconds": round(seconds, 3), "git_commit": git_commit(), "created": created}
-    outcome = {"metrics": metrics, "error": error, "details": details}
-    record |= {key: value for key, value in outcome.items() if value is not None}
+    record |= {"templates": [], "seed": 0, "versions": versions(), "device": "cpu", "seconds": 0.0}
+    record |= {"git_commit": git_commit(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
+    record |= {key: value for key, value in {"metrics": metrics, **more}.items() if value is not None}
+    device = torch.device(record["device"])
+    own_name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    record["device"] = own_name or f"{device.type} ({torch.get_num_threads()} threads)"
+    record["seconds"] = round(record["seconds"], 3)
     validate_result(record)
     return record
 
 
-def identity(record: Mapping[str, Any]) -> tuple:
-    """What tells a record from the others of a file: task, dataset, split, seed and the model's name."""
-    return (*(record[key] for key in ("task", "dataset", "split", "seed")), record["model"]["name"])
+def save_result(path: str | Path, *records: Record, order: Callable[[Any], Any] | None = None) -> Path:
+    """Add ``records`` to the list in the JSON file ``path``; one of the same task, data, seed and model is replaced.
 
-
-def save_result(path: str | Path, *records: Mapping[str, Any], order: Callable[[Any], Any] | None = None) -> Path:
-    """Add ``records`` to the list in the JSON file ``path``; one of the same :func:`identity` is replaced.
-
-    ``order`` is a key that sorts the list. The file is complete or absent, never half written, and several processes
-    may save at the same time. ResultError for a record that breaks the schema and a file that cannot be written.
+    ``order`` is a key that sorts the list. The file is never half written, and several processes may save at the same
+    time. ResultError for a record that breaks the schema and a file that cannot be written.
     """
     path = Path(path)
     for record in records:
@@ -197,7 +173,8 @@ def save_result(path: str | Path, *records: Mapping[str, Any], order: Callable[[
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.parent / f".{path.name}.lock"), atomic_path(path) as temporary:
             kept = load_results(path) if path.exists() else []
-            merged = list({identity(record): record for record in [*kept, *records]}.values())
+            keys = operator.itemgetter("task", "dataset", "split", "seed")
+            merged = list({(*keys(record), record["model"]["name"]): record for record in [*kept, *records]}.values())
             lines = [json.dumps(record, ensure_ascii=False) for record in sorted(merged, key=order or (lambda _: 0))]
             temporary.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
     except OSError as error:

@@ -104,7 +104,7 @@ def test_a_model_is_called_by_its_run_from_wherever_it_is_named(zoo, tmp_path, m
     assert [model_name(name) for name in ("kd", "teacher")] == ["kd", "teacher"]
     options = ("--model_checkpoint", "model", "--compare_with", "kd", "--dataset", str(zoo))
     assert main([*EVALUATE, *options, "--save_results", str(tmp_path / "out")]) == 0
-    files = {path.name for path in (tmp_path / "out").iterdir()}
+    files = {path.name for path in (tmp_path / "out").glob("*.json")}
     assert files == {"zero_shot_zoo_first.json", "zero_shot_zoo_kd.json", "paired_zoo_first-kd.json"}
     monkeypatch.chdir(tmp_path / "runs" / "first" / "model")
     assert model_name(".") == "first"

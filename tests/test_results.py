@@ -182,9 +182,7 @@ def test_weights_sha256_follows_every_value_and_nothing_else():
 
 
 def test_commit_is_null_outside_the_checkout(monkeypatch, tmp_path):
-    package = tmp_path / "site-packages" / "mclip"
-    package.mkdir(parents=True)
-    monkeypatch.setattr(results, "__file__", str(package / "results.py"))
+    monkeypatch.setattr(results, "PACKAGE", tmp_path / "site-packages" / "mclip")
     assert results.git_commit() is None
 
 

@@ -12,7 +12,7 @@ from matplotlib.path import Path as Polygon
 from torch import nn
 
 from mclip.config import ConfigError
-from mclip.metrics import correct_of
+from mclip.recipes import correct_of
 from mclip.scenes.captions import COLOUR_NAMES, COLOUR_WORDS, RELATIONS, SHAPE_NAMES, SHAPE_WORDS
 from mclip.scenes.drawing import SHAPES, _polygon, _regular, object_distance
 from mclip.scenes.test_sets import PAIRS, evaluate_relation, relation_captions, scene_sets

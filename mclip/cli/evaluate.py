@@ -8,8 +8,7 @@ from typing import Any
 from mclip.cli.commands import ProfileName
 from mclip.config import closest, get_profile, require
 from mclip.evaluate import evaluate_retrieval, evaluate_zero_shot, input_of
-from mclip.metrics import compare, describe
-from mclip.recipes import device_for, load_model, model_name
+from mclip.recipes import compare, describe, device_for, load_model, model_name
 from mclip.results import save_result
 from mclip.scenes.test_sets import RELATION, SETS, evaluate_relation, scene_sets
 from mclip.sources.loading import SCENES, load_pairs

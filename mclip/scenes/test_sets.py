@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mclip.evaluate import ZeroShotSet, device_of, embed_images, embed_texts
-from mclip.metrics import answers, bootstrap_interval
+from mclip.evaluate import ZeroShotSet, embed_images, embed_texts
+from mclip.metrics import answers, bootstrap_interval, percent
 from mclip.results import describe_model, make_result
 from mclip.scenes.captions import BACKGROUND_PHRASES, COLOUR_NAMES, RELATIONS, SHAPE_NAMES
 from mclip.scenes.drawing import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, object_distance
@@ -86,8 +86,7 @@ def evaluate_relation(
     captions = relation_captions(scenes)
     true, false = (embed_texts(model, tokenizer, texts) for texts in captions)
     hits = ((images * true).sum(1) > (images * false).sum(1)).numpy()
-    value, low, high = (100 * v for v in bootstrap_interval(hits, seed))
-    metrics = {"top1": {"value": value, "low": low, "high": high}, "chance": 50.0, "n": count}
+    metrics = {"top1": percent(bootstrap_interval(hits, seed)), "chance": 50.0, "n": count}
     return make_result(
         "zero_shot",
         RELATION,
@@ -97,7 +96,7 @@ def evaluate_relation(
         metrics,
         seed=seed,
         seconds=time.perf_counter() - start,
-        device=device_of(model),
+        device=next(model.parameters()).device,
         details={"metric": "top1", **answers(hits, captions[0])},
     )
 

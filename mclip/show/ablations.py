@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from scipy.special import stdtrit
 
-from mclip.metrics import student_quantile
 from mclip.results import ResultError
 from mclip.show.style import PALETTE, NotebookFigure, figure, label, styled
 from mclip.show.tables import markdown
@@ -90,7 +90,7 @@ def difference(means: Means, name: str, against: str) -> dict[str, Any]:
         return {"value": 0.0, "low": 0.0, "high": 0.0, "n": len(points), "verdict": "identical"}
     if not freedom:
         return {"value": value, "n": len(points), "verdict": "undecided"}
-    half = student_quantile(freedom) * deviation / math.sqrt(len(points))
+    half = float(stdtrit(freedom, 0.975)) * deviation / math.sqrt(len(points))
     verdict = "helps" if value > half else "hurts" if value < -half else "undecided"
     return {"value": value, "low": value - half, "high": value + half, "n": len(points), "verdict": verdict}
 

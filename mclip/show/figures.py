@@ -17,10 +17,9 @@ from scipy.stats import entropy
 
 from mclip.config import closest
 from mclip.files import DATA
-from mclip.metrics import over_seeds
 from mclip.results import ResultError
 from mclip.show import style
-from mclip.show.tables import by_model, read_published
+from mclip.show.tables import by_model, over_seeds, read_published
 
 Records = Sequence[Mapping[str, Any]]
 

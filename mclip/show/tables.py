@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import math
 import operator
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mclip.metrics import over_seeds
+from scipy.special import stdtrit
+
 from mclip.results import ResultError
 
 Records = Iterable[Mapping[str, Any]]
@@ -23,6 +26,19 @@ def read_published(path: str | Path) -> Scores:
         for row in csv.DictReader(file):
             table.setdefault(row["dataset"], {})[row["model"]] = {"value": float(row["top1"])}
     return table
+
+
+def over_seeds(intervals: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """One interval stays; those of several seeds give their mean and Student's 95 % interval, in percent.
+
+    With several seeds it covers the noise of training, on this test set.
+    """
+    if len(intervals) == 1:
+        return dict(intervals[0])
+    values = [interval["value"] for interval in intervals]
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    half = float(stdtrit(len(values) - 1, 0.975)) * error
+    return {"value": mean, "low": max(0.0, mean - half), "high": min(100.0, mean + half)}
 
 
 def by_model(records: Records, task: str = "zero_shot") -> dict[str, dict[str, list]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mclip.files import DATA, atomic_path
-from mclip.metrics import describe
+from mclip.recipes import describe
 from mclip.results import ResultError, load_results
 from mclip.show.ablations import ablation_figure, ablation_table, defect_curves, defect_table, means_of
 from mclip.show.cost import cost_of_models

@@ -21,9 +21,8 @@ from tqdm.auto import tqdm
 from mclip.config import PRESETS, DistillConfig, TrainConfig, from_mapping, require
 from mclip.evaluate import evaluate_retrieval, evaluate_zero_shot
 from mclip.files import DATA, atomic_folder, atomic_path, content_key
-from mclip.metrics import compare
 from mclip.model import MobileCLIP
-from mclip.recipes import evaluate_all, load_data, load_model, train_open_clip, train_student
+from mclip.recipes import compare, evaluate_all, load_data, load_model, train_open_clip, train_student
 from mclip.results import describe_model, load_results, make_result, save_result
 from mclip.sources.loading import load_pairs
 from mclip.sources.zero_shot import zero_shot_set
