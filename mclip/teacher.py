@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import open_clip
 import torch
@@ -36,16 +35,10 @@ class TeacherError(ValueError):
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen open_clip model with its own tokenizer and preparation of pictures.
+    """A frozen open_clip model, in evaluation mode, with its own tokenizer and preparation of pictures.
 
-    Attributes:
-        model: in evaluation mode, without gradients.
-        tokenize: captions -> token ids (B, T), the teacher's own.
-        name: for messages and results files.
-        image_size, mean, std: what the model's pictures must look like.
-        transform: a picture of any size -> what the model reads, (3, S, S); open_clip's own.
-        logit_scale: exp of the learned temperature.
-        embed_dim: width D of its embeddings.
+    ``tokenize``: captions -> ids (B, T). ``transform``: a picture of any size -> what the model reads, (3, S, S).
+    ``logit_scale``: exp of the learned temperature. ``embed_dim``: width D of the embeddings.
     """
 
     model: nn.Module
@@ -106,9 +99,8 @@ def _from_folder(folder: Path) -> tuple[nn.Module, Tokenize]:
         model = open_clip.create_model(f"local-dir:{folder}", output_dict=True)
         return model, open_clip.get_tokenizer(f"local-dir:{folder}", **own_words)
     except (*UNLOADABLE, TypeError, AttributeError) as error:
-        raise TeacherError(
-            f"{folder}: not loadable as an open_clip model ({error}); copy or train it again."
-        ) from error
+        unusable = f"not loadable as an open_clip model ({error}); copy or train it again"
+        raise TeacherError(f"{folder}: {unusable}.") from error
 
 
 def _from_architecture(name: str, pretrained: str) -> tuple[nn.Module, Tokenize]:
@@ -124,7 +116,7 @@ def _from_architecture(name: str, pretrained: str) -> tuple[nn.Module, Tokenize]
     except UNLOADABLE as error:
         if file:
             raise TeacherError(f"{file}: not usable as weights of {name} ({error}); copy it again.") from error
-        source: dict[str, Any] = open_clip.get_pretrained_cfg(name, pretrained)
+        source = open_clip.get_pretrained_cfg(name, pretrained)
         places = " and ".join(f"{kind} {source[kind]}" for kind in ("hf_hub", "url") if source.get(kind))
         raise TeacherError(
             f"the weights {pretrained!r} of {name} are neither in {folder} nor could they be downloaded; tried "
