@@ -42,7 +42,6 @@ STAGES: tuple[tuple[int, int, int, bool, str, int], ...] = (
     (5, 960, 160, True, "HS", 1),
     (5, 960, 160, True, "HS", 1),
 )
-DOWNLOAD_TIMEOUT = 10.0  # seconds without an answer; offline must not hold up a lesson
 
 
 def stage_table(width: float = 1.0) -> list[InvertedResidualConfig]:
@@ -61,13 +60,10 @@ def stage_names() -> list[str]:
 
 
 def imagenet_trunk_weights() -> dict[str, Tensor] | None:
-    """torchvision's ImageNet weights of the convolutions, from the torch hub cache or the network.
-
-    Where they cannot be had: None, and a warning that says what to do.
-    """
+    """torchvision's ImageNet weights of the convolutions; None, and a warning, where they cannot be had."""
     weights = MobileNet_V3_Large_Weights.IMAGENET1K_V2
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    socket.setdefaulttimeout(10.0)  # seconds without an answer: being offline must not hold up a lesson
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError, http.client.HTTPException, pickle.UnpicklingError) as error:

@@ -49,15 +49,11 @@ class MobileCLIP(nn.Module):
     """MobileNetV3-Large and a Lite Transformer, a projection head on each, and a learned temperature.
 
     ``encode_image``, ``encode_text`` and the keys of ``forward`` follow open_clip's ``CLIP``: the same code
-    evaluates either.
-
-    Attributes:
-        MEAN, STD: of each channel of ImageNet's pictures; ``preprocess`` normalises with them.
-        logit_scale: logarithm of the scale of the similarities, from log(1/0.07) (Radford et al. 2021).
-        logit_bias: added to the logits by the pairwise sigmoid loss alone, from -10 (Zhai et al. 2023).
+    evaluates either. ``logit_scale`` is the logarithm of the scale of the similarities, from log(1/0.07) (Radford et
+    al. 2021); the pairwise sigmoid loss alone adds ``logit_bias``, from -10 (Zhai et al. 2023).
     """
 
-    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of each channel of ImageNet's pictures
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -136,8 +132,11 @@ class MobileCLIP(nn.Module):
         disagreement, raises :class:`ModelError`.
         """
         folder = Path(folder).expanduser()
-        stored, sha256 = _read_record(_file(folder, CONFIG_FILE))
-        path = _file(folder, WEIGHTS_FILE)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                missing = f"no {name} in it" if folder.is_dir() else "no such folder"
+                raise ModelError(f"{folder}: {missing}; give a folder that save_pretrained wrote.")
+        (stored, sha256), path = _read_record(folder / CONFIG_FILE), folder / WEIGHTS_FILE
         if config is not None:
             _require_same(stored, config, folder)
         try:
@@ -154,13 +153,6 @@ class MobileCLIP(nn.Module):
         except RuntimeError as error:
             raise ModelError(f"{path} does not fit {CONFIG_FILE}; save the model again. {error}") from error
         return model.eval()
-
-
-def _file(folder: Path, name: str) -> Path:
-    if not (folder / name).is_file():
-        missing = f"no {name} in it" if folder.is_dir() else "no such folder"
-        raise ModelError(f"{folder}: {missing}; give a folder that save_pretrained wrote.")
-    return folder / name
 
 
 def _read_record(path: Path) -> tuple[ModelConfig, dict[str, str] | None]:

@@ -110,7 +110,7 @@ class Targets:
         """The seed (N, K) with which each view is cut again."""
         return self.crops.seeds(np.arange(len(self.images))[:, None], np.arange(self.crops.views))
 
-    def of(self, pictures: np.ndarray, captions: np.ndarray, view: Any, seeds: Any) -> tuple[Tensor, Tensor]:
+    def of(self, pictures: np.ndarray, captions: np.ndarray, view: np.ndarray | None) -> tuple[Tensor, Tensor]:
         """The embeddings (B, D) of these pictures, each in its view, and of these captions."""
         rows = self.images[pictures]
         rows = rows if self.crops is None else rows[np.arange(len(rows)), view]
@@ -212,15 +212,15 @@ class BatchSource:
 
     def _batch(self, pictures: np.ndarray, offset: np.ndarray, epoch: int) -> Batch:
         captions = self.first_caption[pictures] + offset
-        view = seeds = image = text = None
+        view = image = text = None
         if self.crops is None:
             pixels = np.ascontiguousarray(self.pairs.images[pictures])
         else:
-            view = self.crops.view(pictures, epoch)
-            seeds, size = self.crops.seeds(pictures, view), self.pairs.images.shape[-1]
-            cut = pool().map(lambda row, seed: self.pairs.cropped(row, size, seed, self.crops), pictures, seeds)
-            pixels = np.stack(list(cut))
+            view, size = self.crops.view(pictures, epoch), self.pairs.images.shape[-1]
+            seeds = self.crops.seeds(pictures, view)
+            crops = pool().map(lambda row, seed: self.pairs.cropped(row, size, seed, self.crops), pictures, seeds)
+            pixels = np.stack(list(crops))
         if self.targets is not None:
-            image, text = self.targets.of(pictures, captions, view, seeds)
+            image, text = self.targets.of(pictures, captions, view)
         tokens = self.tokenizer(self.pairs.captions_at(captions))
         return Batch(torch.from_numpy(pixels), tokens, torch.from_numpy(pictures), image, text, self.prepare)

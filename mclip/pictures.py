@@ -77,14 +77,15 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def unreadable(name: str | Path, error: Exception) -> PictureError:
-    """The error of a picture that cannot be read.
-
-    Raises: ``error`` itself if the system failed, not the picture: too many open files, a faulty disk, no permission.
-    """
-    if isinstance(error, OSError) and error.errno is not None and error.errno not in NO_FILE:
-        raise error
-    return PictureError(f"{name}: not readable as a picture ({error})")
+@contextmanager
+def _named(name: str | Path) -> Iterator[None]:
+    """PictureError for a picture that cannot be read; trouble of the system (a faulty disk) stays as it is."""
+    try:
+        yield
+    except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno is not None and error.errno not in NO_FILE:
+            raise
+        raise PictureError(f"{name}: not readable as a picture ({error})") from error
 
 
 @contextmanager
@@ -120,16 +121,14 @@ def _opened(name: str) -> tuple[bytes, Image.Image]:
 
 def open_picture(picture: str | Path | Image.Image) -> Image.Image:
     """A file, or a picture that Pillow has opened, as :func:`as_rgb` makes it. Raises: PictureError."""
-    try:
-        return as_rgb(picture if isinstance(picture, Image.Image) else _opened(str(picture))[1])
-    except UNREADABLE as error:
-        name = getattr(picture, "filename", "") or "a picture" if isinstance(picture, Image.Image) else picture
-        raise unreadable(name, error) from error
+    opened = picture if isinstance(picture, Image.Image) else None
+    with _named(picture if opened is None else getattr(opened, "filename", "") or "a picture"):
+        return as_rgb(opened or _opened(str(picture))[1])
 
 
 def read_picture(name: str) -> Tensor:
     """The picture ``name`` (3, H, W) uint8; a JPEG in half the time of :func:`open_picture`. Raises: PictureError."""
-    try:
+    with _named(name):
         content, opened = _opened(name)
         whole = middle(*opened.size) == (0, 0, *opened.size)
         if opened.format == "JPEG" and opened.mode in ("RGB", "L") and whole:
@@ -137,8 +136,6 @@ def read_picture(name: str) -> Tensor:
                 coded, turned = torch.frombuffer(bytearray(content), dtype=torch.uint8), "exif" in opened.info
                 return decode_jpeg(coded, ImageReadMode.RGB, apply_exif_orientation=turned)
         return VF.pil_to_tensor(as_rgb(opened))
-    except UNREADABLE as error:
-        raise unreadable(name, error) from error
 
 
 def crop_box(seed: int, width: int, height: int, smallest: float) -> tuple[int, int, int, int]:

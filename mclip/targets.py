@@ -11,9 +11,8 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import repeat
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -43,21 +42,16 @@ def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True, crops
     sample = teacher.tokenize([pairs.captions[i][0] for i in range(min(256, len(pairs)))]).tolist()
     identity = (str(teacher.model), sample, weights_sha256(teacher.model))
     folder = cache_dir() / "targets" / content_key("targets", identity, pairs.key, view)
-    texts_shape = (int(pairs.first_caption[-1]), teacher.embed_dim)
-    images_shape = (len(pairs), *([crops.views] if crops else []), teacher.embed_dim)
-
-    def captions(rows: range) -> np.ndarray:
-        return embed_captions(teacher, pairs, rows)
+    each = (crops.views, teacher.embed_dim) if crops else (teacher.embed_dim,)
 
     def pictures(rows: range) -> np.ndarray:
-        if crops is None:
-            return embed_pictures(teacher, pairs, np.array(rows))
-        numbers, view = np.repeat(rows, crops.views), np.tile(np.arange(crops.views), len(rows))
-        embeddings = embed_pictures(teacher, pairs, numbers, crops.seeds(numbers, view), crops)
-        return embeddings.reshape(len(rows), *images_shape[1:])
+        views = crops.views if crops else 1
+        view = np.tile(np.arange(views), len(rows))
+        return embed_pictures(teacher, pairs, np.repeat(rows, views), crops, view).reshape(len(rows), *each)
 
-    texts = fill(folder / "texts.npy", texts_shape, CAPTIONS_IN_SHARD, captions, progress)
-    images = fill(folder / "images.npy", images_shape, PICTURES_IN_SHARD, pictures, progress)
+    shape, captions = (int(pairs.first_caption[-1]), teacher.embed_dim), partial(embed_captions, teacher, pairs)
+    texts = fill(folder / "texts.npy", shape, CAPTIONS_IN_SHARD, captions, progress)
+    images = fill(folder / "images.npy", (len(pairs), *each), PICTURES_IN_SHARD, pictures, progress)
     targets = Targets(images, texts, teacher.logit_scale, folder.name, crops)
     check_targets(targets)
     return targets
@@ -124,9 +118,10 @@ def embed_captions(teacher: Teacher, pairs: Pairs, rows: Iterable[int]) -> np.nd
 
 
 def embed_pictures(
-    teacher: Teacher, pairs: Pairs, rows: np.ndarray, seeds: np.ndarray | None = None, crops: Crops | None = None
+    teacher: Teacher, pairs: Pairs, rows: np.ndarray, crops: Crops | None = None, view: np.ndarray | None = None
 ) -> np.ndarray:
-    """(len(rows), D) fp16: the teacher's normalised embeddings of pictures by number, or of their crops."""
+    """(len(rows), D) fp16: the teacher's normalised embeddings of pictures by number, or of a view of each."""
+    seeds = crops.seeds(rows, view) if crops else [None] * len(rows)
 
     def read(row: int, seed: int | None) -> Tensor:
         picture = pairs.picture(row)
@@ -135,7 +130,7 @@ def embed_pictures(
     def batch(here: slice) -> Tensor:
         if crops is None and pairs.files is None:  # pictures in memory have one size, and are prepared together
             return teacher.prepare(torch.from_numpy(np.array(pairs.images[rows[here]])))
-        return torch.stack(list(pool().map(read, rows[here], repeat(None) if seeds is None else seeds[here])))
+        return torch.stack(list(pool().map(read, rows[here], seeds[here])))
 
     inputs = (batch(slice(start, start + BATCH)) for start in range(0, len(rows), BATCH))
     return embed(teacher, teacher.model.encode_image, inputs)
@@ -165,9 +160,9 @@ class OnlineTargets:
     def key(self) -> str:
         return "online " + "+".join(weights_sha256(teacher.model)[:16] for teacher in self.teachers)
 
-    def of(self, pictures: np.ndarray, captions: np.ndarray, view: Any, seeds: Any) -> tuple[Tensor, Tensor]:
+    def of(self, pictures: np.ndarray, captions: np.ndarray, view: np.ndarray | None) -> tuple[Tensor, Tensor]:
         words = self.pairs.captions_at(captions)
-        images = [embed_pictures(teacher, self.pairs, pictures, seeds, self.crops) for teacher in self.teachers]
+        images = [embed_pictures(teacher, self.pairs, pictures, self.crops, view) for teacher in self.teachers]
         texts = [embed(teacher, teacher.model.encode_text, [teacher.tokenize(words)]) for teacher in self.teachers]
         sides = (np.concatenate(parts, 1).astype(np.float32) for parts in (images, texts))
         return tuple(torch.from_numpy(side) / math.sqrt(len(self.teachers)) for side in sides)

@@ -23,9 +23,8 @@ from mclip.files import DATA, cache_dir, file_hash, read_json
 from mclip.pairs import normalise
 
 CONFIG_FILE, WEIGHTS_FILE, MERGES_FILE = "open_clip_config.json", "open_clip_model.safetensors", "merges.txt.gz"
+# What open_clip raises for weights that cannot be loaded or downloaded: a file's, a connection's, the hub's errors.
 UNLOADABLE = (OSError, RuntimeError, ValueError, KeyError, SafetensorError, UnpicklingError)
-"""What open_clip raises for weights that cannot be loaded or downloaded: a file's, a connection's, the hub's errors."""
-
 Tokenize = Callable[[Sequence[str]], Tensor]
 
 
@@ -81,10 +80,9 @@ def load_open_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module,
     folder = DATA / "teacher" if name == SHIPPED else Path(name).expanduser()
     if name == SHIPPED or folder.is_dir():
         return _from_folder(folder)
-    known = open_clip.list_models()
-    if name not in known:
-        raise TeacherError(f"no teacher {name!r}: {closest(name, [SHIPPED, *known])}, or give a folder.")
-    return _from_architecture(name, pretrained or "")
+    if name in open_clip.list_models():
+        return _from_architecture(name, pretrained or "")
+    raise TeacherError(f"no teacher {name!r}: {closest(name, [SHIPPED, *open_clip.list_models()])}, or give a folder.")
 
 
 def _from_folder(folder: Path) -> tuple[nn.Module, Tokenize]:
@@ -108,8 +106,8 @@ def _from_architecture(name: str, pretrained: str) -> tuple[nn.Module, Tokenize]
     own = [folder / f"{name}-{pretrained}{suffix}" for suffix in (".safetensors", ".pt", ".bin")]
     file = next((str(file) for file in (Path(pretrained).expanduser(), *own) if file.is_file()), None)
     if file is None and pretrained not in tags:
-        nearest = closest(pretrained, tags)
-        raise TeacherError(f"teacher {name!r} has no weights {pretrained or None!r}: {nearest}, or give a file.")
+        remedy = f"{closest(pretrained, tags)}, or give a file"
+        raise TeacherError(f"teacher {name!r} has no weights {pretrained or None!r}: {remedy}.")
     try:
         model = open_clip.create_model(name, pretrained=file or pretrained, output_dict=True, cache_dir=str(folder))
         return model, open_clip.get_tokenizer(name)

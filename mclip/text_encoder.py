@@ -24,8 +24,7 @@ TOEPLITZ_MAX_LENGTH = 128  # the matrix grows with the square of the length; bey
 def clean_caption(text: str) -> str:
     """``text`` by the one cleaning rule, for training captions and for prompts alike.
 
-    Unicode NFKC, white space collapsed, lower case, punctuation stripped at both ends: "A photo of a dog." and
-    "a photo of a dog" become the same tokens.
+    Unicode NFKC, white space collapsed, lower case, punctuation stripped at both ends: "A dog." becomes "a dog".
     """
     text = unicodedata.normalize("NFKC", text).lower()
     text = unicodedata.normalize("NFKC", text)  # lower case can leave combining marks out of order
@@ -36,18 +35,18 @@ def clean_caption(text: str) -> str:
 class Tokenizer:
     """CLIP's byte-pair tokenizer (Radford et al. 2021, through open_clip) behind :func:`clean_caption`.
 
-    ``padded`` makes every row ``context_length`` long, as open_clip's tokenizers do: rows of several calls can be
-    joined. The text encoder drops columns that are padding in all rows, so it costs next to nothing.
+    ``padded`` makes every row ``context_length`` long, as open_clip's tokenizers do. It costs next to nothing, because
+    the text encoder drops columns that are padding in all rows.
     """
 
     def __init__(self, context_length: int, padded: bool = False) -> None:
         self.context_length, self.padded = context_length, padded
 
     def __call__(self, texts: str | list[str]) -> Tensor:
-        """Captions -> token ids (B, T), int64, T the longest caption of the call unless ``padded``.
+        """Captions, one or more -> token ids (B, T), int64, T the longest caption of the call unless ``padded``.
 
         Rows start with 49406, end with 49407 and are padded on the right with 0. A caption that is too long
-        is cut and keeps its end token. An empty list raises ValueError.
+        is cut and keeps its end token.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
@@ -113,10 +112,10 @@ class LightConv(nn.Module):
 
 
 class LSRABlock(nn.Module):
-    """Pre-norm Lite Transformer block: attention beside LightConv, then a feed-forward layer.
+    """Pre-norm Lite Transformer block (Wu et al. 2020, Figure 3).
 
-    The first half of the channels goes to attention, the second through Linear -> GLU -> LightConv -> Linear
-    (Wu et al. 2020, Figure 3).
+    The first half of the channels goes to attention, the second through Linear -> GLU -> LightConv -> Linear; then
+    comes a feed-forward layer.
     """
 
     def __init__(self, width: int, heads: int, kernel_size: int, feed_forward: int, dropout: float) -> None:
