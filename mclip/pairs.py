@@ -128,10 +128,7 @@ class SideBySide:
 
 
 def join_targets(several: Sequence[Targets]) -> Targets:
-    """The targets of several teachers side by side: (N, sum of D), shortened together to unit vectors.
-
-    The cosine of two such vectors is the mean of the teachers' cosines.
-    """
+    """The targets of several teachers as one, of unit vectors whose cosines are the means of the teachers' cosines."""
     if len(several) == 1:
         return several[0]
     images, texts = (SideBySide([getattr(targets, kind) for targets in several]) for kind in ("images", "texts"))
@@ -141,12 +138,9 @@ def join_targets(several: Sequence[Targets]) -> Targets:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step reads: pictures, token ids (B, T), and the teacher's embeddings (B, D) if there is a teacher.
+    """What one step reads: pictures, token ids (B, T), and the teacher's embeddings (B, D) if there is a teacher."""
 
-    ``pixels`` (B, 3, S, S) stay uint8 until the model needs them, which takes a quarter of the memory of float32.
-    """
-
-    pixels: Tensor
+    pixels: Tensor  # (B, 3, S, S), uint8 until the model needs them: a quarter of the memory of float32
     tokens: Tensor
     index: Tensor
     teacher_image: Tensor | None = None
