@@ -25,7 +25,6 @@ from mclip.config import ImageConfig
 # Howard et al. 2019, Table 1 (https://arxiv.org/abs/1905.02244): one inverted residual block a row, between a
 # stride-2 stem of 16 channels and a 1x1 convolution to six times the last width.
 # kernel, expanded channels, output channels, squeeze-and-excitation, activation, stride
-STEM_CHANNELS = 16
 STAGES: tuple[tuple[int, int, int, bool, str, int], ...] = (
     (3, 16, 16, False, "RE", 1),
     (3, 64, 24, False, "RE", 2),
@@ -43,17 +42,12 @@ STAGES: tuple[tuple[int, int, int, bool, str, int], ...] = (
     (5, 960, 160, True, "HS", 1),
     (5, 960, 160, True, "HS", 1),
 )
-BN_EPS = 0.001
-DOWNLOAD_TIMEOUT = 10.0  # seconds without an answer; offline must not hold up a lesson
 
 
 def stage_table(width: float = 1.0) -> list[InvertedResidualConfig]:
     """STAGES in torchvision's form, channels multiplied by ``width`` and rounded to multiples of 8."""
-    inputs = (STEM_CHANNELS, *(out for _, _, out, *_ in STAGES[:-1]))
-    return [
-        InvertedResidualConfig(channels, *row, dilation=1, width_mult=width)
-        for channels, row in zip(inputs, STAGES, strict=True)
-    ]
+    inputs = (16, *(out for _, _, out, *_ in STAGES))
+    return [InvertedResidualConfig(n, *row, 1, width) for n, row in zip(inputs, STAGES, strict=False)]
 
 
 def stage_names() -> list[str]:
@@ -66,22 +60,17 @@ def stage_names() -> list[str]:
 
 
 def imagenet_trunk_weights() -> dict[str, Tensor] | None:
-    """torchvision's ImageNet weights of the convolutions, from the torch hub cache or the network.
-
-    Where they cannot be had: None, and a warning that says what to do.
-    """
+    """torchvision's ImageNet weights of the convolutions; None, and a warning, where they cannot be had."""
     weights = MobileNet_V3_Large_Weights.IMAGENET1K_V2
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    socket.setdefaulttimeout(10.0)  # seconds without an answer: being offline must not hold up a lesson
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError, http.client.HTTPException, pickle.UnpicklingError) as error:
         path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
-        warnings.warn(
-            f"no ImageNet weights for the image encoder: {weights.url} could not be loaded ({error}). "
-            f"Going on with random initialisation. To use them, put that file at {path} and start again.",
-            stacklevel=2,
-        )
+        failed = f"no ImageNet weights for the image encoder: {weights.url} could not be loaded ({error})"
+        remedy = f"To use them, put that file at {path} and start again"
+        warnings.warn(f"{failed}. Going on with random initialisation. {remedy}.", stacklevel=2)
         return None
     finally:
         socket.setdefaulttimeout(timeout)
@@ -89,22 +78,19 @@ def imagenet_trunk_weights() -> dict[str, Tensor] | None:
 
 
 class DepthwiseConv(nn.Conv2d):
-    """A depthwise convolution that trains fast on maps of a few pixels.
+    """A depthwise convolution, with the weights of ``conv``, that trains fast on maps of a few pixels.
 
     On a CPU, PyTorch's backward pass of a 5x5 kernel over a 2x2 map takes some twenty times as long as the arithmetic
     needs. For such maps, while gradients are wanted, the kernel is written out as a matrix from input to output pixels,
-    one per channel, as LightConv does along time. In all other cases this is ``nn.Conv2d``, whose parameters it shares.
+    one per channel, as LightConv does along time. In all other cases this is ``nn.Conv2d``.
     """
 
     LARGEST = 16  # pixels of a map that is worth a matrix
 
-    @classmethod
-    def of(cls, conv: nn.Conv2d) -> DepthwiseConv:
-        """The depthwise ``conv`` in this form, with its weights."""
+    def __init__(self, conv: nn.Conv2d) -> None:
         shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
-        new = cls(*shape, groups=conv.groups, bias=False)
-        new.weight = conv.weight
-        return new
+        super().__init__(*shape, groups=conv.groups, bias=False)
+        self.weight = conv.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H', W')."""
@@ -126,19 +112,19 @@ class DepthwiseConv(nn.Conv2d):
 class ImageEncoder(nn.Module):
     """MobileNetV3-Large without its classifier (Howard et al. 2019).
 
-    ``trunk`` is torchvision's ``features``: stem, inverted residual blocks and last 1x1 convolution, in order. ``head``
-    has the fully connected layers after pooling, with Hardswish between them. ``features`` is the width of the output.
+    ``trunk`` is torchvision's ``features``, ``head`` the fully connected layers after pooling, with Hardswish between
+    them. ``features`` is the width of the output.
     """
 
     def __init__(self, config: ImageConfig) -> None:
         super().__init__()
-        norm = partial(nn.BatchNorm2d, eps=BN_EPS, momentum=config.bn_momentum)
+        norm = partial(nn.BatchNorm2d, eps=0.001, momentum=config.bn_momentum)
         # torchvision also builds a classifier: kept small, and dropped at once.
         network = MobileNetV3(stage_table(config.width), last_channel=8, num_classes=1, norm_layer=norm)
         self.trunk = network.features
         for block in self.trunk.modules():
             if isinstance(block, Conv2dNormActivation) and block[0].groups > 1:
-                block[0] = DepthwiseConv.of(block[0])
+                block[0] = DepthwiseConv(block[0])
             elif isinstance(block, nn.Hardswish):
                 block.inplace = False  # its backward pass needs the input, which would be copied first
         self.features = self.trunk[-1].out_channels
@@ -155,7 +141,7 @@ class ImageEncoder(nn.Module):
         return self.head(self.trunk(images).mean((2, 3)))
 
     def intermediates(self, images: Tensor) -> dict[str, Tensor]:
-        """Feature maps (B, C, H, W) at the end of each resolution, from the first to the last.
+        """Feature maps (B, C, H, W) at the end of each of :func:`stage_names`.
 
         "stem" and "stage1" have half the side of the input, "stage2" a quarter, and so on to "stage5" with
         1/32; "last" is the output of the 1x1 convolution, which ``forward`` averages over the picture.

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from mclip.config import ConfigError, ModelConfig, from_mapping
+from mclip.config import ModelConfig, from_mapping
 from mclip.files import atomic_path, file_hash, write_json
 from mclip.image_encoder import ImageEncoder
 from mclip.pictures import open_picture
@@ -36,9 +36,8 @@ class ProjectionHead(nn.Module):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.shortcut = nn.Linear(in_features, out_features)
-        self.residual = nn.Sequential(
-            nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features)
-        )
+        first, second = nn.Linear(in_features, out_features), nn.Linear(out_features, out_features)
+        self.residual = nn.Sequential(first, nn.GELU(), second)
         self.norm = nn.LayerNorm(out_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,15 +49,11 @@ class MobileCLIP(nn.Module):
     """MobileNetV3-Large and a Lite Transformer, a projection head on each, and a learned temperature.
 
     ``encode_image``, ``encode_text`` and the keys of ``forward`` follow open_clip's ``CLIP``: the same code
-    evaluates either.
-
-    Attributes:
-        MEAN, STD: of each channel of ImageNet's pictures; ``preprocess`` normalises with them.
-        logit_scale: logarithm of the scale of the similarities, from log(1/0.07) (Radford et al. 2021).
-        logit_bias: added to the logits by the pairwise sigmoid loss alone, from -10 (Zhai et al. 2023).
+    evaluates either. ``logit_scale`` is the logarithm of the scale of the similarities, from log(1/0.07) (Radford et
+    al. 2021); the pairwise sigmoid loss alone adds ``logit_bias``, from -10 (Zhai et al. 2023).
     """
 
-    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of each channel of ImageNet's pictures
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -81,11 +76,9 @@ class MobileCLIP(nn.Module):
         return F.normalize(embedding, dim=-1) if normalize else embedding
 
     def forward(self, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """Both embeddings of a batch of pairs, and what the losses need besides.
+        """Both embeddings (B, embed_dim) of a batch of pairs, of length 1, and what the losses need besides.
 
-        Returns:
-            ``image_features`` and ``text_features`` (B, embed_dim), of length 1; ``logit_scale``, at most
-            100; ``logit_bias``; ``image_penultimate`` and ``text_penultimate``, what the projections read.
+        The ``..._penultimate`` features are what the projections read. ``logit_scale`` is at most 100.
         """
         image, text = self.image_encoder(images), self.text_encoder(tokens)
         scale = self.logit_scale.exp()
@@ -103,16 +96,9 @@ class MobileCLIP(nn.Module):
     def preprocess(self) -> v2.Compose:
         """PIL picture of any mode -> (3, S, S) for evaluation: shortest side resized, then the centre cut out."""
         size = self.config.image.image_size
-        return v2.Compose(
-            [
-                open_picture,
-                v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC),
-                v2.CenterCrop(size),
-                v2.PILToTensor(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(self.MEAN, self.STD),
-            ]
-        )
+        cut = [v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)]
+        scale = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.MEAN, self.STD)]
+        return v2.Compose([open_picture, *cut, *scale])
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -146,16 +132,19 @@ class MobileCLIP(nn.Module):
         disagreement, raises :class:`ModelError`.
         """
         folder = Path(folder).expanduser()
-        stored, sha256 = _read_record(folder)
-        path = _require_file(folder, WEIGHTS_FILE)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                missing = f"no {name} in it" if folder.is_dir() else "no such folder"
+                raise ModelError(f"{folder}: {missing}; give a folder that save_pretrained wrote.")
+        (stored, sha256), path = _read_record(folder / CONFIG_FILE), folder / WEIGHTS_FILE
         if config is not None:
             _require_same(stored, config, folder)
         try:
             if sha256 and sha256 != file_hash(path):  # an older folder has none
-                raise ModelError(f"{path}: damaged, its SHA-256 is not that of {CONFIG_FILE}; copy or save it again.")
+                raise OSError(f"its SHA-256 is not that of {CONFIG_FILE}")
             state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: damaged or not safetensors ({error}); save it again.") from error
+            raise ModelError(f"{path}: damaged or not safetensors ({error}); copy or save it again.") from error
         # The stored weights replace every value, so ImageNet's are not fetched first.
         model = cls(dataclasses.replace(stored, image=dataclasses.replace(stored.image, pretrained=False)))
         model.config = stored
@@ -166,35 +155,25 @@ class MobileCLIP(nn.Module):
         return model.eval()
 
 
-def _require_file(folder: Path, name: str) -> Path:
-    if not (folder / name).is_file():
-        missing = f"no {name} in it" if folder.is_dir() else "no such folder"
-        raise ModelError(f"{folder}: {missing}; give a folder that save_pretrained wrote.")
-    return folder / name
-
-
-def _read_record(folder: Path) -> tuple[ModelConfig, dict[str, str] | None]:
-    """Configuration and hash that ``config.json`` holds; ModelError if it is missing or not a student's."""
-    path = _require_file(folder, CONFIG_FILE)
+def _read_record(path: Path) -> tuple[ModelConfig, dict[str, str] | None]:
+    """Configuration and hash that ``config.json`` holds; ModelError if it is damaged or not a student's."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict) or record.get("kind") != KIND or not isinstance(record.get("config"), dict):
-            raise ModelError(f"{path}: of another kind of model; give a folder that save_pretrained wrote.")
+            raise ValueError("another kind of model")
         return from_mapping(ModelConfig, record["config"]), record.get("sha256")
-    except ConfigError as error:
-        raise ModelError(f"{path}: {error} Restore the file, or save the model again.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({error}); copy or save it again.") from error
+    except (OSError, ValueError) as error:  # a ConfigError too
+        raise ModelError(f"{path}: not the settings of a student ({error}); copy or save it again.") from error
 
 
 def _require_same(stored: ModelConfig, given: ModelConfig, folder: Path) -> None:
     """ModelError for the first setting that differs, but for those that a trained model does not show."""
-    parts = {"": (stored, given), "image.": (stored.image, given.image), "text.": (stored.text, given.text)}
-    for prefix, (ours, theirs) in parts.items():
+    parts = (("", stored, given), ("image.", stored.image, given.image), ("text.", stored.text, given.text))
+    for prefix, ours, theirs in parts:
         for key, value in vars(ours).items():
-            if key not in ("name", "pretrained", "image", "text") and value != getattr(theirs, key):
-                name, other = f"{prefix}{key}", getattr(theirs, key)
-                found = f"the model has {name}={value!r}, but {name}={other!r} was given"
+            other = getattr(theirs, key)
+            if key not in ("name", "pretrained", "image", "text") and value != other:
+                found = f"the model has {prefix}{key}={value!r}, but {prefix}{key}={other!r} was given"
                 remedy = "load it without a configuration, or with the one it was trained with"
                 raise ModelError(f"{folder / CONFIG_FILE}: {found}; {remedy}.")
 

@@ -27,12 +27,14 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as VF
 
-DECODING_VERSION = 3
-"""Part of the keys of cached pictures; to be raised whenever :func:`as_rgb` makes something else of a file."""
+DECODING_VERSION = 3  # part of the keys of cached pictures; raised whenever as_rgb makes something else of a file
 UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow and :func:`as_rgb` raise for a picture that cannot be read."""
-LONGEST = 8
-"""A picture may be this many times as long as it is wide; of a longer one only the middle is used."""
+NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
+"""What the system answers where a name leads to no file. Any other number is trouble of the system itself."""
+LONGEST = 8  # a picture may be this many times as long as it is wide; of a longer one only the middle is used
+RATIOS = (3 / 4, 4 / 3)  # width to height of a crop, before it is made square
+BICUBIC = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
 
 
 class PictureError(ValueError):
@@ -75,20 +77,15 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
-"""What the system answers where a name leads to no file. Any other number is trouble of the system itself."""
-_IN_ARCHIVE = re.compile(r"(.+)::(\d+):(\d+)", re.DOTALL)
-RATIOS = (3 / 4, 4 / 3)  # width to height of a crop, before it is made square
-
-
-def unreadable(name: str | Path, error: Exception) -> PictureError:
-    """The error of a picture that cannot be read.
-
-    Raises: ``error`` itself if the system failed, not the picture: too many open files, a faulty disk, no permission.
-    """
-    if isinstance(error, OSError) and error.errno is not None and error.errno not in NO_FILE:
-        raise error
-    return PictureError(f"{name}: not readable as a picture ({error})")
+@contextmanager
+def _named(name: str | Path) -> Iterator[None]:
+    """PictureError for a picture that cannot be read; trouble of the system (a faulty disk) stays as it is."""
+    try:
+        yield
+    except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno is not None and error.errno not in NO_FILE:
+            raise
+        raise PictureError(f"{name}: not readable as a picture ({error})") from error
 
 
 @contextmanager
@@ -101,14 +98,11 @@ def met_late() -> Iterator[None]:
 
 
 def split_name(name: str) -> tuple[str, int, int]:
-    """File, first byte and number of bytes (-1: all) of a picture, which may lie in an archive: "a.tar::512:9000".
-
-    A file that has such a name itself is a file.
-    """
-    found = _IN_ARCHIVE.fullmatch(name)
-    if found is None or os.path.exists(name):
+    """File, first byte and number of bytes (-1: all) of a picture, which may lie in an archive: "a.tar::512:9000"."""
+    parts = re.fullmatch(r"(.+)::(\d+):(\d+)", name, re.DOTALL)
+    if parts is None or os.path.exists(name):  # a file may have such a name itself
         return name, 0, -1
-    return found[1], int(found[2]), int(found[3])
+    return parts[1], int(parts[2]), int(parts[3])
 
 
 def _opened(name: str) -> tuple[bytes, Image.Image]:
@@ -126,20 +120,15 @@ def _opened(name: str) -> tuple[bytes, Image.Image]:
 
 
 def open_picture(picture: str | Path | Image.Image) -> Image.Image:
-    """A file, or a picture that Pillow has opened, as :func:`as_rgb` makes it, for a model's own transform.
-
-    Raises: PictureError, which names the file where it is known.
-    """
-    try:
-        return as_rgb(picture if isinstance(picture, Image.Image) else _opened(str(picture))[1])
-    except UNREADABLE as error:
-        name = getattr(picture, "filename", "") or "a picture" if isinstance(picture, Image.Image) else picture
-        raise unreadable(name, error) from error
+    """A file, or a picture that Pillow has opened, as :func:`as_rgb` makes it. Raises: PictureError."""
+    opened = picture if isinstance(picture, Image.Image) else None
+    with _named(picture if opened is None else getattr(opened, "filename", "") or "a picture"):
+        return as_rgb(opened or _opened(str(picture))[1])
 
 
 def read_picture(name: str) -> Tensor:
     """The picture ``name`` (3, H, W) uint8; a JPEG in half the time of :func:`open_picture`. Raises: PictureError."""
-    try:
+    with _named(name):
         content, opened = _opened(name)
         whole = middle(*opened.size) == (0, 0, *opened.size)
         if opened.format == "JPEG" and opened.mode in ("RGB", "L") and whole:
@@ -147,8 +136,6 @@ def read_picture(name: str) -> Tensor:
                 coded, turned = torch.frombuffer(bytearray(content), dtype=torch.uint8), "exif" in opened.info
                 return decode_jpeg(coded, ImageReadMode.RGB, apply_exif_orientation=turned)
         return VF.pil_to_tensor(as_rgb(opened))
-    except UNREADABLE as error:
-        raise unreadable(name, error) from error
 
 
 def crop_box(seed: int, width: int, height: int, smallest: float) -> tuple[int, int, int, int]:
@@ -157,10 +144,8 @@ def crop_box(seed: int, width: int, height: int, smallest: float) -> tuple[int, 
     Its share of the picture's area is uniform in [``smallest``, 1], its ratio of sides log-uniform in ``RATIOS``
     (Szegedy et al. 2015, section 6), both to the nearest pixel; where ten draws do not fit, the largest central square.
     """
-    rng = np.random.default_rng(int(seed))
-    shares, logs, lefts, tops = rng.random((4, 10))
     low, high = math.log(RATIOS[0]), math.log(RATIOS[1])
-    for share, log, left, top in zip(shares, logs, lefts, tops, strict=True):
+    for share, log, left, top in np.random.default_rng(int(seed)).random((4, 10)).T:
         area, ratio = width * height * (smallest + (1 - smallest) * share), math.exp(low + (high - low) * log)
         w, h = max(1, round(math.sqrt(area * ratio))), max(1, round(math.sqrt(area / ratio)))
         if w <= width and h <= height:
@@ -174,13 +159,10 @@ def crop_box(seed: int, width: int, height: int, smallest: float) -> tuple[int, 
 def square(picture: Image.Image | Tensor, size: int, seed: int | None = None, smallest: float = 1.0) -> Any:
     """``size`` x ``size`` pixels: the centre, shortest side resized (bicubic); with a ``seed``, its crop instead."""
     if seed is None:
-        resized = VF.resize(picture, [size], interpolation=InterpolationMode.BICUBIC, antialias=True)
-        return VF.center_crop(resized, [size, size])
+        return VF.center_crop(VF.resize(picture, [size], **BICUBIC), [size, size])
     height, width = VF.get_size(picture)
     left, top, right, bottom = crop_box(seed, width, height, smallest)
-    return VF.resized_crop(
-        picture, top, left, bottom - top, right - left, [size, size], InterpolationMode.BICUBIC, antialias=True
-    )
+    return VF.resized_crop(picture, top, left, bottom - top, right - left, [size, size], **BICUBIC)
 
 
 def decode(name: str, size: int, seed: int | None = None, smallest: float = 1.0) -> np.ndarray:
@@ -196,12 +178,9 @@ def pool() -> ThreadPoolExecutor:
 
 @dataclass(frozen=True)
 class Crops:
-    """Random crops that can be cut again: the seed of each is a function of ``seed``, picture and view.
+    """Random crops that keep at least the share ``smallest`` of a picture's area and can be cut again.
 
-    Attributes:
-        smallest: share of the picture's area that a crop keeps at least.
-        views: number of different crops of a picture, taken in turns; 0: a new one in each epoch.
-        seed: of all.
+    Each picture has ``views`` different ones, taken in turns; 0: a new one in each epoch.
     """
 
     smallest: float
@@ -213,7 +192,7 @@ class Crops:
         return (epoch + pictures) % self.views if self.views else np.full(len(pictures), epoch)
 
     def seeds(self, pictures: np.ndarray, view: np.ndarray) -> np.ndarray:
-        """The seed (uint64) of each view: a mix of the three numbers (SplitMix64, Steele et al. 2014)."""
+        """The seed (uint64) of each view: a mix of ``seed``, picture and view (SplitMix64, Steele et al. 2014)."""
         with np.errstate(over="ignore"):
             state = np.uint64(self.seed)
             for number in (pictures, view):

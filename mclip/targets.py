@@ -11,9 +11,8 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import repeat
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,76 +22,54 @@ from tqdm.auto import tqdm
 
 from mclip.config import TrainConfig, require
 from mclip.files import atomic_path, cache_dir, content_key
-from mclip.pairs import Pairs, Targets, TeacherTargets, join_targets
+from mclip.pairs import Pairs, Targets, join_targets
 from mclip.pictures import Crops, pool, square
 from mclip.results import weights_sha256
 from mclip.teacher import Teacher, TeacherError
 
 PICTURES_IN_SHARD, CAPTIONS_IN_SHARD, BATCH = 8192, 65536, 256
 
-Compute = Callable[[range], np.ndarray]
-Report = Callable[[str], None]
 
-
-def ignore(line: str) -> None:
-    """The report of pace and size that nobody reads."""
-
-
-def teacher_targets(
-    teacher: Teacher, pairs: Pairs, progress: bool = True, crops: Crops | None = None, report: Report = ignore
-) -> Targets:
+def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True, crops: Crops | None = None) -> Targets:
     """The teacher's embeddings of every picture and every caption of ``pairs``, from the cache where they are.
 
     The key of the cache covers the teacher's layers, weights and tokens, the data, and the teacher's own preparation of
     pictures. Targets of another teacher or of edited data are therefore never used. With ``crops``, each picture has K
-    views (dataset reinforcement, Faghri et al. 2023). ``report`` is told pace and size.
-
-    Raises: TeacherError if all captions look alike to the teacher, since such targets teach nothing, or if a stored
-        file is damaged.
+    views (dataset reinforcement, Faghri et al. 2023). TeacherError as in :func:`check_targets`, or for a damaged file.
     """
     view = (teacher.image_size, teacher.mean, teacher.std, crops)
     # Layers without weights (activations) and the tokenizer's merges show in neither the weights nor the data.
     sample = teacher.tokenize([pairs.captions[i][0] for i in range(min(256, len(pairs)))]).tolist()
     identity = (str(teacher.model), sample, weights_sha256(teacher.model))
     folder = cache_dir() / "targets" / content_key("targets", identity, pairs.key, view)
-    width, first = teacher.embed_dim, pairs.first_caption
-    views = () if crops is None else (crops.views,)
-
-    def captions(rows: range) -> np.ndarray:
-        return embed_captions(teacher, pairs, first, rows)
+    each = (crops.views, teacher.embed_dim) if crops else (teacher.embed_dim,)
 
     def pictures(rows: range) -> np.ndarray:
-        if crops is None:
-            return embed_pictures(teacher, pairs, np.array(rows))
-        numbers, view = np.repeat(rows, crops.views), np.tile(np.arange(crops.views), len(rows))
-        embeddings = embed_pictures(teacher, pairs, numbers, crops.seeds(numbers, view), crops)
-        return embeddings.reshape(len(rows), *views, width)
+        views = crops.views if crops else 1
+        view = np.tile(np.arange(views), len(rows))
+        return embed_pictures(teacher, pairs, np.repeat(rows, views), crops, view).reshape(len(rows), *each)
 
-    texts, images = folder / "texts.npy", folder / "images.npy"
-    stored = Targets(
-        texts=fill(texts, (int(first[-1]), width), CAPTIONS_IN_SHARD, captions, "captions", progress, report),
-        images=fill(images, (len(pairs), *views, width), PICTURES_IN_SHARD, pictures, "pictures", progress, report),
-        logit_scale=teacher.logit_scale,
-        key=folder.name,
-        crops=crops,
-    )
-    check_targets(stored)
-    return stored
+    shape, captions = (int(pairs.first_caption[-1]), teacher.embed_dim), partial(embed_captions, teacher, pairs)
+    texts = fill(folder / "texts.npy", shape, CAPTIONS_IN_SHARD, captions, progress)
+    images = fill(folder / "images.npy", (len(pairs), *each), PICTURES_IN_SHARD, pictures, progress)
+    targets = Targets(images, texts, teacher.logit_scale, folder.name, crops)
+    check_targets(targets)
+    return targets
 
 
 def fill(
-    file: Path, shape: tuple[int, ...], size: int, compute: Compute, label: str, progress: bool, report: Report
+    file: Path, shape: tuple[int, ...], size: int, compute: Callable[[range], np.ndarray], progress: bool
 ) -> np.ndarray:
     """The fp16 array of ``shape`` in ``file``, memory-mapped; of its shards of ``size`` rows, the missing are computed.
 
-    TeacherError for a file that is damaged or holds something else.
+    ``progress`` shows a bar, then the pace. TeacherError for a file that is damaged or holds something else.
     """
-    array, rows, done = _mapped(file, shape), shape[0], 0
-    begun = time.perf_counter()
-    with tqdm(total=rows, desc=f"teacher {label}", disable=not progress, leave=False) as bar:
+    array, rows, done, begun = _mapped(file, shape), shape[0], 0, time.perf_counter()
+    with tqdm(total=rows, desc=f"teacher {file.stem}", disable=not progress, leave=False) as bar:
         for patience in (0, -1):  # first the shards that no process works on; then wait for those of the others
             for number, start in enumerate(range(0, rows, size)):
-                marker, here = _marker(file, number), range(start, min(rows, start + size))
+                marker = file.with_name(f"{file.stem}-{number:05}.done")
+                here = range(start, min(rows, start + size))
                 try:
                     with FileLock(file.with_name(f".{marker.name}.lock"), timeout=patience):
                         if marker.exists():
@@ -107,14 +84,10 @@ def fill(
                     continue
                 done += len(here)
                 bar.update(len(here))
-    seconds = time.perf_counter() - begun
-    pace = f"in {seconds:.1f} s ({done / seconds:.0f} a second), {array[0].nbytes} bytes each" if done else ""
-    report(f"{rows - done} {label} were there; {done} computed {pace}".rstrip())
+    if progress:
+        pace = f", {done / (time.perf_counter() - begun):.0f} a second" if done else ""
+        print(f"{file.stem}: {rows - done} were there, {done} computed{pace}; {array[0].nbytes} bytes each")
     return array
-
-
-def _marker(file: Path, number: int | str) -> Path:
-    return file.with_name(f"{file.stem}-{number:05}.done")
 
 
 def _mapped(file: Path, shape: tuple[int, ...]) -> np.ndarray:
@@ -128,18 +101,16 @@ def _mapped(file: Path, shape: tuple[int, ...]) -> np.ndarray:
                 np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
     try:
         array = np.load(file, mmap_mode="r")  # never unpickles
+        if array.shape != shape or array.dtype != np.float16:
+            raise ValueError(f"{array.dtype} of shape {array.shape}, not float16 of {shape}")
     except (OSError, ValueError, EOFError, SyntaxError) as error:
         raise TeacherError(f"{file}: damaged ({error}); delete it, and it is computed again.") from error
-    if array.shape != shape or array.dtype != np.float16:
-        held = f"{array.dtype} of shape {array.shape}, not float16 of {shape}"
-        raise TeacherError(f"{file}: holds {held}; delete it, and it is computed again.")
     return array
 
 
-def embed_captions(teacher: Teacher, pairs: Pairs, first: np.ndarray, rows: range) -> np.ndarray:
-    """(len(rows), D) fp16: the teacher's normalised embeddings of captions by number; equal ones are embedded once."""
-    owners = np.searchsorted(first, np.array(rows), side="right") - 1
-    captions = [pairs.captions[int(owner)][row - first[owner]] for owner, row in zip(owners, rows, strict=True)]
+def embed_captions(teacher: Teacher, pairs: Pairs, rows: Iterable[int]) -> np.ndarray:
+    """(N, D) fp16: the teacher's normalised embeddings of captions by number; equal ones are embedded once."""
+    captions = pairs.captions_at(rows)
     texts = sorted(set(captions))
     place = {text: row for row, text in enumerate(texts)}
     inputs = (teacher.tokenize(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH))
@@ -147,9 +118,10 @@ def embed_captions(teacher: Teacher, pairs: Pairs, first: np.ndarray, rows: rang
 
 
 def embed_pictures(
-    teacher: Teacher, pairs: Pairs, rows: np.ndarray, seeds: np.ndarray | None = None, crops: Crops | None = None
+    teacher: Teacher, pairs: Pairs, rows: np.ndarray, crops: Crops | None = None, view: np.ndarray | None = None
 ) -> np.ndarray:
-    """(len(rows), D) fp16: the teacher's normalised embeddings of pictures by number, or of their crops."""
+    """(len(rows), D) fp16: the teacher's normalised embeddings of pictures by number, or of a view of each."""
+    seeds = crops.seeds(rows, view) if crops else [None] * len(rows)
 
     def read(row: int, seed: int | None) -> Tensor:
         picture = pairs.picture(row)
@@ -158,7 +130,7 @@ def embed_pictures(
     def batch(here: slice) -> Tensor:
         if crops is None and pairs.files is None:  # pictures in memory have one size, and are prepared together
             return teacher.prepare(torch.from_numpy(np.array(pairs.images[rows[here]])))
-        return torch.stack(list(pool().map(read, rows[here], repeat(None) if seeds is None else seeds[here])))
+        return torch.stack(list(pool().map(read, rows[here], seeds[here])))
 
     inputs = (batch(slice(start, start + BATCH)) for start in range(0, len(rows), BATCH))
     return embed(teacher, teacher.model.encode_image, inputs)
@@ -174,7 +146,7 @@ def embed(teacher: Teacher, encode: Callable[..., Tensor], inputs: Iterable[Tens
 
 @dataclass(frozen=True)
 class OnlineTargets:
-    """Teachers that embed each batch while the student trains: any crop, at the price of their forward pass."""
+    """Like :class:`~mclip.pairs.Targets`, but the teachers embed each batch anew, so that every crop can be new."""
 
     teachers: list[Teacher]
     pairs: Pairs
@@ -182,28 +154,22 @@ class OnlineTargets:
 
     @property
     def logit_scale(self) -> float:
-        """As of cached targets."""
         return math.prod(teacher.logit_scale for teacher in self.teachers) ** (1 / len(self.teachers))
 
     @property
     def key(self) -> str:
-        """Changes with the teachers' weights."""
         return "online " + "+".join(weights_sha256(teacher.model)[:16] for teacher in self.teachers)
 
-    def of(self, pictures: np.ndarray, captions: np.ndarray, view: Any, seeds: Any) -> tuple[Tensor, Tensor]:
-        """As :meth:`~mclip.pairs.Targets.of`."""
-        first = self.pairs.first_caption
-        words = [self.pairs.captions[int(p)][c - first[p]] for p, c in zip(pictures, captions, strict=True)]
-        images = [embed_pictures(teacher, self.pairs, pictures, seeds, self.crops) for teacher in self.teachers]
+    def of(self, pictures: np.ndarray, captions: np.ndarray, view: np.ndarray | None) -> tuple[Tensor, Tensor]:
+        words = self.pairs.captions_at(captions)
+        images = [embed_pictures(teacher, self.pairs, pictures, self.crops, view) for teacher in self.teachers]
         texts = [embed(teacher, teacher.model.encode_text, [teacher.tokenize(words)]) for teacher in self.teachers]
-        return tuple(
-            torch.from_numpy(np.concatenate(parts, 1).astype(np.float32)) / math.sqrt(len(parts))
-            for parts in (images, texts)
-        )
+        sides = (np.concatenate(parts, 1).astype(np.float32) for parts in (images, texts))
+        return tuple(torch.from_numpy(side) / math.sqrt(len(self.teachers)) for side in sides)
 
 
 def check_targets(targets: Targets) -> None:
-    """TeacherError unless the text targets differ from caption to caption."""
+    """TeacherError unless the text targets differ from caption to caption: equal ones teach nothing."""
     sample = torch.from_numpy(targets.texts[:: max(1, len(targets.texts) // 512)].astype(np.float32))
     if len(sample) > 1 and (sample - sample[0]).abs().max() < 1e-3:
         raise TeacherError(
@@ -219,16 +185,11 @@ def get_crops(settings: TrainConfig, online: bool = False) -> Crops | None:
 
 
 def get_targets(
-    teachers: list[Teacher],
-    pairs: Pairs,
-    online: bool = False,
-    crops: Crops | None = None,
-    progress: bool = True,
-    report: Report = ignore,
-) -> TeacherTargets:
+    teachers: list[Teacher], pairs: Pairs, online: bool, crops: Crops | None, progress: bool
+) -> Targets | OnlineTargets:
     """What ``teachers`` say of ``pairs``: from the cache, which is filled if need be, or batch by batch."""
     if online:
         return OnlineTargets(teachers, pairs, crops)
     remedy = "cached targets are of a number of crops; give one, for example 4, or online_teacher=True"
     require(crops is None or crops.views > 0, "views", 0, remedy)
-    return join_targets([teacher_targets(teacher, pairs, progress, crops, report) for teacher in teachers])
+    return join_targets([teacher_targets(teacher, pairs, progress, crops) for teacher in teachers])

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import open_clip
 import torch
@@ -24,9 +23,8 @@ from mclip.files import DATA, cache_dir, file_hash, read_json
 from mclip.pairs import normalise
 
 CONFIG_FILE, WEIGHTS_FILE, MERGES_FILE = "open_clip_config.json", "open_clip_model.safetensors", "merges.txt.gz"
+# What open_clip raises for weights that cannot be loaded or downloaded: a file's, a connection's, the hub's errors.
 UNLOADABLE = (OSError, RuntimeError, ValueError, KeyError, SafetensorError, UnpicklingError)
-"""What open_clip raises for weights that cannot be loaded or downloaded: a file's, a connection's, the hub's errors."""
-
 Tokenize = Callable[[Sequence[str]], Tensor]
 
 
@@ -36,16 +34,10 @@ class TeacherError(ValueError):
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen open_clip model with its own tokenizer and preparation of pictures.
+    """A frozen open_clip model, in evaluation mode, with its own tokenizer and preparation of pictures.
 
-    Attributes:
-        model: in evaluation mode, without gradients.
-        tokenize: captions -> token ids (B, T), the teacher's own.
-        name: for messages and results files.
-        image_size, mean, std: what the model's pictures must look like.
-        transform: a picture of any size -> what the model reads, (3, S, S); open_clip's own.
-        logit_scale: exp of the learned temperature.
-        embed_dim: width D of its embeddings.
+    ``tokenize``: captions -> ids (B, T). ``transform``: a picture of any size -> what the model reads, (3, S, S).
+    ``logit_scale``: exp of the learned temperature. ``embed_dim``: width D of the embeddings.
     """
 
     model: nn.Module
@@ -88,10 +80,9 @@ def load_open_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module,
     folder = DATA / "teacher" if name == SHIPPED else Path(name).expanduser()
     if name == SHIPPED or folder.is_dir():
         return _from_folder(folder)
-    known = open_clip.list_models()
-    if name not in known:
-        raise TeacherError(f"no teacher {name!r}: {closest(name, [SHIPPED, *known])}, or give a folder.")
-    return _from_architecture(name, pretrained or "")
+    if name in open_clip.list_models():
+        return _from_architecture(name, pretrained or "")
+    raise TeacherError(f"no teacher {name!r}: {closest(name, [SHIPPED, *open_clip.list_models()])}, or give a folder.")
 
 
 def _from_folder(folder: Path) -> tuple[nn.Module, Tokenize]:
@@ -106,9 +97,8 @@ def _from_folder(folder: Path) -> tuple[nn.Module, Tokenize]:
         model = open_clip.create_model(f"local-dir:{folder}", output_dict=True)
         return model, open_clip.get_tokenizer(f"local-dir:{folder}", **own_words)
     except (*UNLOADABLE, TypeError, AttributeError) as error:
-        raise TeacherError(
-            f"{folder}: not loadable as an open_clip model ({error}); copy or train it again."
-        ) from error
+        unusable = f"not loadable as an open_clip model ({error}); copy or train it again"
+        raise TeacherError(f"{folder}: {unusable}.") from error
 
 
 def _from_architecture(name: str, pretrained: str) -> tuple[nn.Module, Tokenize]:
@@ -116,15 +106,15 @@ def _from_architecture(name: str, pretrained: str) -> tuple[nn.Module, Tokenize]
     own = [folder / f"{name}-{pretrained}{suffix}" for suffix in (".safetensors", ".pt", ".bin")]
     file = next((str(file) for file in (Path(pretrained).expanduser(), *own) if file.is_file()), None)
     if file is None and pretrained not in tags:
-        nearest = closest(pretrained, tags)
-        raise TeacherError(f"teacher {name!r} has no weights {pretrained or None!r}: {nearest}, or give a file.")
+        remedy = f"{closest(pretrained, tags)}, or give a file"
+        raise TeacherError(f"teacher {name!r} has no weights {pretrained or None!r}: {remedy}.")
     try:
         model = open_clip.create_model(name, pretrained=file or pretrained, output_dict=True, cache_dir=str(folder))
         return model, open_clip.get_tokenizer(name)
     except UNLOADABLE as error:
         if file:
             raise TeacherError(f"{file}: not usable as weights of {name} ({error}); copy it again.") from error
-        source: dict[str, Any] = open_clip.get_pretrained_cfg(name, pretrained)
+        source = open_clip.get_pretrained_cfg(name, pretrained)
         places = " and ".join(f"{kind} {source[kind]}" for kind in ("hf_hub", "url") if source.get(kind))
         raise TeacherError(
             f"the weights {pretrained!r} of {name} are neither in {folder} nor could they be downloaded; tried "

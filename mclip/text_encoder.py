@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 
-from mclip.config import TextConfig, require
+from mclip.config import TextConfig
 
 _byte_pairs = cache(SimpleTokenizer)  # built at the first caption, not at import
 END_TOKEN = 49407
@@ -24,8 +24,7 @@ TOEPLITZ_MAX_LENGTH = 128  # the matrix grows with the square of the length; bey
 def clean_caption(text: str) -> str:
     """``text`` by the one cleaning rule, for training captions and for prompts alike.
 
-    Unicode NFKC, white space collapsed, lower case, punctuation stripped at both ends, so that "A photo of a dog." and
-    "a photo of a dog" become the same tokens.
+    Unicode NFKC, white space collapsed, lower case, punctuation stripped at both ends: "A dog." becomes "a dog".
     """
     text = unicodedata.normalize("NFKC", text).lower()
     text = unicodedata.normalize("NFKC", text)  # lower case can leave combining marks out of order
@@ -36,18 +35,18 @@ def clean_caption(text: str) -> str:
 class Tokenizer:
     """CLIP's byte-pair tokenizer (Radford et al. 2021, through open_clip) behind :func:`clean_caption`.
 
-    ``padded`` makes every row ``context_length`` long, as open_clip's tokenizers do: rows of several calls can be
-    joined. The text encoder drops columns that are padding in all rows, so it costs next to nothing.
+    ``padded`` makes every row ``context_length`` long, as open_clip's tokenizers do. It costs next to nothing, because
+    the text encoder drops columns that are padding in all rows.
     """
 
     def __init__(self, context_length: int, padded: bool = False) -> None:
         self.context_length, self.padded = context_length, padded
 
     def __call__(self, texts: str | list[str]) -> Tensor:
-        """Captions -> token ids (B, T), int64, T the longest caption of the call unless ``padded``.
+        """Captions, one or more -> token ids (B, T), int64, T the longest caption of the call unless ``padded``.
 
         Rows start with 49406, end with 49407 and are padded on the right with 0. A caption that is too long
-        is cut and keeps its end token. An empty list raises ValueError.
+        is cut and keeps its end token.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
@@ -79,8 +78,7 @@ def toeplitz(kernel: Tensor, length: int) -> Tensor:
 def mix_steps(matrices: Tensor, x: Tensor) -> Tensor:
     """Each of the ``matrices`` (H, T, T) applied along time to its C/H channels in a row of x (B, T, C) -> (B, T, C).
 
-    One matrix product per head covers the whole batch. On captions of up to 32 tokens this is about four times as fast
-    as conv1d.
+    One matrix product per head covers the batch: about four times as fast as conv1d on captions of up to 32 tokens.
     """
     (batch, length, channels), heads = x.shape, len(matrices)
     x = x.view(batch, length, heads, -1).permute(2, 1, 0, 3).reshape(heads, length, -1)
@@ -95,15 +93,13 @@ def light_conv_reference(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 class LightConv(nn.Module):
-    """Lightweight convolution along time (Wu et al. 2019, https://arxiv.org/abs/1901.10430).
+    """Depthwise convolution along time (Wu et al. 2019, https://arxiv.org/abs/1901.10430).
 
-    Depthwise; the kernel is softmax-normalised and shared by the channels of a head.
+    The kernel is softmax-normalised and shared by the channels of a head.
     """
 
     def __init__(self, channels: int, heads: int, kernel_size: int) -> None:
         super().__init__()
-        require(channels % heads == 0, "heads", heads, f"it must divide the {channels} channels")
-        require(kernel_size % 2 == 1, "kernel_size", kernel_size, "an odd kernel has a centre")
         self.weight = nn.Parameter(torch.empty(heads, kernel_size))
         nn.init.xavier_uniform_(self.weight)
 
@@ -116,10 +112,10 @@ class LightConv(nn.Module):
 
 
 class LSRABlock(nn.Module):
-    """Pre-norm Lite Transformer block: attention beside LightConv, then a feed-forward layer.
+    """Pre-norm Lite Transformer block (Wu et al. 2020, Figure 3).
 
-    The first half of the channels goes to attention, the second through Linear -> GLU -> LightConv -> Linear
-    (Wu et al. 2020, Figure 3).
+    The first half of the channels goes to attention, the second through Linear -> GLU -> LightConv -> Linear; then
+    comes a feed-forward layer.
     """
 
     def __init__(self, width: int, heads: int, kernel_size: int, feed_forward: int, dropout: float) -> None:
@@ -130,9 +126,8 @@ class LSRABlock(nn.Module):
         self.gate = nn.Linear(half, 2 * half)
         self.conv = LightConv(half, heads, kernel_size)
         self.mix = nn.Linear(half, half)
-        self.feed_forward = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, feed_forward), nn.GELU(), nn.Linear(feed_forward, width)
-        )
+        widen, narrow = nn.Linear(width, feed_forward), nn.Linear(feed_forward, width)
+        self.feed_forward = nn.Sequential(nn.LayerNorm(width), widen, nn.GELU(), narrow)
         self.dropout = nn.Dropout(dropout)
 
     def attend(self, x: Tensor, padding: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -151,8 +146,7 @@ class LSRABlock(nn.Module):
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         """x (B, T, d), padding (B, T) with True = pad -> (B, T, d); values at pads are meaningless."""
         left, right = self.norm(x).chunk(2, dim=2)
-        mixed = torch.cat([self.attend(left, padding)[0], self.convolve(right, padding)], dim=2)
-        x = x + self.dropout(mixed)
+        x = x + self.dropout(torch.cat([self.attend(left, padding)[0], self.convolve(right, padding)], dim=2))
         return x + self.dropout(self.feed_forward(x))
 
 
@@ -161,8 +155,8 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        width, rank = config.width, config.embedding_rank
-        self.features = width
+        self.features = width = config.width
+        rank = config.embedding_rank
         self.token_embedding: nn.Module = nn.Embedding(config.vocab_size, rank or width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         if rank is not None:
@@ -182,7 +176,6 @@ class TextEncoder(nn.Module):
         length, limit = tokens.shape[1], len(self.position_embedding)
         if length > limit:
             raise ValueError(f"captions of {length} tokens cannot work: this text encoder reads {limit}.")
-        tokens = tokens.contiguous()  # an int8 table reads nothing else
         return self.token_embedding(tokens) + self.position_embedding[:length]
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def test_same_output_as_torchvision_with_its_weights(width):
 )
 def test_depthwise_convolution_is_torchs_forward_and_backward(batch, channels, size, kernel, stride):
     conv = torch.nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=channels, bias=False).double()
-    ours = DepthwiseConv.of(conv)
+    ours = DepthwiseConv(conv)
     x = torch.randn(batch, channels, size, size, dtype=torch.double, requires_grad=True)
     weights = torch.randn_like(expected := conv(x))
     gradients = []

@@ -19,6 +19,7 @@ from mclip import pictures
 from mclip.deploy import reader
 from mclip.evaluate import embed_images
 from mclip.metrics import EvaluationError
+from mclip.pairs import normalise
 from mclip.pictures import PictureError, as_rgb, decode, middle, open_picture, read_picture
 from mclip.sources.loading import load_pairs
 from mclip.sources.zero_shot import image_folder_set
@@ -340,3 +341,10 @@ def test_a_very_long_picture_costs_no_memory(place, ways, shape):
     Image.new("RGB", shape, "red").save(place / "long.png")
     for way, pixels in ways.items():
         assert added_megabytes(lambda pixels=pixels: pixels(place / "long.png")) < 100, way  # resized whole: over 700
+
+
+@pytest.mark.skipif(not os.access(FORGET, os.W_OK), reason="the peak of a process is known on Linux alone")
+@pytest.mark.parametrize("shape", [(1, 60_000), (60_000, 1)])
+def test_a_very_long_array_costs_no_memory(shape):
+    long = torch.full((1, 3, *shape), 255, dtype=torch.uint8)
+    assert added_megabytes(lambda: normalise(long, 32, (0.0,) * 3, (1.0,) * 3)) < 100  # resized whole: over 700

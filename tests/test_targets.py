@@ -123,7 +123,7 @@ def compute(rows):
     print(rows.start, flush=True)
     time.sleep(float(sys.argv[2]))
     return np.full((len(rows), 2), rows.start, np.float16)
-fill(Path(sys.argv[1]) / "images.npy", (12, 2), 2, compute, "x", False, print)
+fill(Path(sys.argv[1]) / "images.npy", (12, 2), 2, compute, True)
 """
 
 
@@ -142,7 +142,7 @@ def test_processes_share_the_shards_and_stand_in_for_one_that_is_killed(tmp_path
     rows = np.load(tmp_path / "images.npy")
     np.testing.assert_array_equal(rows[:, 0], [0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10])
     again = start(tmp_path, 0.0).communicate(timeout=120)[0]
-    assert again.splitlines() == ["12 x were there; 0 computed"]
+    assert again.splitlines() == ["images: 12 were there, 0 computed; 4 bytes each"]
 
 
 def test_training_on_views_resumes_bit_for_bit(tmp_path):

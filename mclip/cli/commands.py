@@ -175,7 +175,7 @@ def cache(data: DataOptions, run: RunOptions, settings: TrainConfig, teacher: Te
     )
     chosen = teacher.or_of(run.profile)
     for each in load_teachers(chosen.teacher_model, chosen.teacher_pretrained, device_for(settings.accelerator)):
-        targets = get_targets([each], training, False, get_crops(settings), settings.progress, print)
+        targets = get_targets([each], training, False, get_crops(settings), settings.progress)
         print(f"{each.name}: {cache_dir() / 'targets' / targets.key}")
 
 
