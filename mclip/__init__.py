@@ -22,17 +22,14 @@ def load(
 ) -> tuple[torch.nn.Module, Callable[[Image], torch.Tensor], Callable[[str | list[str]], torch.Tensor]]:
     """A trained model, its preparation of pictures and its tokenizer, as open_clip returns them.
 
-    Code written for open_clip runs on what comes back: ``model.encode_image(images, normalize=True)``,
-    ``model.encode_text(tokens, normalize=True)`` and ``model.logit_scale``, in evaluation mode; calling the model
-    gives a dict, as with open_clip's ``output_dict=True``.
+    Code written for open_clip runs on them; calling the model gives a dict, as with ``output_dict=True``.
 
     Args:
         name: base, kd, clip or teacher, which ship with the course, or the folder of a model.
-        device: where the model computes, for example "cuda".
 
     Returns:
-        model; preprocess, a PIL picture of any mode -> (3, S, S) float32, which raises PictureError for one that
-        cannot be read; tokenizer, captions -> token ids (B, context length).
+        model, in evaluation mode; preprocess, a PIL picture of any mode -> (3, S, S) float32 (PictureError for one
+        that cannot be read); tokenizer, captions -> token ids (B, context length).
 
     Raises:
         ConfigError: no such model or device. ModelError or TeacherError: the folder cannot be read.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -46,8 +47,7 @@ class Schedule:
         self.phase_starts, self.descent_end, self.ramp = (0, *bounds[:2]), bounds[2], bounds[3]
         self.max_temperature, self.min_temperature = config.max_temperature, config.min_temperature
         self.term_starts = {name: self.phase_starts[FIRST_PHASE[name] - 1] for name in _priors(config)}
-        late = " and ".join(name for name, start in self.term_starts.items() if start >= total_steps)
-        if late:
+        if late := " and ".join(name for name, start in self.term_starts.items() if start >= total_steps):
             message = f"phases={config.phases}: {late} would never start in a run of {total_steps} steps"
             warnings.warn(message, stacklevel=2)
 
@@ -73,20 +73,20 @@ class Schedule:
 
 
 def gradient_norms(terms: Terms, embeddings: Sequence[Tensor]) -> dict[str, float]:
-    """The gradient norm of each scalar term with respect to all ``embeddings`` together.
+    """The gradient norm of each scalar term with respect to all ``embeddings`` together; no encoder is run backward.
 
-    No encoder is run backward. GradNorm (Chen et al. 2018) stops at the last shared layer for the same reason. Raises
-    ValueError for a term that depends on none of the embeddings.
+    GradNorm (Chen et al. 2018) stops at the last shared layer for the same reason. ValueError for a term that depends
+    on none of the embeddings.
     """
-    remedy = "pass every student tensor, with its graph, that the terms are computed from (penultimate features too)"
-    inputs = [embedding for embedding in embeddings if embedding.requires_grad]
-    norms = []
+    inputs, norms = [embedding for embedding in embeddings if embedding.requires_grad], []
     for name, term in terms.items():
         usable = inputs if term.requires_grad else []
         gradients = torch.autograd.grad(term, usable, retain_graph=True, allow_unused=True) if usable else ()
         parts = [gradient.float().norm() for gradient in gradients if gradient is not None]
         if not parts:
-            raise ValueError(f"term {name!r} has no gradient at the given embeddings: {remedy}")
+            raise ValueError(
+                f"term {name!r} has no gradient at the given embeddings: pass all that it is computed from"
+            )
         norms.append(torch.stack(parts).norm())
     return dict(zip(terms, torch.stack(norms).tolist(), strict=True))
 
@@ -105,10 +105,10 @@ class Balancer(nn.Module):
     Measured factors are averaged over time in logarithms, with ``adaptation_rate``, at every
     ``gradient_check_frequency``-th step. Prior and ramp stay outside of the average, and a new term enters at the
     geometric mean of the factors. So neither a ramp that begins near 0 nor a late start can hold a term down. A size
-    that is 0 or not finite says nothing about a term and leaves its factor alone.
+    that is 0 or not finite leaves the factor of its term alone.
 
-    The log-variances are parameters, and exist only if "uncertainty" is configured. Give them to the optimiser without
-    weight decay, which would pull them to 0. ``state_dict()`` holds all that a resumed run needs.
+    The log-variances are parameters without weight decay, and exist only if "uncertainty" is configured. ConfigError
+    for an unknown strategy.
     """
 
     def __init__(self, config: DistillConfig) -> None:
@@ -123,14 +123,13 @@ class Balancer(nn.Module):
 
     @property
     def strategy(self) -> str:
-        """The name of the strategy at work."""
+        """The strategy at work."""
         return self.strategies[self.index]
 
     def combine(self, terms: Terms, active: Factors, step: int, embeddings: Sequence[Tensor]) -> tuple[Tensor, Factors]:
         """The scalar to minimise, sum w_i L_i, and the weights w_i; arguments and errors as in :meth:`weights`.
 
-        Under "uncertainty" the scalar is Kendall's, sum of prior_i * ramp_i * (exp(-s_i) L_i + s_i / 2), which trains
-        the s_i too. The weights returned are then the coefficients of the L_i, scaled to sum to n.
+        Under "uncertainty" it is Kendall's, sum of prior_i * ramp_i * (exp(-s_i) L_i + s_i / 2), which trains the s_i.
         """
         weights = self.weights(terms, active, step, embeddings)
         if self.strategy == "uncertainty" and len(active) > 1:
@@ -145,18 +144,13 @@ class Balancer(nn.Module):
     def weights(self, terms: Terms, active: Factors, step: int, embeddings: Sequence[Tensor]) -> Factors:
         """The weight of each active term; updates the averages if ``step`` is one that measures.
 
-        Args:
-            terms: scalar losses with their graph; those that are not active are ignored.
-            active: ramp factors in (0, 1], from :meth:`Schedule.active`.
-            embeddings: the student's tensors that the terms are computed from, for "gradient_norm".
-
-        Raises: ValueError: an active term was not delivered, is switched off by its prior, or has no positive ramp.
+        ``terms`` are scalar losses with their graph, ``active`` the ramp factors of :meth:`Schedule.active`, and
+        ``embeddings`` the student's tensors that the terms are computed from, for "gradient_norm". ValueError for an
+        active term that was not delivered.
         """
-        for name, ramp in active.items():
+        for name in active:
             if name not in terms:
                 raise ValueError(f"term {name!r} is active, but the objective delivered only {sorted(terms)}")
-            if name not in self.priors or not ramp > 0:
-                raise ValueError(f"term {name!r} is active, but prior or ramp ({ramp}) is not positive")
         if len(active) == 1:
             return dict.fromkeys(active, 1.0)
         for name in active:
@@ -176,7 +170,7 @@ class Balancer(nn.Module):
         """Count one evaluation, by a metric where higher is better; True if the strategy changed.
 
         After ``plateau_patience`` evaluations in a row without a new best the next strategy takes over, and after the
-        last the first again. A metric that is not a number counts as no improvement.
+        last the first again.
         """
         self.best, self.stale = (metric, 0) if metric > self.best else (self.best, self.stale + 1)
         if self.stale < self.config.plateau_patience or len(self.strategies) == 1:
@@ -186,15 +180,11 @@ class Balancer(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """What ``state_dict()`` holds beside the log-variances: plain data, fit for weights-only loading."""
-        state = {"index": self.index, "best": self.best, "stale": self.stale, "log_factors": dict(self.log_factors)}
-        return {"strategies": list(self.strategies)} | state
+        return {name: deepcopy(getattr(self, name)) for name in ("index", "best", "stale", "log_factors")}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`get_extra_state`; ConfigError if it was saved with other strategies."""
-        saved = tuple(state["strategies"])
-        require(saved == self.strategies, "balancers", self.strategies, f"the checkpoint has {saved}")
-        self.index, self.log_factors = state["index"], dict(state["log_factors"])
-        self.best, self.stale = state["best"], state["stale"]
+        """Restore :meth:`get_extra_state`."""
+        vars(self).update(deepcopy(state))
 
     def _update(self, terms: Terms, embeddings: Sequence[Tensor]) -> None:
         """Move each log factor towards minus the logarithm of its term's size, keeping their mean."""
@@ -202,16 +192,10 @@ class Balancer(nn.Module):
         if self.strategy == "gradient_norm":
             sizes = gradient_norms(terms, embeddings)
         elif self.strategy == "magnitude":
-            losses = torch.stack([term.detach().abs() for term in terms.values()])
-            sizes = dict(zip(terms, losses.tolist(), strict=True))
+            sizes = {name: abs(term.item()) for name, term in terms.items()}
         sizes = {name: size for name, size in sizes.items() if math.isfinite(size) and size > 0}
         floor = FLOOR * max(sizes.values(), default=0.0)
         logs = {name: -math.log(max(size, floor)) for name, size in sizes.items()}
         shift = sum(self.log_factors[name] - log for name, log in logs.items()) / max(1, len(logs))
         for name, log in logs.items():
             self.log_factors[name] += self.config.adaptation_rate * (log + shift - self.log_factors[name])
-
-
-def make_balancer(config: DistillConfig) -> Balancer:
-    """The balancer of a configuration, at the first of its strategies; ConfigError for an unknown one."""
-    return Balancer(config)

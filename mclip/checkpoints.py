@@ -1,8 +1,8 @@
 """The folder of a run: its log, and checkpoints from which it goes on as if nothing had happened.
 
-A checkpoint holds weights, aligners, balancer, optimiser, moving average, gradient scaler and counters. The teacher is
-not in it: training reads cached embeddings. The order of the data and the random numbers need no state, because they
-are functions of seed, step and process. So a run may go on with another number of processes.
+A checkpoint holds weights, aligners, balancer, optimiser, moving average, gradient scaler, counters and log, and not
+the teacher. The order of the data and the random numbers need no state, because they are functions of seed, step and
+process. So a run may go on with another number of processes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pickle
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,13 @@ import torch
 from torch import nn
 
 from mclip.config import ConfigError, DistillConfig, TrainConfig
-from mclip.files import atomic_path, write_json
+from mclip.files import atomic_path, read_json, write_json
 from mclip.pairs import BatchSource
 from mclip.results import weights_sha256
+from mclip.steps import Record
 
-Record = dict[str, Any]
-OnRecord = Callable[[Record], None]
-COUNTERS = ("step", "best", "stale", "finished")
+STATE = ("step", "best", "stale", "finished", "log")
 KEPT = 2  # checkpoints: the older one serves where the newer one is damaged
-UNREADABLE = (RuntimeError, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError)
 
 
 def run_identity(model: nn.Module, batches: BatchSource, config: TrainConfig, distill: DistillConfig) -> Record:
@@ -55,31 +53,34 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     return [] if old == new else [f"{name} was {old!r} and is now {new!r}"]
 
 
+@dataclass
 class RunState:
     """How far a run has come, its log and its checkpoints, kept in ``folder``.
 
-    Args:
+    Attributes:
         identity: from :func:`run_identity`. A checkpoint of another run is refused.
-        parts: what is saved and restored: anything with ``state_dict`` and ``load_state_dict``, or None, by name.
+        parts: what is saved and restored: anything with ``state_dict`` and ``load_state_dict``, by name.
         writes: False for all but one of several processes, which only read.
         on_record: called with each new record of the log.
-
-    Attributes:
         step, finished: optimiser steps done, and whether the run is over.
         best, stale: the best validation, by a metric where higher is better, and validations since then.
         log: all records so far.
     """
 
-    def __init__(
-        self, folder: str | Path, identity: Record, parts: Record, writes: bool, on_record: OnRecord | None = None
-    ) -> None:
-        self.folder, self.identity, self.writes, self.on_record = Path(folder), identity, writes, on_record
-        self.parts = {name: part for name, part in parts.items() if part is not None}
-        self.step, self.best, self.stale, self.finished = 0, -math.inf, 0, False
-        self.log: list[Record] = []
+    folder: Path
+    identity: Record
+    parts: Record
+    writes: bool
+    on_record: Callable[[Record], None] | None = None
+    step: int = 0
+    best: float = -math.inf
+    stale: int = 0
+    finished: bool = False
+    log: list[Record] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.log_path, self.settings_path = self.folder / "log.jsonl", self.folder / "settings.json"
-        self.saved = time.monotonic()
+        self.log_path, self.saved = self.folder / "log.jsonl", time.monotonic()
 
     def checkpoints(self) -> list[Path]:
         """The files of the checkpoints, newest first."""
@@ -90,16 +91,29 @@ class RunState:
 
         Raises: ConfigError if the folder holds a run with other settings.
         """
-        files = self.checkpoints() if resume else []
-        stored = json.loads(self.settings_path.read_text(encoding="utf-8")) if self.settings_path.exists() else None
-        if files and (changed := differences(stored, self.identity)):
-            raise ConfigError(
-                f"{self.folder} holds a run with other settings: {'; '.join(changed)}. "
-                "Choose another folder, or delete this one to train anew."
-            )
-        any(self._restore(file) for file in files)  # stops at the first that is readable
-        if self.writes:
-            self._write_beginning()
+        files, settings = self.checkpoints() if resume else [], self.folder / "settings.json"
+        if files and (changed := differences(read_json(settings), self.identity)):
+            remedy = "Choose another folder, or delete this one to train anew."
+            raise ConfigError(f"{self.folder} holds a run with other settings: {'; '.join(changed)}. {remedy}")
+        for file in files:
+            try:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+            except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+                print(f"{file} is damaged ({type(error).__name__}); going back to the checkpoint before.")
+                continue
+            for name, state in content["parts"].items():
+                self.parts[name].load_state_dict(state)
+            vars(self).update(content["state"])
+            break
+        if not self.writes:
+            return
+        # A process that was killed while it wrote a file leaves half of it under another name.
+        stale = [file for pattern in (".*.part", "model/.*.part") for file in self.folder.glob(pattern)]
+        for file in stale + (self.checkpoints() if self.step == 0 else []):
+            file.unlink()
+        write_json(settings, self.identity)
+        with atomic_path(self.log_path) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.log), encoding="utf-8")
 
     def record(self, record: Record) -> None:
         """Append one line to the log."""
@@ -116,7 +130,7 @@ class RunState:
         self.best = max(self.best, metric)
 
     def due(self, minutes: float) -> bool:
-        """Whether the process that writes has written no checkpoint for ``minutes``; False on all others."""
+        """Whether the process that writes has written no checkpoint for ``minutes``."""
         return self.writes and time.monotonic() - self.saved > 60 * minutes
 
     def save(self) -> None:
@@ -125,45 +139,8 @@ class RunState:
         if not self.writes:
             return
         content = {"parts": {name: part.state_dict() for name, part in self.parts.items()}}
-        content["state"] = {name: getattr(self, name) for name in COUNTERS}
+        content["state"] = {name: getattr(self, name) for name in STATE}
         with atomic_path(self.folder / f"checkpoint-{self.step:08d}.pt") as temporary:
             torch.save(content, temporary)
         for file in self.checkpoints()[KEPT:]:
             file.unlink()
-
-    def _restore(self, file: Path) -> bool:
-        """Load a checkpoint and the log up to it; False if the file is damaged."""
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except UNREADABLE as error:
-            print(f"{file} is damaged ({type(error).__name__}); going back to the checkpoint before.")
-            return False
-        for name, part in self.parts.items():
-            part.load_state_dict(content["parts"][name])
-        vars(self).update({name: content["state"][name] for name in COUNTERS})
-        self.log = self._log_until(self.step)
-        return True
-
-    def _write_beginning(self) -> None:
-        """Write the settings, and the log up to the checkpoint; remove what the run does not go on from."""
-        # A process that was killed while it wrote a file leaves half of it under another name.
-        stale = [file for pattern in (".*.part", "model/.*.part") for file in self.folder.glob(pattern)]
-        for file in stale + (self.checkpoints() if self.step == 0 else []):
-            file.unlink()
-        write_json(self.settings_path, self.identity)
-        with atomic_path(self.log_path) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.log), encoding="utf-8")
-
-    def _log_until(self, step: int) -> list[Record]:
-        """The records of the first ``step`` steps, so that a resumed log equals an unbroken one."""
-        kept: list[Record] = []
-        for line in self.log_path.read_text(encoding="utf-8").splitlines() if self.log_path.exists() else []:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:  # half a line, the last that a killed process wrote
-                break
-            # A validation bears the number of the steps before it.
-            if record["step"] >= step + ("validation" in record):
-                break
-            kept.append(record)
-        return kept

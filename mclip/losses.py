@@ -2,8 +2,7 @@
 
 ``image`` u and ``text`` v are the student's L2-normalised embeddings (B, d), row i of each from pair i;
 ``logit_scale`` s is its learned scale. ``teacher_image`` U, ``teacher_text`` V (B, D) and ``teacher_logit_scale`` S
-are the teacher's. Each function returns a scalar, averaged over the batch. For a run on several processes, gather the
-embeddings first and call the same functions.
+are the teacher's. Each function returns a scalar, averaged over the batch.
 
 All losses but ``feature`` compare each pair with every other of the batch and know pairs by position alone. Two
 pictures with the same caption are therefore each other's negatives in ``info_nce``, ``siglip``, ``jsd`` and ``icl``,
@@ -23,6 +22,8 @@ from torch import Tensor, nn
 
 from mclip.config import require
 
+Scale = Tensor | float
+
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
     """All cosines (B, B) of two sets of normalised embeddings (B, d), in float32 or better.
@@ -37,14 +38,14 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
         return a.to(dtype) @ b.to(dtype).T
 
 
-def info_nce(image: Tensor, text: Tensor, logit_scale: Tensor | float) -> Tensor:
+def info_nce(image: Tensor, text: Tensor, logit_scale: Scale) -> Tensor:
     """Symmetric cross-entropy of s u v^T with the diagonal (Radford et al. 2021, figure 3); log B at chance."""
     logits = logit_scale * cosines(image, text)
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def siglip(image: Tensor, text: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float) -> Tensor:
+def siglip(image: Tensor, text: Tensor, logit_scale: Scale, logit_bias: Scale) -> Tensor:
     """Each of the B x B pairs as its own yes-or-no question, with a bias (Zhai et al. 2023, algorithm 1).
 
     Summed over the pairs and divided by B, as in the paper: in a large batch the positives keep their weight.
@@ -54,12 +55,12 @@ def siglip(image: Tensor, text: Tensor, logit_scale: Tensor | float, logit_bias:
     return -F.logsigmoid(sign * logits).sum() / len(logits)
 
 
-def jsd(image: Tensor, text: Tensor, logit_scale: Tensor | float) -> Tensor:
+def jsd(image: Tensor, text: Tensor, logit_scale: Scale) -> Tensor:
     """CLIP-Lite's Jensen-Shannon bound in softplus form (Shrivastava et al. 2023), critic T = s u v^T.
 
     Mean softplus(-T) over the positives, on the diagonal, plus mean softplus(T) over the negatives, off it: a pair is
     never both. The paper draws one negative for each positive; this averages over all B - 1, the same in expectation.
-    2 log 2 where nothing is known. ValueError for B < 2: no negatives.
+    ValueError for B < 2: no negatives.
     """
     logits = logit_scale * cosines(image, text)
     if len(logits) < 2:
@@ -76,10 +77,8 @@ def feature(student: Tensor, teacher: Tensor, form: Literal["cosine", "mse"] = "
     gradients too weak to matter beside a contrastive term.
     """
     if student.shape != teacher.shape:
-        raise ValueError(
-            f"student features {tuple(student.shape)} and teacher features {tuple(teacher.shape)} differ: "
-            f"bring the student to the teacher's width with Aligner({student.shape[-1]}, {teacher.shape[-1]})"
-        )
+        remedy = f"give the student an Aligner({student.shape[-1]}, {teacher.shape[-1]})"
+        raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ: {remedy}")
     if form == "cosine":
         return 1 - F.cosine_similarity(student, teacher, dim=-1).mean()
     require(form == "mse", "form", form, "use 'cosine' or 'mse'")
@@ -91,19 +90,16 @@ def response(
     text: Tensor,
     teacher_image: Tensor | Sequence[Tensor],
     teacher_text: Tensor | Sequence[Tensor],
-    logit_scale: Tensor | float,
-    teacher_logit_scale: Tensor | float | Sequence[float],
+    logit_scale: Scale,
+    teacher_logit_scale: Scale | Sequence[float],
     temperature: float = 1.0,
 ) -> Tensor:
     """KL(softmax(S U V^T / T) || softmax(s u v^T / T)) T^2, images to texts and texts to images averaged.
 
-    Over the student's own similarity matrix, the one that inference uses. A true divergence, the teacher's entropy
-    taken off: 0 where the distributions are equal. The T^2 keeps the size of the gradients as T changes (Hinton et al.
-    2015, section 2; for CLIP: Yang et al. 2024, CLIP-KD). Computed from logarithms, so that a probability too small for
-    a float costs nothing. The widths d and D may differ.
-
-    Of several teachers, given as sequences of equal length, the target is the mean of their distributions (Vasu et al.
-    2024, MobileCLIP, section 3.2).
+    Over the student's own similarity matrix, the one that inference uses. A true divergence: 0 where the distributions
+    are equal. The T^2 keeps the size of the gradients as T changes (Hinton et al. 2015, section 2; for CLIP: Yang et
+    al. 2024, CLIP-KD). The widths d and D may differ. Of several teachers, given as sequences, the target is the mean
+    of their distributions (Vasu et al. 2024, MobileCLIP, section 3.2).
     """
     if isinstance(teacher_image, Tensor):
         teacher_image, teacher_text, teacher_logit_scale = [teacher_image], [teacher_text], [teacher_logit_scale]
@@ -121,8 +117,7 @@ def response(
 def similarity(image: Tensor, text: Tensor, teacher_image: Tensor, teacher_text: Tensor) -> Tensor:
     """Mean squared difference of teacher's and student's cosines: image-image, text-text and image-text.
 
-    Similarity-preserving distillation (Tung and Mori 2019) with cosines. What is matched is how the pictures and
-    captions of a batch lie to each other, not where, so the widths d and D may differ.
+    Similarity-preserving distillation (Tung and Mori 2019) with cosines. The widths d and D may differ.
     """
     _same_batch(image, teacher_image)
     images = F.mse_loss(cosines(image, image), cosines(teacher_image, teacher_image))
@@ -131,19 +126,12 @@ def similarity(image: Tensor, text: Tensor, teacher_image: Tensor, teacher_text:
     return torch.stack([images, texts, across]).mean()
 
 
-def icl(
-    image: Tensor, text: Tensor, teacher_image: Tensor, teacher_text: Tensor, logit_scale: Tensor | float
-) -> Tensor:
+def icl(image: Tensor, text: Tensor, teacher_image: Tensor, teacher_text: Tensor, logit_scale: Scale) -> Tensor:
     """Interactive contrastive learning (Yang et al. 2024, CLIP-KD): find the pair in the teacher.
 
     The mean of two cross-entropies with the diagonal, each with the student as anchor: its images over the
     teacher's texts, its texts over the teacher's images. ValueError unless both embed into the same width.
     """
-    if image.shape != teacher_image.shape:
-        raise ValueError(
-            f"icl needs embeddings of one width, but the student's are {tuple(image.shape)} and the "
-            f"teacher's {tuple(teacher_image.shape)}: set embed_dim={teacher_image.shape[-1]} or icl_weight=0"
-        )
     target = torch.arange(len(image), device=image.device)
     from_images = F.cross_entropy(logit_scale * cosines(image, teacher_text), target)
     from_texts = F.cross_entropy(logit_scale * cosines(text, teacher_image), target)
@@ -156,22 +144,17 @@ def _same_batch(student: Tensor, teacher: Tensor) -> None:
         raise ValueError(f"the student's batch has {len(student)} pairs, the teacher's {len(teacher)}")
 
 
-class Aligner(nn.Module):
+class Aligner(nn.Sequential):
     """Brings student features (B, in_features) to the teacher's width (B, out_features) for ``feature``.
 
     "mlp" is Linear -> ReLU -> Dropout 0.1 -> Linear, used in training and then thrown away. "identity" has no
-    parameters and needs equal widths: the student's own embedding then has to lie where the teacher's does.
-    ConfigError for another kind, and for "identity" between different widths.
+    parameters: the student's own embedding has to lie where the teacher's does. ConfigError for another kind, and for
+    "identity" between different widths.
     """
 
     def __init__(self, in_features: int, out_features: int, kind: Literal["mlp", "identity"] = "mlp") -> None:
-        super().__init__()
         require(kind in ("mlp", "identity"), "aligner", kind, "use 'mlp' or 'identity'")
         remedy = f"student width {in_features}, teacher width {out_features}; use 'mlp'"
         require(kind == "mlp" or in_features == out_features, "aligner", kind, remedy)
         first, last = (in_features, out_features), (out_features, out_features)
-        layers = [nn.Linear(*first), nn.ReLU(), nn.Dropout(0.1), nn.Linear(*last)] if kind == "mlp" else []
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features)
+        super().__init__(*[nn.Linear(*first), nn.ReLU(), nn.Dropout(0.1), nn.Linear(*last)] if kind == "mlp" else [])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
+import numpy as np
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from mclip import losses
@@ -12,6 +14,11 @@ from mclip.config import DistillConfig, require
 from mclip.pairs import Batch
 
 Output = dict[str, Tensor]
+
+
+def embeddings(output: Output, kind: str = "features") -> list[Tensor]:
+    """The student's two tensors of a kind, "features" or "penultimate": (B, d) of pictures and of captions."""
+    return [output[f"image_{kind}"], output[f"text_{kind}"]]
 
 
 class Contrastive(nn.Module):
@@ -27,10 +34,10 @@ class Contrastive(nn.Module):
 
     def student_tensors(self, output: Output) -> list[Tensor]:
         """The student's tensors that the terms are computed from. Gradient norms are taken at them."""
-        return [output["image_features"], output["text_features"]]
+        return embeddings(output)
 
     def _original(self, output: Output, batch: Batch, temperature: float) -> Tensor:
-        student = output["image_features"], output["text_features"], output["logit_scale"]
+        student = *embeddings(output), output["logit_scale"]
         if self.config.task == "siglip":
             return losses.siglip(*student, output["logit_bias"])
         return losses.jsd(*student) if self.config.task == "jsd" else losses.info_nce(*student)
@@ -39,23 +46,17 @@ class Contrastive(nn.Module):
 class Distillation(Contrastive):
     """The student's own loss, and the terms that compare the student with the teacher's cached embeddings.
 
-    Args:
-        config: which terms there are and in which form.
-        widths: widths of the student's tensors that feature distillation aligns: (image, text).
-        teacher_width: width of the teacher's embeddings. Several teachers lie side by side: one width each.
-        teacher_logit_scale: the teacher's exp(logit_scale), or one each.
+    ``widths`` are those of the student's tensors that feature distillation aligns (image, text), ``teacher_width`` and
+    ``teacher_logit_scale`` the width of the teacher's embeddings and its exp(logit_scale). Several teachers, whose
+    embeddings lie side by side, have one each.
     """
 
     def __init__(
-        self,
-        config: DistillConfig,
-        widths: tuple[int, int],
-        teacher_width: int | Sequence[int],
-        teacher_logit_scale: float | Sequence[float],
+        self, config: DistillConfig, widths: tuple[int, int], teacher_width: ArrayLike, teacher_logit_scale: ArrayLike
     ) -> None:
         super().__init__(config)
-        self.teacher_widths = [teacher_width] if isinstance(teacher_width, int) else list(teacher_width)
-        scales = [teacher_logit_scale] if isinstance(teacher_logit_scale, float | int) else list(teacher_logit_scale)
+        self.teacher_widths = np.atleast_1d(teacher_width).tolist()
+        scales = np.atleast_1d(teacher_logit_scale).tolist()
         # Embeddings that lie side by side were shortened to one unit vector, each cosine to its share.
         self.teacher_logit_scales = [scale * len(scales) for scale in scales]
         joined = sum(self.teacher_widths)
@@ -70,16 +71,14 @@ class Distillation(Contrastive):
 
     def student_tensors(self, output: Output) -> list[Tensor]:
         """The embeddings, and the penultimate features where feature distillation reads them."""
-        tensors = super().student_tensors(output)
-        if self.config.feature_weight and self.config.feature_source == "penultimate":
-            tensors += [output["image_penultimate"], output["text_penultimate"]]
-        return tensors
+        penultimate = self.config.feature_weight and self.config.feature_source == "penultimate"
+        return embeddings(output) + (embeddings(output, "penultimate") if penultimate else [])
 
     def _feature(self, output: Output, batch: Batch, temperature: float) -> Tensor:
-        source = "penultimate" if self.config.feature_source == "penultimate" else "features"
-        image = self.image_aligner(output[f"image_{source}"])
-        text = self.text_aligner(output[f"text_{source}"])
         form = self.config.feature_form
+        source = "penultimate" if self.config.feature_source == "penultimate" else "features"
+        image, text = embeddings(output, source)
+        image, text = self.image_aligner(image), self.text_aligner(text)
         if form == "mse":
             image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
         image_loss = losses.feature(image, batch.teacher_image, form)
@@ -87,15 +86,12 @@ class Distillation(Contrastive):
         return self.config.img_distill_weight * image_loss + self.config.txt_distill_weight * text_loss
 
     def _response(self, output: Output, batch: Batch, temperature: float) -> Tensor:
-        student = output["image_features"], output["text_features"]
         teacher = [rows.split(self.teacher_widths, dim=1) for rows in (batch.teacher_image, batch.teacher_text)]
         scales = output["logit_scale"], self.teacher_logit_scales
-        return losses.response(*student, *teacher, *scales, temperature)
+        return losses.response(*embeddings(output), *teacher, *scales, temperature)
 
     def _similarity(self, output: Output, batch: Batch, temperature: float) -> Tensor:
-        student = output["image_features"], output["text_features"]
-        return losses.similarity(*student, batch.teacher_image, batch.teacher_text)
+        return losses.similarity(*embeddings(output), batch.teacher_image, batch.teacher_text)
 
     def _icl(self, output: Output, batch: Batch, temperature: float) -> Tensor:
-        student = output["image_features"], output["text_features"]
-        return losses.icl(*student, batch.teacher_image, batch.teacher_text, output["logit_scale"])
+        return losses.icl(*embeddings(output), batch.teacher_image, batch.teacher_text, output["logit_scale"])

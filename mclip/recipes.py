@@ -33,7 +33,6 @@ from mclip.scenes.test_sets import evaluate_relation, scene_sets
 from mclip.scenes.world import SceneConfig
 from mclip.sources.loading import load_pairs
 from mclip.sources.zero_shot import zero_shot_set
-from mclip.steps import Record
 from mclip.targets import get_crops, get_targets
 from mclip.teacher import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, load_open_clip, load_teacher, load_teachers
 from mclip.train import TrainResult, train
@@ -82,28 +81,22 @@ def load_data(
     data_size: float = 1.0,
     noise: float = 0.0,
     seed: int = 0,
-    progress: bool = True,
     **reading: Any,
 ) -> tuple[Pairs, Pairs]:
     """Training and validation pairs: scenes of the profile's size where both paths are empty.
 
-    ``reading`` is passed on to :func:`~mclip.sources.loading.load_pairs`: the keys of a CSV, and what to do with bad
-    rows. ConfigError where only one of the paths is given.
+    ``reading`` goes to :func:`~mclip.sources.loading.load_pairs`. ConfigError where only one of the paths is given.
     """
     require_both(train_data_path, val_data_path)
     size = get_profile(profile).pictures
     train_scenes = SceneConfig(size, image_size, "train", noise=noise)
     val_scenes = SceneConfig(max(64, size // 20), image_size, "val")
-    reading |= {"progress": progress}
     training = load_pairs(train_data_path, image_size, data_size=data_size, seed=seed, scenes=train_scenes, **reading)
     return training, load_pairs(val_data_path, image_size, split="val", scenes=val_scenes, **reading)
 
 
 def labelled_set(dataset: str, profile: str, root_dir: str = "") -> ZeroShotSet:
-    """The labelled pictures that ``dataset`` names: "scenes" of the profile's number, by colour and shape, or others.
-
-    Others are one of torchvision's sets below ``root_dir`` (default: the cache), or a folder of pictures by class.
-    """
+    """The labelled pictures of "scenes" by colour and shape, of a torchvision set, or of a folder of classes."""
     if dataset == "scenes":
         return scene_sets(64, get_profile(profile).test_pictures)["colour-shape"]
     return zero_shot_set(dataset, root_dir or None)
@@ -139,15 +132,12 @@ def train_student(
     teacher_model: str = "scenes",
     teacher_pretrained: str | None = None,
     base_checkpoint: str = "",
-    resume: bool = True,
-    on_record: Callable[[Record], None] | None = None,
+    **run: Any,
 ) -> TrainResult:
     """Train a student, from scratch or from ``base_checkpoint``; ``distill`` decides whether there is a teacher.
 
-    ``teacher_model`` and ``teacher_pretrained`` may name several teachers, separated by commas. ``base_checkpoint`` and
-    ``resume`` as in :func:`load_model` and :func:`~mclip.train.train`.
-
-    The model folder is ``out_dir/model``; log and checkpoints lie beside it.
+    ``teacher_model`` and ``teacher_pretrained`` may name several teachers, separated by commas. ``run`` (``resume``,
+    ``on_record``) goes to :func:`~mclip.train.train`. The model is written to ``out_dir/model``.
     """
     out_dir = Path(out_dir).expanduser()
     torch.manual_seed(settings.seed)
@@ -163,12 +153,10 @@ def train_student(
         if not base_checkpoint:
             # Where embeddings are to equal the teacher's, responses agree only at the teacher's scale.
             nn.init.constant_(model.logit_scale, math.log(targets.logit_scale))
-    batches = BatchSource(
-        training, model.tokenizer, student_prepare(config), settings.batch_size, settings.seed, targets, crops
-    )
-    run = {"out_dir": out_dir, "resume": resume, "on_record": on_record}
-    validate = retrieval_validation(model.tokenizer, validation)
-    result = train(model, batches, settings, objective=objective, validate=validate, **run)
+    source = settings.batch_size, settings.seed, targets, crops
+    batches = BatchSource(training, model.tokenizer, student_prepare(config), *source)
+    run |= {"out_dir": out_dir, "validate": retrieval_validation(model.tokenizer, validation)}
+    result = train(model, batches, settings, objective=objective, **run)
     if processes()[0] == 0:
         model.save_pretrained(out_dir / "model")
     return result
@@ -180,19 +168,13 @@ def open_clip_config(like: str | Path) -> dict[str, Any]:
 
 
 def train_open_clip(
-    like: str | Path,
-    training: Pairs,
-    validation: Pairs,
-    settings: TrainConfig,
-    out_dir: str | Path,
-    *,
-    resume: bool = True,
-    on_record: Callable[[Record], None] | None = None,
+    like: str | Path, training: Pairs, validation: Pairs, settings: TrainConfig, out_dir: str | Path, **run: Any
 ) -> TrainResult:
     """Train an open_clip model from scratch with the contrastive loss: the plain CLIP, or a teacher.
 
-    It has the architecture and the tokenizer of ``like``: of "clip", a small Vision Transformer, of "teacher", a
-    ten-layer ResNet, or of another folder in open_clip's form. ``out_dir/model`` is such a folder too, in fp16.
+    It has the architecture and the tokenizer of ``like``: "clip", a small Vision Transformer, "teacher", a ten-layer
+    ResNet, or another folder in open_clip's form. ``out_dir/model`` is such a folder too, in fp16; ``run`` as in
+    :func:`train_student`.
     """
     remedy = "a teacher or plain CLIP of this size is trained by one process; start it without torchrun"
     require(processes()[1] == 1, "WORLD_SIZE", processes()[1], remedy)
@@ -201,9 +183,8 @@ def train_open_clip(
     model, tokenizer = load_open_clip(str(folder))
     prepare = load_teacher(str(folder)).prepare
     batches = BatchSource(training, tokenizer, prepare, settings.batch_size, settings.seed, crops=get_crops(settings))
-    run = {"out_dir": folder.parent, "resume": resume, "on_record": on_record}
-    validate = retrieval_validation(tokenizer, validation)
-    result = train(model, batches, settings, objective=Contrastive(BASE), validate=validate, **run)
+    run |= {"out_dir": folder.parent, "validate": retrieval_validation(tokenizer, validation)}
+    result = train(model, batches, settings, objective=Contrastive(BASE), **run)
     save_weights(result.model, folder, half=True)
     return result
 
@@ -278,10 +259,7 @@ def evaluate_all(
 def write_card(
     folder: str | Path, title: str, command: str, seconds: float, records: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Write ``README.md`` into the folder of a model, whose ``title`` is a sentence and whose results ``records`` are.
-
-    ``command`` is what to type to train it again, which takes ``seconds``.
-    """
+    """Write a model's ``README.md``: a title, the ``command`` that trains it again, and its results."""
     rows = []
     for record in records:
         if record["task"] == "zero_shot":

@@ -2,9 +2,9 @@
 
 Contrastive and distillation terms compare each pair with all others, so their gradient is not the mean of the gradients
 of parts. A step therefore embeds every piece, joins the embeddings of all pieces and processes, and takes one loss over
-all of them. With one piece this is the usual step. Of several pieces no activations are kept: each is embedded again
-when the gradient comes back to it. That costs a second forward pass and needs the memory of one piece, as in GradCache
-(Gao et al. 2021). Only BatchNorm still sees a piece alone.
+all of them. Of several pieces no activations are kept: each is embedded again when the gradient comes back to it. That
+costs a second forward pass and needs the memory of one piece, as in GradCache (Gao et al. 2021). Only BatchNorm still
+sees a piece alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Record = dict[str, Any]
 
 
 class TrainError(RuntimeError):
-    """A run that cannot go on; the message names the step, the term and what to change."""
+    """A run that cannot go on; the message names the step and the term."""
 
 
 class Student(nn.Module):
@@ -47,23 +47,25 @@ class Student(nn.Module):
             torch.manual_seed(seed)
             return self.model(images(), tokens)
 
-        def passes() -> tuple:
-            return statistics_at_rest(self.model), nullcontext()
-
         if not again:
             return embed(tokens)
-        return checkpoint(embed, tokens, use_reentrant=False, preserve_rng_state=False, context_fn=passes)
+        contexts = {"context_fn": lambda: (statistics_at_rest(self.model), nullcontext())}
+        return checkpoint(embed, tokens, use_reentrant=False, preserve_rng_state=False, **contexts)
 
 
 @dataclass
 class Stepper:
-    """All that an optimiser step needs; ``student`` and ``optimizer`` as Fabric has set them up."""
+    """All that an optimiser step needs; ``student`` and ``optimizer`` as Fabric has set them up.
+
+    ``scaler`` keeps small gradients of 16-bit floats from becoming 0; other precisions have none.
+    """
 
     fabric: Fabric
     student: nn.Module
     objective: Contrastive
     balancer: Balancer
     optimizer: Any
+    scaler: torch.amp.GradScaler | None
     schedule: Schedule
     config: TrainConfig
 
@@ -71,21 +73,18 @@ class Stepper:
         """Take one step at the learning rate ``rate`` over the pairs of all ``pieces``, on all processes.
 
         Returns the record of its terms, weights and temperature. In 16-bit floats a gradient may overflow: then the
-        weights stay as they are, and the record says "skipped".
-
-        Raises: TrainError: a term or the gradient is not finite.
+        weights stay as they are, and the record says "skipped". TrainError if a term or the gradient is not finite.
         """
         self.student.train()
-        outputs = [self._embed(piece, step, number, len(pieces) > 1) for number, piece in enumerate(pieces)]
+        outputs = []
+        for number, piece in enumerate(pieces):
+            seed = self._seed(step, 1 + self.fabric.global_rank, number)
+            outputs.append(self.student(lambda piece=piece: piece.images, piece.tokens, seed, len(pieces) > 1))
         output, batch = self._join(outputs, pieces)
         loss, record = self._loss(output, batch, step)
         self.fabric.backward(loss)
         self._update(record, rate)
         return record
-
-    def _embed(self, piece: Batch, step: int, number: int, again: bool) -> Output:
-        seed = self._seed(step, 1 + self.fabric.global_rank, number)
-        return self.student(lambda: piece.images, piece.tokens, seed, again)
 
     def _seed(self, *place: int) -> int:
         """A seed that is a function of the run's seed and the place alone: a resumed run needs no random state."""
@@ -125,7 +124,7 @@ class Stepper:
         values = {name: term.item() for name, term in terms.items()}
         for name, value in values.items():
             if not math.isfinite(value):
-                raise TrainError(f"step {step}: the term {name!r} is {value}; {self._remedy()}")
+                raise TrainError(f"step {step}: the term {name!r} is {value}")
         record = {"step": step, "phase": self.schedule.phase(step), "temperature": temperature, "loss": loss.item()}
         record |= {"terms": values, "weights": weights, "strategy": self.balancer.strategy}
         # DDP waits for a gradient of every output, used or not.
@@ -136,26 +135,14 @@ class Stepper:
         """Clip the gradient and move the weights, unless a scaled gradient has overflowed."""
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate
-        norm = self.fabric.clip_gradients(
-            self.student, self.optimizer, max_norm=self.config.clip_grad_norm, error_if_nonfinite=False
-        )
-        if not torch.isfinite(norm):
-            scaler = gradient_scaler(self.fabric)
+        bound = {"max_norm": self.config.clip_grad_norm, "error_if_nonfinite": False}
+        if not torch.isfinite(self.fabric.clip_gradients(self.student, self.optimizer, **bound)):
             # Without a scale above 1 it is not the scale that has made the gradient too large.
-            if scaler is None or scaler.get_scale() <= 1:
-                terms = " + ".join(record["terms"])
-                raise TrainError(f"step {record['step']}: the gradient of {terms} is not finite; {self._remedy()}")
+            if self.scaler is None or self.scaler.get_scale() <= 1:
+                raise TrainError(f"step {record['step']}: the gradient of {' + '.join(record['terms'])} is not finite")
             record["skipped"] = True  # by the scaler, which lowers its scale for the next step
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def _remedy(self) -> str:
-        return f"lower learning_rate={self.config.learning_rate}."
-
-
-def gradient_scaler(fabric: Fabric) -> torch.amp.GradScaler | None:
-    """What keeps small gradients of 16-bit floats from becoming 0; None in other precisions."""
-    return getattr(fabric.strategy.precision, "scaler", None)
 
 
 @contextmanager

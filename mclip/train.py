@@ -26,25 +26,24 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from mclip.balancing import Schedule, make_balancer
+from mclip.balancing import Balancer, Schedule
 from mclip.checkpoints import RunState, run_identity
 from mclip.config import TrainConfig, require
 from mclip.objectives import Contrastive
 from mclip.pairs import Batch, BatchSource
-from mclip.steps import Record, Stepper, Student, TrainError, gradient_scaler
+from mclip.steps import Record, Stepper, Student, TrainError
 
 GO_ON, SAVE, STOP = range(3)  # what a process may wish after a step, from the weakest
 
 
 @dataclass
 class TrainResult:
-    """What a run leaves: the trained model, its log (one record a step, and one a validation), and seconds."""
+    """What a run leaves: the trained model, its log (one record a step, and one a validation), steps and seconds."""
 
     model: nn.Module
     log: list[Record]
     seconds: float
     steps: int
-    stopped_early: bool
 
     def validations(self) -> list[Record]:
         """The records of the evaluations."""
@@ -65,13 +64,12 @@ def train(
     """Train ``model`` on ``batches`` with the terms of ``objective``; write log and checkpoints to ``out_dir``.
 
     Several processes share each batch: the run is the same, whatever their number. Ctrl-C lets the step end and
-    writes a checkpoint.
+    writes a checkpoint. With ``resume`` the run goes on from the newest checkpoint in ``out_dir``.
 
     Args:
         model: anything whose ``forward(images, tokens)`` returns open_clip's dict of features and scale.
         validate: from the model to metrics in percent; higher ``r1`` is better. Called every ``validate_every`` epochs.
             It drives the balancer and early stopping.
-        resume: go on from the newest checkpoint in ``out_dir``; a finished run is returned at once.
         on_record: called with each record of the log, for live curves.
 
     Raises:
@@ -83,19 +81,22 @@ def train(
     total = per_epoch * config.max_epochs
     identity = run_identity(model, batches, config, objective.config)
     stepper, parts = set_up(fabric, model, objective, config, total)
-    average = parts["average"]
-    run = RunState(out_dir, identity, parts, fabric.is_global_zero, on_record)
+    average = parts.get("average")
+    run = RunState(Path(out_dir), identity, parts, fabric.is_global_zero, on_record)
     run.begin(resume)
     fabric.barrier()
 
-    with progress_bar(fabric, config, run.step, total) as bar, interruptible() as interrupts:
+    hidden, pairs = not (config.progress and fabric.is_global_zero), config.batch_size * config.accumulate_grad_batches
+    bar = tqdm(desc="training", total=total, initial=run.step, unit=" pairs", unit_scale=pairs, disable=hidden)
+    with bar, interruptible() as interrupts:
         for pieces in pieces_of_steps(fabric, batches, config, run, per_epoch):
             rate = learning_rate(run.step, total, config)
             try:
                 record = stepper.take(pieces, run.step, rate)
             except TrainError as error:
                 last_good = next(iter(run.checkpoints()), "none yet")
-                raise TrainError(f"{error} The last good checkpoint: {last_good}.") from None
+                remedy = f"lower learning_rate={config.learning_rate}. The last good checkpoint: {last_good}."
+                raise TrainError(f"{error}; {remedy}") from None
             if average:
                 average.update_parameters(model)
             run.record({**record, "epoch": run.step // per_epoch, "lr": rate})
@@ -115,7 +116,7 @@ def train(
 
             # Each process may be interrupted, and has a clock of its own, so they must agree on what to do.
             wish = STOP if interrupts else SAVE if run.due(config.checkpoint_minutes) else GO_ON
-            wish = strongest(fabric, wish)
+            wish = int(fabric.all_reduce(wish, reduce_op="max"))
             if rest == 0 or wish != GO_ON:
                 run.save()
             if wish == STOP and not run.finished:
@@ -123,7 +124,7 @@ def train(
 
     if average:
         model.load_state_dict(average.module.state_dict())
-    return TrainResult(model.eval(), run.log, time.perf_counter() - begun, run.step, run.step < total)
+    return TrainResult(model.eval(), run.log, time.perf_counter() - begun, run.step)
 
 
 def read_log(path: str | Path) -> list[Record]:
@@ -143,24 +144,24 @@ def set_up(
     fabric: Fabric, model: nn.Module, objective: Contrastive, config: TrainConfig, total: int
 ) -> tuple[Stepper, dict[str, Any]]:
     """What takes the steps, and all that changes with them, by the name that it has in a checkpoint."""
-    modules = nn.ModuleDict({"model": model, "objective": objective, "balancer": make_balancer(objective.config)})
+    modules = nn.ModuleDict({"model": model, "objective": objective, "balancer": Balancer(objective.config)})
     modules.to(fabric.device, memory_format=torch.channels_last)
-    optimizer, average = make_optimizer(modules, config), None
+    parts = {"modules": modules, "optimizer": make_optimizer(modules, config)}
     if config.ema_decay:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
-    parts = {"modules": modules, "optimizer": optimizer, "average": average, "scaler": gradient_scaler(fabric)}
-    student, optimizer = fabric.setup_module(Student(model)), fabric.setup_optimizers(optimizer)
+        update = get_ema_multi_avg_fn(config.ema_decay)
+        parts["average"] = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    if scaler := getattr(fabric.strategy.precision, "scaler", None):
+        parts["scaler"] = scaler
+    student, optimizer = fabric.setup_module(Student(model)), fabric.setup_optimizers(parts["optimizer"])
     schedule = Schedule(objective.config, total)
-    return Stepper(fabric, student, objective, modules["balancer"], optimizer, schedule, config), parts
+    return Stepper(fabric, student, objective, modules["balancer"], optimizer, scaler, schedule, config), parts
 
 
 def make_fabric(config: TrainConfig) -> Fabric:
     """One process, or as many as torchrun has started, on as many machines."""
     devices, nodes = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
-    strategy = "ddp" if devices * nodes > 1 else "auto"
-    fabric = Fabric(
-        accelerator=config.accelerator, devices=devices, num_nodes=nodes, strategy=strategy, precision=config.precision
-    )
+    machines = {"devices": devices, "num_nodes": nodes, "strategy": "ddp" if devices * nodes > 1 else "auto"}
+    fabric = Fabric(accelerator=config.accelerator, precision=config.precision, **machines)
     fabric.launch()
     return fabric
 
@@ -170,8 +171,8 @@ def make_optimizer(modules: nn.Module, config: TrainConfig) -> torch.optim.AdamW
     decayed = [p for p in modules.parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in modules.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    # The fused form takes about a quarter of the time on a CPU, which a small model feels in every step. With a
-    # gradient scaler it would unscale the gradient itself, after the clipping.
+    # The fused form takes about a quarter of the time on a CPU. With a gradient scaler it would unscale the gradient
+    # itself, after the clipping.
     fused = config.precision != "16-mixed"
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=fused)
 
@@ -197,19 +198,6 @@ def pieces_of_steps(
             yield [next(stream).to(fabric.to_device) for _ in range(config.accumulate_grad_batches)]
 
 
-def progress_bar(fabric: Fabric, config: TrainConfig, step: int, total: int) -> tqdm:
-    """A bar over all steps, counted in pairs; hidden where it is switched off, and on all processes but the first."""
-    hidden, pairs = not (config.progress and fabric.is_global_zero), config.batch_size * config.accumulate_grad_batches
-    return tqdm(desc="training", total=total, initial=step, unit=" pairs", unit_scale=pairs, disable=hidden)
-
-
-def strongest(fabric: Fabric, wish: int) -> int:
-    """The strongest wish of all processes; with one process its own, without a message."""
-    if fabric.world_size == 1:
-        return wish
-    return int(fabric.all_reduce(torch.tensor(wish, device=fabric.device), reduce_op="max"))
-
-
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
     """While it lasts, the first Ctrl-C or SIGTERM is only noted in the list; the second stops at once."""
@@ -230,10 +218,10 @@ def interruptible() -> Iterator[list[int]]:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's allocator to keep what is freed, for the next step, in place of giving it back to the system.
+    """Tell glibc's allocator to keep what is freed for the next step; other systems have no such setting.
 
     The largest activations would otherwise be mapped anew, page by page, in every step: at 224 pixels that takes as
-    long as the arithmetic. Elsewhere than on Linux with glibc, and on a GPU, it changes nothing.
+    long as the arithmetic.
     """
     allocator = ctypes.CDLL(None)
     if hasattr(allocator, "mallopt"):

@@ -272,7 +272,7 @@ def test_shapes_that_cannot_work_are_named():
     u, v, tu, tv = embeddings(5, 4, 6)
     with pytest.raises(ValueError, match=r"\(5, 4\).*\(4, 4\)"):
         losses.info_nce(u, v[:4], 1.0)
-    with pytest.raises(ValueError, match=r"(?s)\(5, 4\).*\(5, 6\).*embed_dim=6"):
+    with pytest.raises(ValueError, match=r"\(5, 4\).*\(5, 6\)"):
         losses.icl(u, v, tu, tv, 1.0)
     with pytest.raises(ValueError, match=r"(?s)\(5, 4\).*\(5, 6\).*Aligner\(4, 6\)"):
         losses.feature(u, tu)
@@ -288,9 +288,9 @@ def test_shapes_that_cannot_work_are_named():
 
 def test_aligner():
     aligner = losses.Aligner(4, 6)
-    kinds = [type(layer).__name__ for layer in aligner.layers]
+    kinds = [type(layer).__name__ for layer in aligner]
     assert kinds == ["Linear", "ReLU", "Dropout", "Linear"]
-    assert aligner.layers[2].p == 0.1
+    assert aligner[2].p == 0.1
     assert aligner(torch.randn(3, 4)).shape == (3, 6)
     x = torch.randn(3, 4)
     assert losses.Aligner(4, 4, "identity")(x) is x

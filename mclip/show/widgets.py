@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from mclip import losses
-from mclip.balancing import STRATEGIES, Schedule, gradient_norms, make_balancer
+from mclip.balancing import STRATEGIES, Balancer, Schedule, gradient_norms
 from mclip.config import DistillConfig, TrainConfig, require
 from mclip.evaluate import embed_images, embed_texts
 from mclip.show.figures import caption_matrix, training_curves
@@ -187,7 +187,7 @@ def recorded_pulls(log: Log, config: DistillConfig) -> pd.DataFrame:
     term's first its first. ConfigError for a log without a step that "gradient_norm" has balanced.
     """
     steps = pd.DataFrame([record for record in log if "terms" in record])
-    schedule, priors = Schedule(config, len(steps)), pd.Series(make_balancer(config).priors)
+    schedule, priors = Schedule(config, len(steps)), pd.Series(Balancer(config).priors)
     weights = pd.DataFrame(list(steps["weights"]))
     ramps = pd.DataFrame([schedule.active(step) for step in steps["step"]])
     factors = np.log(weights / (ramps * priors)[weights.columns])
@@ -212,7 +212,7 @@ def replay(log: Log, config: DistillConfig) -> list[dict[str, Any]]:
     steps = [record for record in log if "terms" in record]
     values = pd.DataFrame([record["terms"] for record in steps]).bfill()
     pulls = recorded_pulls(log, DistillConfig())[values.columns]
-    schedule, balancer = Schedule(config, len(steps)), make_balancer(config)
+    schedule, balancer = Schedule(config, len(steps)), Balancer(config)
     optimizer = make_optimizer(balancer, TrainConfig())
     origin = torch.zeros(len(values.columns), dtype=torch.float64, requires_grad=True)
     rows, replayed = zip(values.to_numpy(), pulls.to_numpy(), strict=True), []
