@@ -1,7 +1,7 @@
-"""The course's explorers as one page without code, served by Voila: what ``make app`` opens.
+"""The command ``app``: the course's explorers as one page without code, served by Voila.
 
-The page is a notebook put together from cells of the lessons: those tagged "app" are shown, those tagged "app-setup"
-run unseen before them. Each visitor gets a kernel of their own.
+The page is a notebook made of cells of the lessons: those tagged "app" are shown, those tagged "app-setup" run unseen
+before them. Each visitor gets a kernel of their own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LIMITS = (
 def make_page() -> NotebookNode:
     """The notebook behind the page: a welcome, then the tagged cells of each notebook in :data:`SERVED`.
 
-    They run in the profile "smoke", which has pictures enough to choose from, so that the page is there in seconds.
+    They run in the profile "smoke", so that the page is there in seconds.
     """
     page = new_notebook(cells=[new_markdown_cell(WELCOME)])
     for path in sorted(path for number in SERVED for path in NOTEBOOKS.glob(f"{number}_*.ipynb")):

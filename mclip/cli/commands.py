@@ -62,10 +62,9 @@ class DataOptions:
     decoding: Decoding = "auto"
 
     def reading(self) -> dict[str, Any]:
-        """What every reader of files is told, by the names of its parameters."""
+        """All options by the names of the parameters of :func:`~mclip.recipes.load_data`."""
         names = {"csv_img_key": "image_key", "csv_caption_key": "caption_key"}
-        which = ("train_data_path", "val_data_path", "data_size")
-        return {names.get(key, key): value for key, value in vars(self).items() if key not in which}
+        return {names.get(key, key): value for key, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -107,17 +106,8 @@ class TeacherOptions:
 
 def _student_data(data: DataOptions, run: RunOptions, settings: TrainConfig) -> tuple[ModelConfig, Pairs, Pairs]:
     config = get_model_config(run.config_path or get_profile(run.profile).preset)
-    training, validation = load_data(
-        run.profile,
-        config.image.image_size,
-        train_data_path=data.train_data_path,
-        val_data_path=data.val_data_path,
-        data_size=data.data_size,
-        seed=settings.seed,
-        progress=settings.progress,
-        **data.reading(),
-    )
-    return config, training, validation
+    drawing = {"seed": settings.seed, "progress": settings.progress}
+    return config, *load_data(run.profile, config.image.image_size, **drawing, **data.reading())
 
 
 def _train(data: DataOptions, run: RunOptions, settings: TrainConfig, name: str, **options: Any) -> None:
@@ -163,16 +153,14 @@ def distill(
     """
     if distill_temperature is not None:
         terms = replace(terms, max_temperature=distill_temperature, min_temperature=distill_temperature)
-    _train(
-        data, run, settings, "kd", distill=terms, base_checkpoint=base_checkpoint, **vars(teacher.or_of(run.profile))
-    )
+    chosen = vars(teacher.or_of(run.profile))
+    _train(data, run, settings, "kd", distill=terms, base_checkpoint=base_checkpoint, **chosen)
 
 
 def cache(data: DataOptions, run: RunOptions, settings: TrainConfig, teacher: TeacherOptions) -> None:
     """Compute what the teacher says of every picture and caption; distill with the same options finds it there."""
-    _, training, _ = _student_data(
-        replace(data, val_data_path=data.val_data_path or data.train_data_path), run, settings
-    )
+    data = replace(data, val_data_path=data.val_data_path or data.train_data_path)
+    _, training, _ = _student_data(data, run, settings)
     chosen = teacher.or_of(run.profile)
     for each in load_teachers(chosen.teacher_model, chosen.teacher_pretrained, device_for(settings.accelerator)):
         targets = get_targets([each], training, False, get_crops(settings), settings.progress)
@@ -191,10 +179,11 @@ def teacher(
     require_both(data.train_data_path, data.val_data_path)
     size = open_clip_config("teacher")["model_cfg"]["vision_cfg"]["image_size"]
     reading = data.reading() | {"progress": settings.progress}
+    paths, data_size = [reading.pop(f"{split}_data_path") for split in ("train", "val")], reading.pop("data_size")
     scenes = SceneConfig(pictures, size, "teacher", two_objects=0.1, captions="clean")
-    training = load_pairs(data.train_data_path, size, scenes=scenes, data_size=data.data_size, **reading)
+    training = load_pairs(paths[0], size, scenes=scenes, data_size=data_size, **reading)
     scenes = SceneConfig(500, size, "val", captions="clean")
-    validation = load_pairs(data.val_data_path, size, split="val", scenes=scenes, **reading)
+    validation = load_pairs(paths[1], size, split="val", scenes=scenes, **reading)
     result = train_open_clip("teacher", training, validation, settings, out_dir)
     folder, metrics = Path(out_dir) / "model", result.validations()[-1]["validation"]
     print(f"{folder}: {result.steps} steps in {result.seconds:.0f} s, validation {metrics}")
@@ -228,9 +217,8 @@ def export_student(
     model, _ = load_model(model_checkpoint)
     remedy = "only a student can be exported: base, kd, or the model folder of a run"
     require(isinstance(model, MobileCLIP), "model_checkpoint", model_checkpoint, remedy)
-    calibration = None
+    calibration, size = None, model.config.image.image_size
     if int8:
-        size = model.config.image.image_size
         pairs = load_pairs(train_data_path, size, scenes=SceneConfig(pictures, size, "train"), progress=False)
         calibration = pairs.images[:pictures]
     manifest = export(model, out_dir, Path(model_checkpoint).name, calibration)

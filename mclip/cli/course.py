@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +32,8 @@ OPTIONS = {"profile": "--profile", "out_dir": "--out"}
 """Parameters that the command line sets by an option of their own."""
 AFTER: dict[str, tuple[str, ...]] = {"08": ("04",), "09": ("04", "08")}
 """Notebooks that read what others of the same run have trained; every other one runs at any time."""
+ADDED = {"injected-parameters", "papermill-error-cell-tag"}
+"""Tags of the cells that papermill adds to a copy."""
 PYTHON = {"kernel_name": "python3", "language": "python"}  # tells papermill how to write parameters down
 
 
@@ -98,24 +100,23 @@ def course(
 
 def select(only: list[str], solutions: bool = False) -> list[Path]:
     """The numbered notebooks in order, or those with a number in ``only``; with their solutions if asked."""
-    folders = [NOTEBOOKS, NOTEBOOKS / "solutions"] if solutions else [NOTEBOOKS]
-    found = [path for folder in folders for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))]
-    if not found:
-        raise ConfigError(f"{NOTEBOOKS} holds no numbered notebooks; run from a clone of the repository.")
-    numbers = {path.name[:2] for path in found}
+    paths = [path for pattern in ("", "solutions/") for path in sorted(NOTEBOOKS.glob(f"{pattern}[0-9][0-9]_*.ipynb"))]
+    numbers = {path.name[:2] for path in paths}
+    require(bool(paths), "notebooks", str(NOTEBOOKS), "it holds no numbered notebooks; run from a clone")
     for number in only:
         require(number.zfill(2) in numbers, "only", number, closest(number, numbers))
     wanted = {number.zfill(2) for number in only} or numbers
-    return [path for path in found if path.name[:2] in wanted]
+    return [path for path in paths if path.name[:2] in wanted and (solutions or path.parent == NOTEBOOKS)]
 
 
 def declared_parameters(notebook: Path) -> dict[str, type]:
     """Names and types of the parameters that ``notebook`` declares; ConfigError for one without a type of TYPES."""
-    kinds = {name: each["inferred_type_name"] for name, each in papermill.inspect_notebook(notebook).items()}
-    for name, kind in kinds.items():
-        if kind not in TYPES:
+    kinds = {}
+    for name, each in papermill.inspect_notebook(notebook).items():
+        if each["inferred_type_name"] not in TYPES:
             raise ConfigError(f"{notebook.name}: the parameter {name} needs one of the types {', '.join(TYPES)}.")
-    return {name: TYPES[kind] for name, kind in kinds.items()}
+        kinds[name] = TYPES[each["inferred_type_name"]]
+    return kinds
 
 
 def plan(notebooks: list[Path], given: Mapping[str, str], common: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
@@ -133,14 +134,12 @@ def plan(notebooks: list[Path], given: Mapping[str, str], common: Mapping[str, A
     for notebook, kinds in declared.items():
         planned[notebook] = {name: value for name, value in common.items() if name in kinds}
         for name in given.keys() & kinds.keys():
-            planned[notebook][name] = check_parameter(name, kinds[name], _value(given[name], kinds[name]), Path.cwd())
+            value = given[name]
+            if kinds[name] is not str:
+                with suppress(yaml.YAMLError):
+                    value = yaml.safe_load(value)
+            planned[notebook][name] = check_parameter(name, kinds[name], value, Path.cwd())
     return planned
-
-
-def _value(text: str, kind: type) -> Any:
-    with suppress(yaml.YAMLError):
-        return text if kind is str else yaml.safe_load(text)
-    return text
 
 
 def run_notebooks(planned: dict[Path, dict[str, Any]], folder: Path, jobs: int) -> tuple[dict[str, float], int]:
@@ -154,20 +153,19 @@ def run_notebooks(planned: dict[Path, dict[str, Any]], folder: Path, jobs: int) 
     waiting, seconds, peak = in_turn(planned, jobs), {}, 0
     running: dict[Future[float], Path] = {}
     others = psutil.Process().children(recursive=True)
-    with tqdm(total=sum(map(_count_cells, planned)), unit="cell") as bar, ThreadPoolExecutor(jobs) as pool:
+    with tqdm(total=len(planned), unit="notebook") as bar, ThreadPoolExecutor(jobs) as pool:
         try:
             while waiting or running:
                 while len(running) < jobs and (path := _next(waiting, running.values())):
                     waiting.remove(path)
                     threads = max(1, (os.cpu_count() or 1) // (jobs if waiting or running else 1))
-                    work = pool.submit(execute, path, folder / path.name, planned[path], threads, bar.update)
-                    running[work] = path
-                bar.set_postfix_str("notebooks " + ", ".join(path.name[:2] for path in running.values()))
+                    running[pool.submit(execute, path, folder / path.name, planned[path], threads)] = path
+                bar.set_postfix_str("running " + ", ".join(path.name[:2] for path in running.values()))
                 ended, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
                 peak = max(peak, memory_mb())
                 for work in ended:
-                    seconds[running[work].stem] = work.result()
-                    del running[work]
+                    seconds[running.pop(work).stem] = work.result()
+                    bar.update()
         finally:
             while not all(work.done() for work in running):  # a thread ends when its kernel has gone
                 for kernel in set(psutil.Process().children(recursive=True)).difference(others):
@@ -188,10 +186,6 @@ def _next(waiting: list[Path], running: Iterable[Path]) -> Path | None:
     return next((path for path in waiting if unfinished.isdisjoint(AFTER.get(path.name[:2], ()))), None)
 
 
-def _count_cells(notebook: Path) -> int:
-    return sum(cell.cell_type == "code" for cell in nbformat.read(notebook, as_version=4).cells)
-
-
 def memory_mb() -> int:
     """Resident memory of this process and all under it, in MB; pages that several share count several times."""
     total, me = 0, psutil.Process()
@@ -201,41 +195,25 @@ def memory_mb() -> int:
     return round(total / 2**20)
 
 
-def execute(notebook: Path, copy: Path, parameters: dict[str, Any], threads: int, count: Callable[[int], Any]) -> float:
+def execute(notebook: Path, copy: Path, parameters: dict[str, Any], threads: int) -> float:
     """Run ``notebook`` in its own folder, write ``copy`` cell by cell, and return the seconds that it took.
 
-    ``count`` is called with 1 for every code cell of the notebook. Raises :class:`NotebookError` naming the cell by
-    its number in ``notebook``, all kinds counted from 1.
+    Raises :class:`NotebookError` naming the cell by its number in ``notebook``, all kinds counted from 1.
     """
-    cells, start, running = nbformat.read(notebook, as_version=4).cells, time.perf_counter(), 0
-    injected = bool(parameters)  # papermill adds one cell, straight after the one tagged "parameters"
-
-    def on_cell_start(cell: nbformat.NotebookNode, cell_index: int) -> None:
-        nonlocal running
-        running = cell_index
-        count(cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", []))
-
+    start = time.perf_counter()
+    # papermill's option cwd would change the working directory of this process, and so of all its threads.
+    resources = {"metadata": {"path": str(notebook.parent)}}
+    kernel = {"kernel_manager_class": own_kernel(threads), "start_timeout": 180, "resources": resources, **PYTHON}
     try:
-        papermill.execute_notebook(
-            notebook,
-            copy,
-            parameters,
-            progress_bar=False,
-            start_timeout=180,
-            kernel_manager_class=own_kernel(threads),
-            # papermill's option cwd would change the working directory of this process, and so of all its threads.
-            resources={"metadata": {"path": str(notebook.parent)}},
-            on_cell_start=on_cell_start,
-            coalesce_streams=True,
-            **PYTHON,
-        )
+        papermill.execute_notebook(notebook, copy, parameters, progress_bar=False, coalesce_streams=True, **kernel)
         return round(time.perf_counter() - start, 1)
     except PapermillExecutionError as error:
-        running, reason = error.cell_index, f"{error.ename}: {error.evalue}"
+        reason = f"{error.ename}: {error.evalue}"
     except DeadKernelError:
         reason = "the kernel died (a crash, or the system ended it for want of memory)"
-    number = running + 1 - injected
-    lines = [line.strip() for line in cells[number - 1].source.splitlines()]
+    cells = [cell for cell in nbformat.read(copy, as_version=4).cells if ADDED.isdisjoint(cell.metadata.tags)]
+    number, failed = [(n, cell) for n, cell in enumerate(cells, 1) if cell.metadata.papermill.start_time][-1]
+    lines = [line.strip() for line in failed.source.splitlines()]
     first = next((line for line in lines if line and not line.startswith("#")), "")
     raise NotebookError(
         f"{notebook.name}, cell {number} ({first}): {' '.join(reason.split()).removesuffix('.')}. "
@@ -246,10 +224,9 @@ def execute(notebook: Path, copy: Path, parameters: dict[str, Any], threads: int
 def summarise(folder: Path, profile: str, seconds: float, timings: dict[str, float], peak_mb: int) -> dict[str, Any]:
     """Collect ``folder``/results into ``folder``/summary.json, and return it.
 
-    Parameter counts come from records of the task "parameters", whose metrics are {model: {part: count}};
-    scores in percent with their 95 % interval from those of the task "zero_shot". Where two records speak of
-    the same, the one whose file name comes last counts. Raises :class:`ConfigError` naming a file that is no
-    such record.
+    Parameter counts are the metrics {model: {part: count}} of records of the task "parameters". Scores in percent
+    with their 95 % interval come from the task "zero_shot". Of two records of the same, the one whose file name
+    comes last counts. Raises :class:`ConfigError` naming a file that is no record.
     """
     counts: dict[str, dict[str, int]] = {}
     scores: dict[str, dict[str, Any]] = {}
@@ -259,20 +236,14 @@ def summarise(folder: Path, profile: str, seconds: float, timings: dict[str, flo
             if record["task"] == "parameters":
                 for model, parts in record["metrics"].items():
                     counts.setdefault(model, {}).update(parts)
-            if record["task"] == "zero_shot" and "error" not in record:
+            elif record["task"] == "zero_shot" and "error" not in record:
                 top1 = record["metrics"]["top1"]
                 score = {"top1": top1["value"], "low": top1["low"], "high": top1["high"], "n": record["n"]}
                 scores.setdefault(record["dataset"], {})[record["model"]["name"]] = score
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path}: not a results record ({type(error).__name__}: {error}).") from error
-    summary = {
-        "schema": 1,
-        "profile": profile,
-        "seconds": seconds,
-        "peak_rss_mb": peak_mb,
-        "notebooks": [{"name": name, "seconds": own} for name, own in timings.items()],
-        "parameters": counts,
-        "zero_shot": scores,
-    }
+    notebooks = [{"name": name, "seconds": own} for name, own in timings.items()]
+    summary = {"schema": 1, "profile": profile, "seconds": seconds, "peak_rss_mb": peak_mb, "notebooks": notebooks}
+    summary |= {"parameters": counts, "zero_shot": scores}
     write_json(folder / "summary.json", summary)
     return summary

@@ -43,7 +43,11 @@ def evaluate(
         compare_with: a second model, whose classes of the same pictures are compared with the first one's.
     """
     retrieval = Path(dataset).suffix.lower() in CAPTIONS
-    _require_options(model_checkpoint, dataset, prompt, seed, compare_with, retrieval)
+    require(model_checkpoint != "", "model_checkpoint", "", "give base, kd, clip, teacher, or a model folder")
+    require(seed >= 0, "seed", seed, "give a whole number from 0")
+    remedy = "only answers of a classification are compared; evaluate the second model by itself"
+    require(not (compare_with and retrieval), "compare_with", compare_with, remedy)
+    _require_dataset(dataset, retrieval, prompt)
     names = [name for name in (model_checkpoint, compare_with) if name]
     models = {model_name(name): load_model(name, device_for("auto")) for name in names}
     remedy = "give another model than model_checkpoint, in a folder of another name"
@@ -57,16 +61,11 @@ def evaluate(
             if retrieval:
                 pairs = load_pairs(dataset, input_of(model).size, split="test")
                 record = evaluate_retrieval(model, tokenizer, pairs, name, seed=seed)
-                scores = {way.replace("_", " "): recalls for way, recalls in record["metrics"].items()}
             elif data is None:
                 record = evaluate_relation(model, tokenizer, name, count=count // 2, seed=seed)
-                scores = {each: record["metrics"]}
             else:
                 record = evaluate_zero_shot(model, tokenizer, data, name, prompt=prompt or None, seed=seed)
-                scores = {record["dataset"]: record["metrics"]}
-            for title, metrics in scores.items():
-                keys = metrics if retrieval else dict.fromkeys(("top1", record["details"]["metric"]))
-                print(f"{name:10} {title:14} {_shown({key: metrics[key] for key in keys})}  n={record['n']}")
+            _print_scores(record, name)
             _save(record, save_results, name)
             records.append(record)
         if compare_with:
@@ -75,12 +74,7 @@ def evaluate(
             _save(paired, save_results, "-".join(models))
 
 
-def _require_options(
-    model_checkpoint: str, dataset: str, prompt: str, seed: int, compare_with: str, retrieval: bool
-) -> None:
-    """ConfigError for what cannot work, before anything is loaded or drawn: no option is ignored."""
-    require(model_checkpoint != "", "model_checkpoint", "", "give base, kd, clip, teacher, or a model folder")
-    require(seed >= 0, "seed", seed, "give a whole number from 0")
+def _require_dataset(dataset: str, retrieval: bool, prompt: str) -> None:
     known = (SCENES, *SETS, RELATION, *TORCHVISION_SETS)
     remedy = f"{closest(dataset, known)} (or name a folder of pictures, or a {', '.join(CAPTIONS)} file of captions)"
     there = dataset in known or retrieval or (dataset != "" and Path(dataset).expanduser().is_dir())
@@ -91,14 +85,18 @@ def _require_options(
     }
     remedy = "retrieval reads the captions of the file; leave the prompt out" if retrieval else own_prompts.get(dataset)
     require(not (prompt and remedy), "prompt", prompt, str(remedy))
-    remedy = "only answers of a classification are compared; evaluate the second model by itself"
-    require(not (compare_with and retrieval), "compare_with", compare_with, remedy)
 
 
-def _shown(scores: dict[str, Any]) -> str:
+def _print_scores(record: dict[str, Any], name: str) -> None:
     words = {"top1": "top-1", "mean_per_class_recall": "mean per-class recall"}
-    parts = [(words.get(key, key.upper().replace("R", "R@")), value) for key, value in scores.items()]
-    return "  ".join(f"{key} {v['value']:5.1f} % [{v['low']:.1f}, {v['high']:.1f}]" for key, v in parts)
+    rows = record["metrics"]
+    if record["task"] != "retrieval":
+        keys = dict.fromkeys(("top1", record["details"]["metric"]))
+        rows = {record["dataset"]: {key: rows[key] for key in keys}}
+    for title, scores in rows.items():
+        parts = [(words.get(key, key.upper().replace("R", "R@")), v) for key, v in scores.items()]
+        shown = "  ".join(f"{key} {v['value']:5.1f} % [{v['low']:.1f}, {v['high']:.1f}]" for key, v in parts)
+        print(f"{name:10} {title.replace('_', ' '):14} {shown}  n={record['n']}")
 
 
 def _save(record: dict[str, Any], folder: str, name: str) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from inspect import Parameter
 from typing import Any, get_args, get_type_hints
 
 from docstring_parser import parse as parse_docstring
@@ -71,14 +72,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def make_parser(command: str = "", options: ArgumentParser | None = None) -> ArgumentParser:
-    """The parser of all commands; only ``command`` has ``options``, since the others are not imported."""
+def make_parser() -> ArgumentParser:
+    """The parser that lists the commands; none is imported for it."""
     parser = ArgumentParser(prog="python -m mclip", exit_on_error=False, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"mclip {__version__}")
     describe = "python -m mclip COMMAND --help lists the options of a command."
     commands = parser.add_subcommands(title="commands", description=describe, metavar="COMMAND", required=False)
     for name, (_, summary) in COMMANDS.items():
-        commands.add_subcommand(name, options if name == command else ArgumentParser(), help=summary)
+        commands.add_subcommand(name, ArgumentParser(), help=summary)
     return parser
 
 
@@ -97,11 +98,11 @@ def parse(command: str, arguments: list[str]) -> tuple[Callable[..., None], dict
     types = {key: p.annotation for key, p in parameters.items() if key not in groups}
     for group in groups.values():
         types |= get_type_hints(group.annotation)
-    options = _options(command, function, parameters, groups)
+    parser = _options(command, function, parameters)
     words = _with_values(arguments, {f"--{key}" for key, kind in types.items() if kind is bool})
     try:
         # Without the defaults, what remains is what was written.
-        written = make_parser(command, options).parse_args([command, *words], defaults=False)[command].as_dict()
+        written = parser.parse_args(words, defaults=False).as_dict()
     except ArgumentError as error:
         raise _in_plain_words(error, command, {*types, "config", "auto_kd_config"}) from None
     written = {key: os.path.expanduser(value) if isinstance(value, str) else value for key, value in written.items()}
@@ -110,54 +111,45 @@ def parse(command: str, arguments: list[str]) -> tuple[Callable[..., None], dict
     written.pop("config", None)
     settings = {}
     for key, group in groups.items():
-        before = _before_options(group, profile, terms)
-        settings[key] = dataclasses.replace(
-            before, **{name: written.pop(name) for name in vars(before).keys() & written}
-        )
+        config = _before_options(group, profile, terms)
+        own = {name: written.pop(name) for name in vars(config).keys() & written}
+        settings[key] = dataclasses.replace(config, **own)
     if print_config:
-        everything = options.get_defaults().as_dict() | written | {"config": None, "print_config": None}
+        everything = parser.get_defaults().as_dict() | written | {"config": None, "print_config": None}
         for config in settings.values():
             everything |= vars(config)
-        print(options.dump(Namespace(everything), skip_none=True))
+        print(parser.dump(Namespace(everything), skip_none=True))
         raise SystemExit(0)
     return function, settings | written
 
 
-def _options(
-    command: str,
-    function: Callable[..., None],
-    parameters: Mapping[str, inspect.Parameter],
-    groups: Mapping[str, inspect.Parameter],
-) -> ArgumentParser:
-    options = ArgumentParser(
-        description=COMMANDS[command][1], exit_on_error=False, allow_abbrev=False, print_config=None
-    )
+def _options(command: str, function: Callable[..., None], parameters: Mapping[str, Parameter]) -> ArgumentParser:
+    about = {"prog": f"python -m mclip {command}", "description": COMMANDS[command][1]}
+    options = ArgumentParser(**about, exit_on_error=False, allow_abbrev=False, print_config=None)
     options.add_argument("--config", action="config", help="YAML file of options; those written after it win")
     options.add_argument("--print_config", action="store_true", help="print all options as such a file, and exit")
-    for group in groups.values():
-        options.add_class_arguments(group.annotation)
-        options.set_defaults(vars(_before_options(group, "cpu", "")))
-        if group.annotation is DistillConfig:
-            helps = "YAML file of phases, weights, temperatures and balancers; single options win over it"
-            options.add_argument("--auto_kd_config", type=str, default="", help=helps)
     documented = {each.arg_name: each.description for each in parse_docstring(function.__doc__ or "").params}
-    skip = set(groups)
+    skip = set()
     for key, parameter in parameters.items():
-        kinds = SEVERAL.keys() & {parameter.annotation, *get_args(parameter.annotation)}
-        if not kinds:
+        if dataclasses.is_dataclass(parameter.annotation):
+            options.add_class_arguments(parameter.annotation)
+            options.set_defaults(vars(_before_options(parameter, "cpu", "")))
+        elif kinds := SEVERAL.keys() & {parameter.annotation, *get_args(parameter.annotation)}:
+            form, names = SEVERAL[kinds.pop()], ["-p", f"--{key}"] if key == "parameters" else [f"--{key}"]
+            if key == POSITIONAL.get(command):
+                form, names = {"nargs": "*"}, [key]
+            options.add_argument(*names, type=str, default=parameter.default, help=documented[key], **form)
+        else:
             continue
-        form, names = SEVERAL[kinds.pop()], [f"--{key}"]
-        if key == "parameters":
-            names.insert(0, "-p")
-        if key == POSITIONAL.get(command):
-            form, names = {"nargs": "*"}, [key]
-        options.add_argument(*names, type=str, default=parameter.default, help=documented[key], **form)
         skip.add(key)
+    if any(parameter.annotation is DistillConfig for parameter in parameters.values()):
+        helps = "YAML file of phases, weights, temperatures and balancers; single options win over it"
+        options.add_argument("--auto_kd_config", type=str, default="", help=helps)
     options.add_function_arguments(function, as_positional=command in POSITIONAL, skip=skip, fail_untyped=True)
     return options
 
 
-def _before_options(group: inspect.Parameter, profile: str, terms: str) -> Any:
+def _before_options(group: Parameter, profile: str, terms: str) -> Any:
     """The settings of one dataclass before single options change them: the command's own, the file's, the profile's."""
     if group.default is not group.empty:
         return group.default
@@ -181,12 +173,12 @@ def _with_values(arguments: list[str], switches: set[str]) -> list[str]:
 def _in_plain_words(error: ArgumentError, command: str, known: Iterable[str]) -> Exception:
     """The error without Python's names of types, and for an option that does not exist with the nearest name."""
     message = str(error)
-    if unknown := re.search(r"(?i)unrecognized arguments: --([^\s=]+)|does not accept option '(.+)'", message):
+    if unknown := re.search(r"unrecognized arguments: --([^\s=]+)|Option '(.+)' is not accepted", message):
         name = unknown[1] or unknown[2]
         return ConfigError(f"--{name}: no such option of {command}; {closest(name, known)}")
     message = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", message)
-    message = re.sub(rf"\b{command}\.(\w+)", r"--\1", re.sub(r"a <class '(\w+)'>", r"\1", message))
-    return ArgumentError(None, message)
+    message = re.sub(r'Parser key "(\w+)"', r"--\1", message)
+    return ArgumentError(None, re.sub(r"a <class '(\w+)'>", r"\1", message))
 
 
 def _report(message: str, status: int) -> int:

@@ -47,8 +47,6 @@ TWO_OBJECTS = (
     "a picture of {a} {relation} {b}",
     "{a} and {b} {where}",
 )
-
-
 CAPTION_STYLES: dict[str, tuple[dict[str, float], float, float]] = {
     "human": ({"size": 0.25, "texture": 0.35, "colour": 0.75, "shape": 0.6}, 0.25, 0.5),
     "clean": ({"size": 0.2, "texture": 0.5, "colour": 0.65, "shape": 1.0}, 0.2, 0.4),
@@ -56,42 +54,36 @@ CAPTION_STYLES: dict[str, tuple[dict[str, float], float, float]] = {
 """Of each style: the chance that an attribute is named, that a paraphrase is used, that the background is named."""
 
 
-def _word(rng: np.random.Generator, name: str, paraphrases: dict[str, tuple[str, ...]], chance: float) -> str:
-    """``name``, or with this chance one of its paraphrases."""
-    options = paraphrases.get(name, ())
-    return options[rng.integers(len(options))] if options and rng.uniform() < chance else name
+def _noun_phrase(rng: np.random.Generator, table: Table, row: int, slot: int, style: str) -> str:
+    """One object, such as "a small striped red star"."""
+    chances, paraphrase, _ = CAPTION_STYLES[style]
 
+    def word(name: str, paraphrases: dict[str, tuple[str, ...]]) -> str:
+        options = paraphrases.get(name, ())
+        return options[rng.integers(len(options))] if options and rng.uniform() < paraphrase else name
 
-def _noun_phrase(
-    rng: np.random.Generator, table: Table, row: int, slot: int, chances: dict[str, float], paraphrase: float
-) -> str:
-    """One object, such as "a small striped red star"; ``chances`` are those of each attribute to be named."""
     named = {attribute: rng.uniform() < chance for attribute, chance in chances.items()}
     words = []
     if named["size"]:
         words.append(("small", "large")[int(table["large"][row, slot])])
     if named["texture"]:
-        words.append(_word(rng, TEXTURES[table["texture"][row, slot]], TEXTURE_WORDS, paraphrase))
+        words.append(word(TEXTURES[table["texture"][row, slot]], TEXTURE_WORDS))
     if named["colour"]:
-        words.append(_word(rng, COLOUR_NAMES[table["colour"][row, slot]], COLOUR_WORDS, paraphrase))
-    shape = _word(rng, SHAPE_NAMES[table["shape"][row, slot]], SHAPE_WORDS, paraphrase)
+        words.append(word(COLOUR_NAMES[table["colour"][row, slot]], COLOUR_WORDS))
+    shape = word(SHAPE_NAMES[table["shape"][row, slot]], SHAPE_WORDS)
     words.append(shape if named["shape"] else ("shape", "thing", "object")[rng.integers(3)])
     return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
 
 
 def _caption(rng: np.random.Generator, table: Table, row: int, style: str) -> str:
-    """One caption of a picture."""
-    chances, paraphrase, background = CAPTION_STYLES[style]
     phrases = BACKGROUND_PHRASES[BACKGROUND_NAMES[table["background"][row]]]
-    where = phrases[rng.integers(len(phrases))] if rng.uniform() < background else ""
+    where = phrases[rng.integers(len(phrases))] if rng.uniform() < CAPTION_STYLES[style][2] else ""
     two = table["relation"][row] >= 0
     templates = TWO_OBJECTS if two else ONE_OBJECT
-    caption = templates[rng.integers(len(templates))].format(
-        a=_noun_phrase(rng, table, row, 0, chances, paraphrase),
-        where=where,
-        b=_noun_phrase(rng, table, row, 1, chances, paraphrase) if two else "",
-        relation=RELATIONS[table["relation"][row]] if two else "",
-    )
+    template = templates[rng.integers(len(templates))]
+    a = _noun_phrase(rng, table, row, 0, style)
+    b = _noun_phrase(rng, table, row, 1, style) if two else ""
+    caption = template.format(a=a, b=b, where=where, relation=RELATIONS[table["relation"][row]])
     return " ".join(caption.split()).replace(" ,", ",")
 
 

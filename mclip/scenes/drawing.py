@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 Array = np.ndarray
+Distances = tuple[Array, Array, Array]
 
 
 def _box(x: Array, y: Array, w: float, h: float) -> Array:
@@ -48,12 +49,7 @@ def _heart(x: Array, y: Array) -> Array:
     return 1.7 * np.where(x + y > 1, lobe, tip)
 
 
-def _drop(x: Array, y: Array) -> Array:
-    body = np.hypot(x, y - 0.35) - 0.6
-    return np.minimum(body, _polygon(x, y, [(0, -1.0), (0.52, 0.05), (-0.52, 0.05)]))
-
-
-ARROW_HEAD = [(1.0, 0.0), (0.1, -0.75), (0.1, 0.75)]
+ARROW_HEAD, DROP_TIP = [(1.0, 0.0), (0.1, -0.75), (0.1, 0.75)], [(0, -1.0), (0.52, 0.05), (-0.52, 0.05)]
 SHAPES: dict[str, Callable[[Array, Array], Array]] = {
     "circle": lambda x, y: np.hypot(x, y) - 0.88,
     "square": lambda x, y: _box(x, y, 0.76, 0.76),
@@ -65,7 +61,7 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
     "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.68) - 0.22,
     "moon": lambda x, y: np.maximum(np.hypot(x, y) - 0.95, 0.75 - np.hypot(x - 0.5, y + 0.1)),
     "arrow": lambda x, y: np.minimum(_box(x + 0.4, y, 0.55, 0.22), _polygon(x, y, ARROW_HEAD)),
-    "drop": _drop,
+    "drop": lambda x, y: np.minimum(np.hypot(x, y - 0.35) - 0.6, _polygon(x, y, DROP_TIP)),
     "flower": lambda x, y: 0.8 * (np.hypot(x, y) - 0.72 - 0.24 * np.cos(6 * np.arctan2(y, x))),
 }
 
@@ -169,9 +165,7 @@ def draw_clutter(picture: Array, rng: np.random.Generator) -> None:
         picture += cover[..., None] * (tone - picture)
 
 
-def object_distance(
-    shape: int, cx: Array, cy: Array, radius: Array, angle: Array, size: int
-) -> tuple[Array, Array, Array]:
+def object_distance(shape: int, cx: Array, cy: Array, radius: Array, angle: Array, size: int) -> Distances:
     """Distance (in picture units) and the shape's own coordinates, each (N, size, size), for N objects of one shape."""
     y, x = (np.mgrid[0:size, 0:size].astype(np.float32) + 0.5) / size
     cx, cy, radius, angle = (v.astype(np.float32)[:, None, None] for v in (cx, cy, radius, angle))
@@ -180,9 +174,7 @@ def object_distance(
     return list(SHAPES.values())[shape](u, v) * radius, u, v
 
 
-def draw_objects(
-    picture: Array, shape: int, texture: Array, colour: Array, geometry: tuple[Array, Array, Array, Array]
-) -> None:
+def draw_objects(picture: Array, shape: int, texture: Array, colour: Array, geometry: tuple[Array, ...]) -> None:
     """Draw one object of kind ``shape`` on each picture, in place: shadow, body with texture and shading, outline."""
     size, (cx, cy, radius, angle) = picture.shape[1], geometry
     pixel = np.float32(1 / size)

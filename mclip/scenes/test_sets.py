@@ -12,18 +12,25 @@ from torch import Tensor, nn
 from mclip.evaluate import ZeroShotSet, embed_images, embed_texts
 from mclip.metrics import answers, bootstrap_interval, percent
 from mclip.results import describe_model, make_result
-from mclip.scenes.captions import BACKGROUND_PHRASES, COLOUR_NAMES, RELATIONS, SHAPE_NAMES
-from mclip.scenes.drawing import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, object_distance
+from mclip.scenes.captions import BACKGROUND_PHRASES, COLOUR_NAMES, RELATIONS, SHAPE_NAMES, Table
+from mclip.scenes.drawing import BACKGROUNDS, SHAPES, TEXTURES, object_distance
 from mclip.scenes.world import HELD_OUT, SceneConfig, Scenes, make_scenes
 
 SETS = ("shape", "colour", "texture", "background", "colour-shape", "held-out")
 RELATION = "relation"
-NAMES = {"colour": list(COLOURS), "shape": list(SHAPES), "texture": list(TEXTURES)}
-PAIRS = [(shape, colour) for shape in range(len(SHAPES)) for colour in range(len(COLOURS))]
+PAIRS = [(shape, colour) for shape in range(len(SHAPES)) for colour in range(len(COLOUR_NAMES))]
+Cases = tuple[Tensor, list[str], Tensor]
+"""Pictures, a phrase for each, and the pixels that it speaks of."""
 
 
-def _pair_names(pairs: list[tuple[int, int]]) -> list[str]:
-    return [f"{NAMES['colour'][colour]} {NAMES['shape'][shape]}" for shape, colour in pairs]
+def _pair_name(shape: int, colour: int) -> str:
+    return f"{COLOUR_NAMES[colour]} {SHAPE_NAMES[shape]}"
+
+
+def _object_names(table: Table, row: int) -> list[str]:
+    """What the two objects of a picture are called: "a red star", "a blue circle"."""
+    pairs = zip(table["shape"][row], table["colour"][row], strict=True)
+    return [f"a {_pair_name(shape, colour)}" for shape, colour in pairs]
 
 
 def _test_scenes(image_size: int, count: int, seed: int, **settings: Any) -> Scenes:
@@ -41,23 +48,24 @@ def scene_sets(image_size: int = 64, count: int = 2000, seed: int = 0) -> dict[s
     unseen = _test_scenes(image_size, count, seed, two_objects=0.0, pairs="held-out")
     # Sets of the same pictures share one tensor, so that an evaluation of all sets can embed it once.
     pictures, unseen_pictures = (torch.from_numpy(scenes.images.copy()) for scenes in (seen, unseen))
+    labels = {key: torch.from_numpy(seen.table[key][:, 0]).long() for key in ("shape", "colour", "texture")}
+    background = torch.from_numpy(seen.table["background"]).long()
 
-    def pair_labels(scenes: Scenes, pairs: list[tuple[int, int]]) -> Tensor:
-        shapes, colours = (scenes.table[key][:, 0].tolist() for key in ("shape", "colour"))
-        return torch.tensor([pairs.index(pair) for pair in zip(shapes, colours, strict=True)])
+    def set_of_pairs(name: str, images: Tensor, table: Table, pairs: list[tuple[int, int]]) -> ZeroShotSet:
+        drawn = zip(table["shape"][:, 0], table["colour"][:, 0], strict=True)
+        numbers = torch.tensor([pairs.index(pair) for pair in drawn])
+        return ZeroShotSet(name, images, numbers, [_pair_name(*pair) for pair in pairs], noun)
 
     allowed = [pair for pair in PAIRS if pair not in HELD_OUT]
     phrases = [BACKGROUND_PHRASES[name][0] for name in BACKGROUNDS]
     noun, adjective = ["a {}", "a picture of a {}"], ["a {} shape", "a picture of a {} thing"]
-    labels = {key: torch.from_numpy(seen.table[key][:, 0]).long() for key in NAMES}
-    background = torch.from_numpy(seen.table["background"]).long()
     sets = (
-        ZeroShotSet("shape", pictures, labels["shape"], NAMES["shape"], noun),
-        ZeroShotSet("colour", pictures, labels["colour"], NAMES["colour"], adjective),
-        ZeroShotSet("texture", pictures, labels["texture"], NAMES["texture"], adjective),
+        ZeroShotSet("shape", pictures, labels["shape"], list(SHAPE_NAMES), noun),
+        ZeroShotSet("colour", pictures, labels["colour"], list(COLOUR_NAMES), adjective),
+        ZeroShotSet("texture", pictures, labels["texture"], list(TEXTURES), adjective),
         ZeroShotSet("background", pictures, background, phrases, ["a shape {}", "a picture of a thing {}"]),
-        ZeroShotSet("colour-shape", pictures, pair_labels(seen, allowed), _pair_names(allowed), noun),
-        ZeroShotSet("held-out", unseen_pictures, pair_labels(unseen, PAIRS), _pair_names(PAIRS), noun),
+        set_of_pairs("colour-shape", pictures, seen.table, allowed),
+        set_of_pairs("held-out", unseen_pictures, unseen.table, PAIRS),
     )
     return {each.name: each for each in sets}
 
@@ -65,16 +73,15 @@ def scene_sets(image_size: int = 64, count: int = 2000, seed: int = 0) -> dict[s
 def relation_captions(scenes: Scenes) -> tuple[list[str], list[str]]:
     """For each picture of two objects the true caption, and the same caption with the opposite relation."""
     true, false = [], []
-    columns = (scenes.table[key] for key in ("shape", "colour", "relation"))
-    for shapes, colours, relation in zip(*columns, strict=True):
-        first, second = _pair_names(list(zip(shapes, colours, strict=True)))
-        true.append(f"a {first} {RELATIONS[relation]} a {second}")
-        false.append(f"a {first} {RELATIONS[relation ^ 1]} a {second}")  # opposites stand side by side
+    for row, relation in enumerate(scenes.table["relation"]):
+        first, second = _object_names(scenes.table, row)
+        true.append(f"{first} {RELATIONS[relation]} {second}")
+        false.append(f"{first} {RELATIONS[relation ^ 1]} {second}")  # opposites stand side by side
     return true, false
 
 
 def evaluate_relation(
-    model: nn.Module, tokenizer: Any, name: str, *, image_size: int = 64, count: int = 1000, seed: int = 0
+    model: nn.Module, tokenizer: Any, name: str, *, count: int, image_size: int = 64, seed: int = 0
 ) -> dict[str, Any]:
     """The results record of a choice between two captions that differ in the relation alone; chance is 50 %.
 
@@ -87,45 +94,22 @@ def evaluate_relation(
     true, false = (embed_texts(model, tokenizer, texts) for texts in captions)
     hits = ((images * true).sum(1) > (images * false).sum(1)).numpy()
     metrics = {"top1": percent(bootstrap_interval(hits, seed)), "chance": 50.0, "n": count}
-    return make_result(
-        "zero_shot",
-        RELATION,
-        "test",
-        count,
-        describe_model(name, model),
-        metrics,
-        seed=seed,
-        seconds=time.perf_counter() - start,
-        device=next(model.parameters()).device,
-        details={"metric": "top1", **answers(hits, captions[0])},
-    )
-
-
-Cases = tuple[Tensor, list[str], Tensor]
-"""Pictures, a phrase for each, and the pixels that it speaks of."""
+    run = {"seed": seed, "seconds": time.perf_counter() - start, "device": next(model.parameters()).device}
+    details = {"metric": "top1", **answers(hits, captions[0])}
+    model_facts = describe_model(name, model)
+    return make_result("zero_shot", RELATION, "test", count, model_facts, metrics, **run, details=details)
 
 
 def object_masks(scenes: Scenes) -> np.ndarray:
     """The pixels (N, 2, S, S) of each picture's objects; the second is in front of the first, and may be missing."""
     size, table = scenes.config.image_size, scenes.table
     masks = np.zeros((len(scenes), 2, size, size), dtype=bool)
-    for slot in (0, 1):
-        for shape in range(len(SHAPES)):
-            rows = np.flatnonzero(table["shape"][:, slot] == shape)
-            if len(rows):
-                geometry = (table[key][rows, slot] for key in ("cx", "cy", "radius", "angle"))
-                masks[rows, slot] = object_distance(shape, *geometry, size)[0] < 0
+    for slot, shape in np.ndindex(2, len(SHAPES)):
+        rows = np.flatnonzero(table["shape"][:, slot] == shape)
+        geometry = (table[key][rows, slot] for key in ("cx", "cy", "radius", "angle"))
+        masks[rows, slot] = object_distance(shape, *geometry, size)[0] < 0
     masks[:, 0] &= ~masks[:, 1]
     return masks
-
-
-def object_phrases(scenes: Scenes) -> list[tuple[str, str]]:
-    """What the two objects of each picture are called: "a red star", "a blue circle"."""
-    colours, shapes = scenes.table["colour"], scenes.table["shape"]
-    return [
-        tuple(f"a {COLOUR_NAMES[colours[row, slot]]} {SHAPE_NAMES[shapes[row, slot]]}" for slot in (0, 1))
-        for row in range(len(scenes))
-    ]
 
 
 def cases(split: str, count: int, size: int = 64, seed: int = 0) -> Cases:
@@ -137,6 +121,6 @@ def cases(split: str, count: int, size: int = 64, seed: int = 0) -> Cases:
     masks, table = object_masks(drawn), drawn.table
     differ = (table["shape"][:, 0] != table["shape"][:, 1]) & (table["colour"][:, 0] != table["colour"][:, 1])
     rows = np.flatnonzero(differ & (masks.sum((2, 3)).min(1) >= 30))[:count]
-    phrases = object_phrases(drawn)
     images = torch.from_numpy(np.repeat(drawn.images[rows], 2, axis=0))
-    return images, [phrase for row in rows for phrase in phrases[row]], torch.from_numpy(masks[rows]).flatten(0, 1)
+    phrases = [phrase for row in rows for phrase in _object_names(table, row)]
+    return images, phrases, torch.from_numpy(masks[rows]).flatten(0, 1)

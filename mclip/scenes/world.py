@@ -12,7 +12,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import numpy as np
 from PIL import Image
@@ -21,11 +21,12 @@ from tqdm.auto import tqdm
 from mclip.config import closest, require
 from mclip.files import atomic_folder, cache_dir, content_key, missing_folder, write_json
 from mclip.pairs import Pairs
-from mclip.scenes.captions import CAPTION_STYLES, RELATIONS, Table, write_captions
+from mclip.scenes.captions import RELATIONS, Table, write_captions
 from mclip.scenes.drawing import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, draw_backgrounds, draw_clutter, draw_objects
 
 DRAWING_VERSION = 4
-SPLITS = ("train", "val", "test", "teacher")
+Split = Literal["train", "val", "test", "teacher"]
+SPLITS = get_args(Split)
 HELD_OUT = frozenset((shape, (3 * shape + 1) % len(COLOURS)) for shape in range(len(SHAPES)))
 """(shape, colour) pairs that no training picture or caption holds: one colour of each shape."""
 
@@ -47,7 +48,7 @@ class SceneConfig:
 
     size: int = 10_000
     image_size: int = 64
-    split: Literal["train", "val", "test", "teacher"] = "train"
+    split: Split = "train"
     seed: int = 0
     two_objects: float = 0.3
     noise: float = 0.0
@@ -60,8 +61,8 @@ class SceneConfig:
         require(self.seed >= 0, "seed", self.seed, "use 0 or more")
         for key in ("two_objects", "noise"):
             require(0 <= getattr(self, key) <= 1, key, getattr(self, key), "choose a share in [0, 1]")
-        for key, choices in (("split", SPLITS), ("captions", tuple(CAPTION_STYLES)), ("pairs", ("seen", "held-out"))):
-            value = getattr(self, key)
+        for key in ("split", "captions", "pairs"):
+            value, choices = getattr(self, key), get_args(get_type_hints(SceneConfig)[key])
             require(value in choices, key, value, closest(value, choices))
         held_out_training = self.pairs == "held-out" and self.split != "test"
         require(not held_out_training, "pairs", self.pairs, "held-out pairs are drawn in the test split alone")
@@ -88,9 +89,8 @@ def _generator(config: SceneConfig, purpose: int, part: int = 0) -> np.random.Ge
 def sample_table(config: SceneConfig) -> Table:
     """What each picture holds, as arrays of length N; those of objects are (N, 2), with shape -1 for no second one."""
     rng, count = _generator(config, 0), config.size
-    pairs = [
-        pair for pair in np.ndindex(len(SHAPES), len(COLOURS)) if (pair in HELD_OUT) == (config.pairs == "held-out")
-    ]
+    held_out = config.pairs == "held-out"
+    pairs = [pair for pair in np.ndindex(len(SHAPES), len(COLOURS)) if (pair in HELD_OUT) == held_out]
     chosen = np.array(pairs)[rng.integers(len(pairs), size=(count, 2))]
     two = rng.uniform(size=count) < config.two_objects
     relation = rng.integers(len(RELATIONS), size=count)
@@ -127,20 +127,18 @@ def draw_table(table: Table, image_size: int, rng: np.random.Generator) -> np.nd
     draw_clutter(picture, rng)
     palette = np.array(list(COLOURS.values()), dtype=np.float32)
     colour = palette[table["colour"]] + rng.uniform(-0.05, 0.05, (*table["colour"].shape, 3)).astype(np.float32)
-    for slot in (0, 1):
-        for shape in range(len(SHAPES)):
-            rows = np.flatnonzero(table["shape"][:, slot] == shape)
-            if len(rows):
-                part = picture[rows]
-                geometry = tuple(table[key][rows, slot] for key in ("cx", "cy", "radius", "angle"))
-                draw_objects(part, shape, table["texture"][rows, slot], colour[rows, slot], geometry)
-                picture[rows] = part
+    for slot, shape in np.ndindex(2, len(SHAPES)):
+        rows = np.flatnonzero(table["shape"][:, slot] == shape)
+        part = picture[rows]
+        geometry = tuple(table[key][rows, slot] for key in ("cx", "cy", "radius", "angle"))
+        draw_objects(part, shape, table["texture"][rows, slot], colour[rows, slot], geometry)
+        picture[rows] = part
     picture *= table["light"].astype(np.float32)[:, None, None, None]
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(0, 3, 1, 2)
 
 
 def captions_of(config: SceneConfig, table: Table) -> list[list[str]]:
-    """The captions of ``table`` that ``config`` asks for, five a picture."""
+    """Five captions for each row of ``table``."""
     return write_captions(table, config.captions, config.noise, _generator(config, 1))
 
 

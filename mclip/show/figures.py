@@ -71,7 +71,7 @@ def per_class_recall(records: Records, dataset: str, limit: int = 6) -> style.No
         for name in names
     }
     values = {name: [row["value"] for row in rows.values()] for name, rows in classes.items()}
-    chosen = sorted(classes, key=lambda name: min(values[name]) - max(values[name]))[:limit]
+    chosen = sorted(classes, key=lambda name: -np.ptp(values[name]))[:limit]
     fig = style.figure(6.3, 1.2 + 0.17 * len(models) * len(chosen))
     ax = fig.subplots()
     style.grouped_bars(ax, {name: classes[name] for name in chosen}, list(models))
@@ -121,16 +121,14 @@ def training_curves(log: Records) -> style.NotebookFigure:
     panels = [panel for panel in panels if panel[2].notna().any(axis=None)]
     rows = -(-len(panels) // 2)
     fig = style.figure(8.3, 0.9 + 2.25 * rows)
-    axes = list(fig.subplots(rows, 2, squeeze=False).ravel())
-    for ax in axes[len(panels) :]:
-        ax.remove()
-    for ax, (title, unit, series) in zip(axes, panels, strict=False):
+    axes = [fig.add_subplot(rows, 2, number) for number in range(1, len(panels) + 1)]
+    for ax, (title, unit, series) in zip(axes, panels, strict=True):
         ax.set_title(title)
         _draw_series(ax, series, unit)
     phases = table["phase"].dropna()
     starts = phases[phases != phases.shift()]
     for (left, phase), right in zip(starts.items(), [*starts.index[1:], phases.index[-1]], strict=True):
-        for ax in axes[: len(panels)]:
+        for ax in axes:
             ax.axvspan(left, right, color=style.PHASES[phase], alpha=0.2, linewidth=0, zorder=0)
     patches = [Patch(color=style.PHASES[p], alpha=0.4, linewidth=0, label=f"phase {p:g}") for p in sorted(set(starts))]
     handles = [*axes[0].get_lines(), *patches]
@@ -186,11 +184,9 @@ def image_grid(images: Any, captions: Sequence[str], columns: int = 6) -> style.
 
 
 @style.styled
-def temperature_effect(
-    similarities: Any, temperatures: Sequence[float], captions: Sequence[str]
-) -> style.NotebookFigure:
-    """softmax(similarities / T) of one picture's scaled similarities (K,), one panel per temperature."""
-    logits = np.asarray(similarities, dtype=float)
+def temperature_effect(logits: Any, temperatures: Sequence[float], captions: Sequence[str]) -> style.NotebookFigure:
+    """softmax(logits / T) of one picture's scaled similarities (K,), one panel per temperature."""
+    logits = np.asarray(logits, dtype=float)
     fig = style.figure(1.4 + 1.75 * len(temperatures), 1.3 + 0.24 * len(logits))
     axes = fig.subplots(1, len(temperatures), sharey=True, squeeze=False)[0]
     for ax, temperature in zip(axes, temperatures, strict=True):

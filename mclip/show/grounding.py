@@ -21,11 +21,12 @@ from mclip.results import ResultError
 from mclip.show.style import COLOURS, HATCHES, LABELS, NotebookFigure, figure, interval_bars, label, name_rows, styled
 from mclip.show.widgets import follow
 
+Model = nn.Module
 BASELINES = {"random": ":", "centre": "-."}
 """Maps that know nothing of picture and phrase, and the dashes of their lines."""
 
 
-def map_layers(model: nn.Module) -> dict[str, nn.Module]:
+def map_layers(model: Model) -> dict[str, nn.Module]:
     """The layers of ``model`` whose outputs are maps of the picture, by name, from fine to coarse.
 
     Of the student the last one of each stage, of timm's ResNets their stages, of a Vision Transformer its blocks but
@@ -68,9 +69,7 @@ def grad_cam(model: nn.Module, layer: nn.Module, images: Tensor, texts: Tensor) 
     return cam / cam.flatten(1).amax(1).clamp(min=1e-12)[:, None, None]
 
 
-def phrase_maps(
-    model: nn.Module, tokenizer: Any, images: Tensor, phrases: Sequence[str], layer: str, size: int
-) -> Tensor:
+def phrase_maps(model: Model, tokenizer: Any, images: Tensor, phrases: Sequence[str], layer: str, size: int) -> Tensor:
     """Maps (N, size, size) from 0 to 1 of pictures (N, 3, S, S), prepared, each for its own phrase, bilinear.
 
     ConfigError for an empty phrase, an unknown ``layer``, or another number of phrases than of pictures.
@@ -130,10 +129,7 @@ def baselines(masks: Tensor, seed: int = 0) -> dict[str, Tensor]:
 
 @styled
 def grounding_chart(image: np.ndarray, maps: dict[str, np.ndarray], name: str = "Grad-CAM") -> NotebookFigure:
-    """A picture, uint8 (3, H, W), and beside it each map (H, W) laid over it, under the phrase that it belongs to.
-
-    ``name`` says what the maps show.
-    """
+    """A picture, uint8 (3, H, W), beside each map (H, W) over it, under its phrase; ``name`` says what maps show."""
     picture = np.asarray(image).transpose(1, 2, 0)
     fig = figure(max(5.5, 1.9 * (1 + len(maps))), 2.3)
     fig.set_layout_engine("compressed")

@@ -29,13 +29,9 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda seed: seed >= 0, "use 0 or more"),
 }
 RULES |= dict.fromkeys(INPUTS, (lambda path: not path or Path(path).exists(), "no such file or folder"))
-RULES |= dict.fromkeys(
-    ("model_checkpoint", "base_checkpoint"),
-    (
-        lambda student: student in ("", *STUDENTS) or Path(student).is_dir(),
-        f"give the folder of a student, or one that ships: {' or '.join(STUDENTS)}",
-    ),
-)
+for key in ("model_checkpoint", "base_checkpoint"):
+    remedy = f"give the folder of a student, or one that ships: {' or '.join(STUDENTS)}"
+    RULES[key] = (lambda student: student in ("", *STUDENTS) or Path(student).is_dir(), remedy)
 
 
 def check_parameter(name: str, kind: type, value: Any, base: Path = ROOT) -> Any:

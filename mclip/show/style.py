@@ -110,8 +110,7 @@ def interval_bars(ax: Axes, places: Sequence[float], rows: Sequence[Row], height
 def grouped_bars(ax: Axes, table: Table, models: Sequence[str]) -> None:
     """Horizontal bars of percentages: a group per key of ``table``, a bar per model, and its number.
 
-    Models of LABELS come first, in its order; others keep their names. A bar that is missing says so, because it is
-    not a zero.
+    Models of LABELS come first, in its order. A bar that is missing says so, because it is not a zero.
     """
     models = [name for name in dict.fromkeys([*LABELS, *models]) if name in models]
     height = 0.84 / len(models)

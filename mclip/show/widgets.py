@@ -1,9 +1,4 @@
-"""Charts that follow controls: prompts against a picture, the response loss, and the schedule of distillation.
-
-What a widget does lives in plain functions, which are tested without a browser. A mistake in what was typed or
-chosen is shown as a sentence; any other error appears with its traceback under the chart, because Jupyter drops
-what a callback raises.
-"""
+"""Charts that follow controls: prompts against a picture, the response loss, and the schedule of distillation."""
 
 from __future__ import annotations
 
@@ -32,12 +27,14 @@ TEMPERATURES = np.geomspace(0.5, 32, 25)
 WIDE = {"continuous_update": False, "layout": {"width": "380px", "margin": "2px 16px 2px 2px"}}
 Model = tuple[Tensor, Tensor, float]  # embeddings of pictures and captions (B, d), normalised, and the logit scale
 Log = Sequence[Mapping[str, Any]]
+Array = np.ndarray
 
 
 def follow(controls: Sequence[ipywidgets.ValueWidget], draw: Callable[..., NotebookFigure]) -> ipywidgets.VBox:
     """The chart that ``draw`` makes of the values of ``controls``, under these; drawn anew when one changes.
 
-    A ValueError, such as a ConfigError, hides the chart, and its message takes the place.
+    A ValueError, such as a ConfigError, hides the chart, and its message takes the place. Any other error appears
+    with its traceback under the chart, because Jupyter drops what a callback raises.
     """
     chart = ipywidgets.Image(format="png", width=800, layout={"max_width": "100%"})
     message, errors = ipywidgets.HTML(), ipywidgets.Output()
@@ -69,9 +66,7 @@ def read_prompts(text: str) -> list[str]:
     return prompts
 
 
-def compare_prompts(
-    model: nn.Module, tokenizer: Any, image: Tensor, prompts: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray]:
+def compare_prompts(model: nn.Module, tokenizer: Any, image: Tensor, prompts: Sequence[str]) -> tuple[Array, Array]:
     """Cosines (P,) of one picture's normalised embedding (d,) with ``prompts``, and their softmax (P,).
 
     The cosines are multiplied by the model's learned scale, at most 100, before the softmax.
@@ -82,7 +77,7 @@ def compare_prompts(
 
 
 @styled
-def prompt_chart(image: np.ndarray, prompts: Sequence[str], cosines: np.ndarray, shares: np.ndarray) -> NotebookFigure:
+def prompt_chart(image: Array, prompts: Sequence[str], cosines: Array, shares: Array) -> NotebookFigure:
     """The picture, uint8 (3, H, W), beside a bar for each prompt, with its cosine behind the bar."""
     fig = figure(7.5, max(2.2, 1.2 + 0.28 * len(prompts)))
     left, right = fig.subplots(1, 2, width_ratios=(1, 2.2))
@@ -182,9 +177,9 @@ def loss_explorer(student: Model, teacher: Model, captions: Sequence[str]) -> ip
 def recorded_pulls(log: Log, config: DistillConfig) -> pd.DataFrame:
     """Gradient norms of the terms by step, as multiples of that of "original": what made the weights of ``log``.
 
-    The log of a run holds weights, no norms. Prior and ramp of its ``config`` are divided out and the smoothing is
-    undone, which leaves the norms at the steps that were measured; steps between keep the last, steps before a
-    term's first its first. ConfigError for a log without a step that "gradient_norm" has balanced.
+    Prior and ramp of the run's ``config`` are divided out of the weights and the smoothing is undone, which leaves the
+    norms at the steps that were measured. Steps between keep the last, steps before a term's first its first.
+    ConfigError for a log without a step that "gradient_norm" has balanced.
     """
     steps = pd.DataFrame([record for record in log if "terms" in record])
     schedule, priors = Schedule(config, len(steps)), pd.Series(Balancer(config).priors)
@@ -204,10 +199,9 @@ def recorded_pulls(log: Log, config: DistillConfig) -> pd.DataFrame:
 def replay(log: Log, config: DistillConfig) -> list[dict[str, Any]]:
     """What schedule and balancer of ``config`` make of the losses in ``log``: phase, weights and temperature by step.
 
-    ``log`` holds the records of a whole run that ``DistillConfig()`` has balanced. Its losses stay what they were:
-    this shows the weights that other settings would have given them, not how the run would have gone on. Before its
-    first step in the log a term counts with the loss it had there. The log-variances of "uncertainty" are trained by
-    the run's optimiser at the logged learning rate.
+    ``log`` holds a whole run that ``DistillConfig()`` has balanced. Its losses stay what they were: this shows the
+    weights that other settings would have given them, not how the run would have gone on. Before its first step in
+    the log a term counts with the loss it had there. The log-variances of "uncertainty" are trained as in the run.
     """
     steps = [record for record in log if "terms" in record]
     values = pd.DataFrame([record["terms"] for record in steps]).bfill()
@@ -224,15 +218,14 @@ def replay(log: Log, config: DistillConfig) -> list[dict[str, Any]]:
         # At the origin each of these has its loss as value and its norm as the length of its gradient.
         terms = {name: loss + pull * x for name, loss, pull, x in zip(values.columns, *next(rows), origin, strict=True)}
         loss, weights = balancer.combine(terms, active, step, [origin])
+        settings = {"phase": schedule.phase(step), "temperature": schedule.temperature(step)}
+        replayed.append({"step": step, **settings, "weights": weights, "strategy": balancer.strategy})
+        replayed[-1]["terms"] = {name: terms[name].item() for name in active}
         if balancer.strategy == "uncertainty":
             optimizer.param_groups[1]["lr"] = record["lr"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        settings = {"phase": schedule.phase(step), "temperature": schedule.temperature(step)}
-        active_terms = {name: terms[name].item() for name in active}
-        balance = {"terms": active_terms, "weights": weights, "strategy": balancer.strategy}
-        replayed.append({"step": step, **settings, **balance})
     return replayed
 
 
