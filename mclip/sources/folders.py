@@ -18,8 +18,7 @@ from tqdm.auto import tqdm
 
 from mclip.files import cache_dir, content_key, missing_folder, read_json
 from mclip.pictures import open_picture
-from mclip.sources.decoding import fingerprint
-from mclip.sources.readers import PICTURES, Row
+from mclip.sources.readers import PICTURES, Row, fingerprint
 
 CLASS_CAPTION = "a photo of a {}"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
