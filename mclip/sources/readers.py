@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import io
 import json
 import math
 import os
@@ -19,12 +18,11 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, islice, repeat
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import numpy as np
-import pandas as pd
 
 from mclip.config import closest, require
 from mclip.pictures import NO_FILE, split_name
@@ -202,42 +200,29 @@ def read_csv(path: Path, image_key: str, caption_key: str, separator: str = "") 
     with path.open(newline="", **coding) as handle:
         try:
             records = _records(handle, separator)
-            _, header, width, problem = next(records, (0, "", 0, "the file is empty; its first line must name columns"))
+            _, header, problem = next(records, (0, [], "the file is empty; its first line must name columns"))
             if problem:
                 raise DataError(f"{path}: {problem}, such as file_name,image_path,caption.")
-            columns = _columns(path, header, separator, image_key, caption_key)
-            while chunk := list(islice(records, _AT_ONCE)):
-                good = [text for _, text, fields, problem in chunk if fields == width and not problem]
-                pairs = _parse(good, separator, columns)
-                for line, _, fields, problem in chunk:
-                    if problem or fields != width:
-                        quotes = f"a text with {separator!r} needs double quotes around it"
-                        yield line, None, problem or f"{fields} fields, but the header has {width}; {quotes}"
-                        continue
-                    name, caption, folder = next(pairs)
-                    folder = folder_of(folder)
-                    picture = find(name, [folder])
-                    yield line, picture, caption if picture else f"no picture at {os.path.join(folder, name)}"
+            columns = _columns(path, header, image_key, caption_key)
+            name, caption = columns.index("name"), columns.index("caption")
+            place = columns.index("folder") if "folder" in columns else None
+            for line, cells, problem in records:
+                if problem or len(cells) != len(header):
+                    quotes = f"a text with {separator!r} needs double quotes around it"
+                    yield line, None, problem or f"{len(cells)} fields, but the header has {len(header)}; {quotes}"
+                    continue
+                folder = folder_of("" if place is None else cells[place])
+                picture = find(cells[name], [folder])
+                yield line, picture, cells[caption] if picture else f"no picture at {os.path.join(folder, cells[name])}"
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not readable as UTF-16 ({error}); save it as UTF-8 text.") from error
 
 
-def _parse(records: list[str], separator: str, columns: list[str]) -> Iterator[tuple[str, str, str]]:
-    """Name, caption and folder of each record."""
-    text = io.StringIO("".join(records) or "\n")
-    names = range(len(columns))
-    frame = pd.read_csv(
-        text, sep=separator, names=names, dtype=str, index_col=False, keep_default_na=False, skip_blank_lines=False
-    )
-    found = [frame[columns.index(kind)].tolist() for kind in ("name", "caption", "folder") if kind in columns]
-    return zip(*found, *[repeat("")] * (3 - len(found)), strict=False)
+def _records(handle: TextIO, separator: str) -> Iterator[tuple[int, list[str], str]]:
+    """For each record: its first line, its fields, and what is wrong. After a bad one reading goes on at the next line.
 
-
-def _records(handle: TextIO, separator: str) -> Iterator[tuple[int, str, int, str]]:
-    """For each record: its first line, its text as pandas reads it, the number of its fields, and what is wrong.
-
-    pandas drops surplus fields without a word, and after a stray quote it joins lines. Only lines with a quote need a
-    parser here. After a bad record the reading goes on at the next line.
+    Only lines with a quote need the csv module. In a TSV a quote that is not closed on its line is a character like
+    any other.
     """
     number, taken = 1, []
     ahead: deque[str] = deque()
@@ -248,30 +233,30 @@ def _records(handle: TextIO, separator: str) -> Iterator[tuple[int, str, int, st
             yield line
 
     for text in lines():
-        problem, fields = "", text.count(separator) + 1
-        if '"' in text and separator == "\t":
-            # A quote that is not closed on its line is a character like any other, so all fields are quoted anew.
-            cells = [quoted or plain.replace('"', '""') for quoted, plain in _TSV_FIELD.findall(text.rstrip("\r\n"))]
-            text, fields = separator.join(f'"{cell}"' for cell in cells) + "\n", len(cells)
-        elif '"' in text:
+        problem, line = "", text.rstrip("\r\n")
+        if '"' not in text:
+            cells = line.split(separator)
+        elif separator == "\t":
+            cells = [quoted.replace('""', '"') or plain for quoted, plain in _TSV_FIELD.findall(line)]
+        else:
             try:
-                fields = len(next(csv.reader(chain([text], lines()), delimiter=separator, strict=True)))
+                cells = next(csv.reader(chain([text], lines()), delimiter=separator, strict=True))
                 text = "".join(taken)
             except csv.Error as error:
-                problem = f"a double quote is not closed, or not doubled inside a quoted text ({error})"
+                cells, problem = [], f"a double quote is not closed, or not doubled inside a quoted text ({error})"
                 ahead.extendleft(reversed(taken[1:]))
                 del taken[1:]
         if "\0" in text or (not text.isascii() and _SURROGATE.search(text)):
             problem = "not UTF-8 text; save the file as UTF-8"
-        if fields > 1 or text.strip(" \r\n"):
-            yield number, text, fields, problem
+        if len(cells) > 1 or text.strip(" \r\n"):
+            yield number, cells, problem
         number += len(taken)
         taken.clear()
 
 
-def _columns(path: Path, header: str, separator: str, image_key: str, caption_key: str) -> list[str]:
+def _columns(path: Path, names: list[str], image_key: str, caption_key: str) -> list[str]:
     """What each column is: "name", "caption", "folder" or "". DataError with the likely cause if one is missing."""
-    names, keys = next(csv.reader([header], delimiter=separator)), {image_key: "name", caption_key: "caption"}
+    keys = {image_key: "name", caption_key: "caption"}
     if [*keys] == ["file_name", "caption"] and not {*keys} & {*names} and {"filepath", "title"} <= {*names}:
         keys = {"filepath": "name", "title": "caption"}  # open_clip's names
     for key, what in keys.items():
@@ -279,7 +264,7 @@ def _columns(path: Path, header: str, separator: str, image_key: str, caption_ke
             continue
         option = "image_key (--csv_img_key)" if what == "name" else "caption_key (--csv_caption_key)"
         spaced = [name for name in names if name.strip() == key]
-        others = [other for other in ",;\t|" if len(names) == 1 and other in header]
+        others = [other for other in ",;\t|" if len(names) == 1 and other in names[0]]
         if key in names:
             cause = "two columns have this name: rename one"
         elif others:
