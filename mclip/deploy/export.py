@@ -132,15 +132,11 @@ def golden_pictures(side: int) -> dict[str, bytes]:
     note = Image.Exif()
     note[ExifTags.Base.Orientation] = 6  # held a quarter turn to the left
     grey16 = np.asarray(grey.convert("L"), np.uint16) * 257 + rng.integers(0, 200, (high, side), np.uint16)
-    pictures = {
-        "plain.png": (plain, {}),
-        "turned.png": (turned, {"exif": note}),
-        "palette.png": (palette.quantize(16), {"transparency": bytes(range(0, 256, 17))}),
-        "grey16.png": (Image.fromarray(grey16), {}),
-    }
-    files = {name: io.BytesIO() for name in pictures}
-    for name, (picture, options) in pictures.items():
-        picture.save(files[name], "PNG", **options)
+    files = {name: io.BytesIO() for name in ("plain.png", "turned.png", "palette.png", "grey16.png")}
+    plain.save(files["plain.png"], "PNG")
+    turned.save(files["turned.png"], "PNG", exif=note)
+    palette.quantize(16).save(files["palette.png"], "PNG", transparency=bytes(range(0, 256, 17)))
+    Image.fromarray(grey16).save(files["grey16.png"], "PNG")
     return {name: file.getvalue() for name, file in files.items()}
 
 
@@ -199,17 +195,10 @@ def export(
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)[path.name]} for path in new.iterdir()
         }
-        manifest = {
-            "kind": KIND,
-            "version": VERSION,
-            "model": describe_model(name, model),
-            "forms": forms,
-            "embed_dim": model.config.embed_dim,
-            "context_length": context,
-            "logit_scale": model.logit_scale.exp().item(),
-            "files": dict(sorted(files.items())),
-            "versions": versions() | {"onnx": onnx.__version__},
-        }
+        described = {"kind": KIND, "version": VERSION, "model": describe_model(name, model), "forms": forms}
+        sizes = {"embed_dim": model.config.embed_dim, "context_length": context}
+        manifest = described | sizes | {"logit_scale": model.logit_scale.exp().item()}
+        manifest |= {"files": dict(sorted(files.items())), "versions": versions() | {"onnx": onnx.__version__}}
         write_json(new / MANIFEST, manifest)
         (new / "README.md").write_text(_card(manifest), encoding="utf-8")
         for form in forms:

@@ -232,8 +232,7 @@ class Deployed:
                 text = f"the picture {name} is off by up to {off:.1f} standard deviations"
                 self._require_same(off <= grey, PREPROCESS, text)
             tokens = self.tokenize(golden["texts"].tolist())
-            same = np.array_equal(tokens, golden["tokens"])
-            self._require_same(same, TOKENIZER, "a text has other tokens")
+            self._require_same(np.array_equal(tokens, golden["tokens"]), TOKENIZER, "a text has other tokens")
             images = self.encode_prepared(inputs) * golden["image_embeddings"]
             texts = self.encode_tokens(tokens) * golden["text_embeddings"]
             for name, products in zip(self.graphs, (images, texts), strict=True):
