@@ -27,8 +27,7 @@ from mclip.model import MobileCLIP
 from mclip.pairs import Pairs
 from mclip.results import validate_result
 from mclip.sources import zero_shot
-from mclip.sources.decoding import Pictures
-from mclip.sources.loading import load_pairs
+from mclip.sources.loading import Pictures, load_pairs
 from mclip.sources.zero_shot import TORCHVISION_SETS, image_folder_set, torchvision_set, zero_shot_set
 from mclip.text_encoder import clean_caption
 

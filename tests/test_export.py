@@ -315,7 +315,9 @@ def test_wrong_forms_pictures_and_manifests_are_refused(copied, reader, tmp_path
     with pytest.raises(DeployError, match=r"manifest\.json: holds no mapping"):
         Deployed(copied)
     (copied / "manifest.json").write_text(json.dumps(manifest | {"version": 1}))
-    with pytest.raises(DeployError, match=r"written by version 1 of the export.* reads version 2; export again"):
+    with pytest.raises(
+        DeployError, match=r"written by version 1 of mclip.export.* reads version 2 of mclip.export; export again"
+    ):
         Deployed(copied)
 
 

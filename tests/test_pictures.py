@@ -20,8 +20,7 @@ from PIL import Image
 from mclip.cli.main import main
 from mclip.pictures import RATIOS, Crops, PictureError, crop_box, decode, open_picture, square
 from mclip.scenes.world import SceneConfig
-from mclip.sources.decoding import Pictures
-from mclip.sources.loading import load_pairs
+from mclip.sources.loading import Pictures, load_pairs
 from mclip.sources.readers import DataError
 from mclip.sources.zero_shot import image_folder_set
 
@@ -166,7 +165,7 @@ def test_trouble_of_the_system_is_never_a_bad_picture(folder, monkeypatch):
 
 def test_only_the_chosen_pictures_are_decoded_and_none_is_copied(folder, monkeypatch):
     decoded = []
-    monkeypatch.setattr("mclip.sources.decoding.decode", lambda name, size: decoded.append(name) or decode(name, size))
+    monkeypatch.setattr("mclip.sources.loading.decode", lambda name, size: decoded.append(name) or decode(name, size))
     half = load_pairs(folder / "pairs.csv", 32, data_size=0.5, seed=1, progress=False)
     assert len(decoded) == len(half) == 3
     assert isinstance(half.images, np.memmap)

@@ -32,15 +32,8 @@ from mclip.text_encoder import padding_mask
 
 CAPTION = "a small brown dog runs across the green grass today"
 """Ten words, twelve tokens with start and end."""
-RIVALS = (
-    "ViT-B-32",
-    "MobileCLIP2-S0",
-    "MobileCLIP-S1",
-    "MobileCLIP-S2",
-    "MobileCLIP-B",
-    "ViT-M-32-alt",
-    "ViT-S-32-alt",
-)
+_MOBILECLIP = ("MobileCLIP2-S0", "MobileCLIP-S1", "MobileCLIP-S2", "MobileCLIP-B")
+RIVALS = ("ViT-B-32", *_MOBILECLIP, "ViT-M-32-alt", "ViT-S-32-alt")
 """OpenAI's architecture; MobileCLIP, of whose S0 open_clip has the second version; two of about TinyCLIP's sizes."""
 Form = Literal["deployed", "trained", "ONNX", "int8"]
 Call = Callable[[], Any]
@@ -49,18 +42,18 @@ Call = Callable[[], Any]
 class Graphs:
     """The two graphs of an exported student, with the encoders of open_clip and as many threads as PyTorch has.
 
-    Attributes:
-        megabytes: size of both files, in MB of 10^6 bytes.
+    ``megabytes`` is the size of both files, in MB of 10^6 bytes. The ranges of int8 mean nothing, because the
+    calibration pictures are noise.
     """
 
-    def __init__(self, model: MobileCLIP, int8: bool) -> None:
-        """Export ``model``. The ranges of int8 mean nothing, because the calibration pictures are noise."""
-        noise = torch.rand(8, 3, model.config.image.image_size, model.config.image.image_size)
+    def __init__(self, model: MobileCLIP, form: str) -> None:
+        size = model.config.image.image_size
+        noise = torch.rand(8, 3, size, size)
         with TemporaryDirectory() as name:
             write_graphs(model, folder := Path(name))
-            if int8:
+            if form == "int8":
                 write_int8(folder, noise.numpy())
-            self._files = [(folder / graph).read_bytes() for graph in GRAPHS["int8" if int8 else "float32"]]
+            self._files = [(folder / graph).read_bytes() for graph in GRAPHS["int8" if form == "int8" else "float32"]]
         self.megabytes = sum(map(len, self._files)) / 1e6
         self._sessions: dict[int, list[Any]] = {}
         self.encode_image(noise[:1])  # opens the graphs, which is no part of a call that is measured
@@ -83,15 +76,7 @@ class Graphs:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to be measured.
-
-    Attributes:
-        name: the preset or open_clip architecture, and the form where it is not the deployed one.
-        model: anything with ``encode_image`` and ``encode_text``, in evaluation mode.
-        image_size: side of its pictures in pixels.
-        tokenizer: captions -> token ids.
-        parameters: numbers of parameters by part, as trained.
-    """
+    """A model to be measured, in evaluation mode, with the numbers of parameters that it has as trained, by part."""
 
     name: str
     model: nn.Module | Graphs
@@ -111,13 +96,16 @@ class Candidate:
     @property
     def megabytes(self) -> float:
         """Size of the weights, or of the graphs, in files, in MB of 10^6 bytes."""
-        return self.model.megabytes if isinstance(self.model, Graphs) else checkpoint_megabytes(self.model)
+        if isinstance(self.model, Graphs):
+            return self.model.megabytes
+        file = io.BytesIO()
+        torch.save(self.model.state_dict(), file)
+        return file.tell() / 1e6
 
     def multiply_adds(self) -> dict[str, int]:
         """Multiply-adds of each half, for one sample; empty for graphs, whose operations PyTorch does not see."""
-        if isinstance(self.model, Graphs):
-            return {}
-        return {half: multiply_adds(call) for half, call in self.calls().items()}
+        calls = {} if isinstance(self.model, Graphs) else self.calls()
+        return {half: multiply_adds(call) for half, call in calls.items()}
 
 
 def candidate(name: str, form: Form = "deployed") -> Candidate:
@@ -127,25 +115,23 @@ def candidate(name: str, form: Form = "deployed") -> Candidate:
     student fused. Trained: as training leaves it. ONNX and int8: the deployed student in ONNX Runtime.
     """
     require(name in PRESETS or name in open_clip.list_models(), "model", name, closest(name, [*PRESETS, *RIVALS]))
-    ours = name in PRESETS
-    exported = form in ("ONNX", "int8")
+    ours, exported = name in PRESETS, form in ("ONNX", "int8")
     require(ours or not exported, "form", form, f"{name} is not a preset; only the student has the form {form}")
-    torch.manual_seed(0)
     if ours:
         model, config = random_model(name)
         size, tokenizer = config.image.image_size, model.tokenizer
     else:
+        torch.manual_seed(0)
         with quiet():  # open_clip warns that there are no weights, which is as it should be
             model, tokenizer = open_clip.create_model(name), open_clip.get_tokenizer(name)
         size = model.visual.image_size
         size = size if isinstance(size, int) else size[0]
-    label = candidate_name(name, form)
     counts = parameter_parts(model.eval())
     if exported:
-        model = Graphs(model, form == "int8")
+        model = Graphs(model, form)
     elif form == "deployed":
         model = fused(model) if ours else fold_batch_norm(reparameterize_model(model))
-    return Candidate(label, model, size, tokenizer, counts)
+    return Candidate(candidate_name(name, form), model, size, tokenizer, counts)
 
 
 def candidate_name(name: str, form: Form) -> str:
@@ -188,13 +174,6 @@ def multiply_adds(call: Call) -> int:
     return counter.get_total_flops() // 2
 
 
-def checkpoint_megabytes(model: nn.Module) -> float:
-    """Size of ``model``'s weights in a file, in MB of 10^6 bytes, in the precision that the model has."""
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    return file.tell() / 1e6
-
-
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """PyTorch computes with ``count`` threads inside."""
@@ -209,8 +188,8 @@ def threads(count: int) -> Iterator[None]:
 def latency(calls: Mapping[str, Call], rounds: int = 20, repeats: int = 3) -> dict[str, dict[str, float]]:
     """Milliseconds of each call, warmed up, without gradients.
 
-    All calls are timed in turns, so that what disturbs the machine disturbs all alike; each turn is one call that is
-    not timed, for the caches, and ``repeats`` that are.
+    All calls are timed in turns, so that what disturbs the machine disturbs all alike. A turn is one call that is not
+    timed, for the caches, and ``repeats`` that are.
 
     Returns:
         For each name the ``median`` and 95th percentile ``p95`` of the clock on the wall, and ``cpu``, the median of
@@ -228,19 +207,18 @@ def latency(calls: Mapping[str, Call], rounds: int = 20, repeats: int = 3) -> di
     summary = {}
     for name, pairs in clock.items():
         wall, cpu = 1000 * np.array(pairs).T
-        numbers = {"median": np.median(wall), "p95": np.quantile(wall, 0.95), "cpu": np.median(cpu)}
-        summary[name] = {key: float(value) for key, value in numbers.items()}
+        median, p95 = np.quantile(wall, [0.5, 0.95]).tolist()
+        summary[name] = {"median": median, "p95": p95, "cpu": float(np.median(cpu))}
     return summary
 
 
 def stage_times(preset: str = "mobile-256", rounds: int = 20) -> dict[str, float]:
     """Median milliseconds of one picture in each stage of the deployed image encoder, on one thread."""
     measured = candidate(preset)
-    trunk = measured.model.image_encoder.trunk
     x = torch.rand(1, 3, measured.image_size, measured.image_size).contiguous(memory_format=torch.channels_last)
     calls = {}
     with torch.inference_mode():
-        for number, layer in enumerate(trunk):
+        for number, layer in enumerate(measured.model.image_encoder.trunk):
             calls[number] = lambda layer=layer, x=x: layer(x)
             x = layer(x)
     with threads(1):
@@ -267,7 +245,5 @@ def block_times(preset: str = "klmobile", rounds: int = 30) -> dict[str, dict[st
         calls = {"LSRA": lambda x=x, padding=padding: lsra(x, padding), "plain": lambda x=x: plain(x)}
         with threads(1):
             clock = latency(calls, rounds)
-        times[str(length)] = {
-            name: clock[name] | {"multiply_adds": multiply_adds(call)} for name, call in calls.items()
-        }
+        times[str(length)] = {name: clock[name] | {"multiply_adds": multiply_adds(calls[name])} for name in calls}
     return times

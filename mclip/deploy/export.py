@@ -28,16 +28,7 @@ from torch import Tensor, nn
 
 from mclip.config import require
 from mclip.deploy.fused import fused
-from mclip.deploy.reader import (
-    GOLDEN_FILE,
-    GRAPHS,
-    KIND,
-    MANIFEST_FILE,
-    PREPROCESS_FILE,
-    TOKENIZER_FILE,
-    VERSION,
-    Deployed,
-)
+from mclip.deploy.reader import GOLDEN, GRAPHS, KIND, MANIFEST, PREPROCESS, TOKENIZER, VERSION, Deployed
 from mclip.deploy.tokenizer import portable_tokenizer
 from mclip.evaluate import ZeroShotSet, as_templates, zero_shot_record
 from mclip.files import atomic_folder, file_hash, write_json
@@ -55,7 +46,6 @@ GOLDEN_TEXTS = (
     "a very long caption " * 40,
 )
 """What a tokenizer that was written anew gets wrong first: case, punctuation, white space, accents, numbers, length."""
-CALIBRATION_BATCH = 64
 
 
 class Half(nn.Module):
@@ -104,8 +94,7 @@ def write_graphs(model: MobileCLIP, folder: Path) -> None:
 
 class _Calibration(CalibrationDataReader):
     def __init__(self, images: np.ndarray) -> None:
-        starts = range(0, len(images), CALIBRATION_BATCH)
-        self.batches = ({"images": images[start : start + CALIBRATION_BATCH]} for start in starts)
+        self.batches = ({"images": images[start : start + 64]} for start in range(0, len(images), 64))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         return next(self.batches, None)
@@ -115,36 +104,27 @@ def write_int8(folder: Path, images: np.ndarray) -> None:
     """The graphs of ``folder`` once more in int8, with a scale for each row of a weight.
 
     The text half is dynamic: the range of an activation is measured anew in each call. The image half is static: the
-    ranges are those of the calibration pictures. Weights are signed and activations unsigned, for which x86 and ARM
+    ranges are those of ``images`` (N, 3, S, S) float32, prepared pictures of the training set. Pictures of a test set
+    would make its result look better than it is. Weights are signed and activations unsigned, for which x86 and ARM
     have instructions.
-
-    Args:
-        images: (N, 3, S, S) float32, prepared pictures of the training set. Pictures of a test set would make its
-            result look better than it is.
     """
     (image, text), (image8, text8) = GRAPHS["float32"], GRAPHS["int8"]
     simplified = folder / f"{image}.simplified"
+    weights = {"per_channel": True, "weight_type": QuantType.QInt8}
+    static = {"quant_format": QuantFormat.QDQ, "activation_type": QuantType.QUInt8}
     with quiet():
-        quantize_dynamic(folder / text, folder / text8, per_channel=True, weight_type=QuantType.QInt8)
+        quantize_dynamic(folder / text, folder / text8, **weights)
         # Symbolic shapes are not needed, and ONNX Runtime's inference of them stumbles over F.normalize.
         quant_pre_process(folder / image, simplified, skip_symbolic_shape=True)
-        quantize_static(
-            simplified,
-            folder / image8,
-            _Calibration(images),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-        )
+        quantize_static(simplified, folder / image8, _Calibration(images), **static, **weights)
     simplified.unlink()
 
 
 def golden_pictures(side: int) -> dict[str, bytes]:
-    """PNG files, ``side`` wide and higher than wide, of the kinds that readers get wrong; by name.
+    """PNG files of smooth random colours, ``side`` wide and higher than wide, of the kinds that readers get wrong.
 
-    Plain colours; a photograph that was taken with the camera turned (EXIF); a palette, partly transparent; 16-bit
-    grey. All are smooth random colours.
+    By name: plain colours; a photograph that was taken with the camera turned (EXIF); a palette, partly transparent;
+    16-bit grey.
     """
     rng, high = np.random.default_rng(0), side + side // 4
     rough = [Image.fromarray(rng.integers(0, 256, (5, 4, 3), np.uint8)) for _ in range(4)]
@@ -163,9 +143,8 @@ def golden_pictures(side: int) -> dict[str, bytes]:
 def golden(model: MobileCLIP) -> dict[str, np.ndarray]:
     """Examples and what ``model``, as trained, makes of them at each step.
 
-    Returns:
-        ``pictures``: names of files, whose bytes are under these names, (F,) uint8; ``prepared`` and
-        ``image_embeddings``: what becomes of them; ``texts``, ``tokens`` and ``text_embeddings``.
+    ``pictures`` names files, whose bytes are under these names, (F,) uint8. ``prepared`` and ``image_embeddings`` are
+    what becomes of them, and ``tokens`` and ``text_embeddings`` of ``texts``.
     """
     files = golden_pictures(model.config.image.image_size * 3 // 2)
     opened = (open_picture(Image.open(io.BytesIO(content))) for content in files.values())
@@ -173,15 +152,10 @@ def golden(model: MobileCLIP) -> dict[str, np.ndarray]:
     tokens = model.tokenizer(list(GOLDEN_TEXTS))
     with torch.inference_mode():
         images, texts = model.encode_image(prepared, normalize=True), model.encode_text(tokens, normalize=True)
-    return {
-        **{name: np.frombuffer(content, np.uint8) for name, content in files.items()},
-        "pictures": np.array(list(files)),
-        "prepared": prepared.numpy().astype(np.float16),
-        "image_embeddings": images.numpy(),
-        "texts": np.array(GOLDEN_TEXTS),
-        "tokens": tokens.numpy(),
-        "text_embeddings": texts.numpy(),
-    }
+    inputs = {"pictures": np.array(list(files)), "prepared": prepared.numpy().astype(np.float16)}
+    inputs |= {"texts": np.array(GOLDEN_TEXTS), "tokens": tokens.numpy()}
+    contents = {name: np.frombuffer(content, np.uint8) for name, content in files.items()}
+    return {**contents, **inputs, "image_embeddings": images.numpy(), "text_embeddings": texts.numpy()}
 
 
 def export(
@@ -195,11 +169,10 @@ def export(
         name: of the model, for the manifest and the card.
         calibration: uint8 pictures (N, 3, H, W) of the training set; with them, int8 graphs are written as well.
 
-    Returns:
-        The manifest: what was exported, and of each file bytes and SHA-256.
+    Returns: the manifest: what was exported, and of each file bytes and SHA-256.
 
-    Raises:
-        ConfigError: another kind of model, or a folder that is there. DeployError: a graph computes something else.
+    Raises: ConfigError for another kind of model, or a folder that is there; DeployError if a graph computes something
+        else.
     """
     folder = Path(folder).expanduser()
     remedy = "only a student can be exported; for models of open_clip use the exporters that their authors name"
@@ -208,39 +181,25 @@ def export(
     some = calibration is None or len(calibration) > 0
     require(some, "calibration", "no pictures", "give some pictures of the training set")
     model = copy.deepcopy(model).eval().cpu()
-    size = model.config.image.image_size
-    settings = {
-        "size": size,
-        "crop": "shortest side resized, then the centre",
-        "interpolation": "bicubic",
-        "channels": "RGB",
-        "mean": model.MEAN,
-        "std": model.STD,
-    }
+    size, context, mean, std = model.config.image.image_size, model.config.text.context_length, model.MEAN, model.STD
+    steps = {"size": size, "crop": "shortest side resized, then the centre", "interpolation": "bicubic"}
     forms = ["float32"] if calibration is None else ["float32", "int8"]
     with atomic_folder(folder) as new:
         write_graphs(model, new)
         if calibration is not None:
-            prepared = normalise(torch.tensor(np.asarray(calibration)), size, model.MEAN, model.STD)
+            prepared = normalise(torch.tensor(np.asarray(calibration)), size, mean, std)
             write_int8(new, prepared.contiguous().numpy())
-        portable_tokenizer(model.config.text.context_length).save(str(new / TOKENIZER_FILE), pretty=False)
-        write_json(new / PREPROCESS_FILE, settings)
-        np.savez_compressed(new / GOLDEN_FILE, **golden(model))
-        paths = sorted(new.iterdir())
-        manifest = {
-            "kind": KIND,
-            "version": VERSION,
-            "model": describe_model(name, model),
-            "forms": forms,
-            "embed_dim": model.config.embed_dim,
-            "context_length": model.config.text.context_length,
-            "logit_scale": model.logit_scale.exp().item(),
-            "files": {
-                path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)[path.name]} for path in paths
-            },
-            "versions": versions() | {"onnx": onnx.__version__},
+        portable_tokenizer(context).save(str(new / TOKENIZER), pretty=False)
+        write_json(new / PREPROCESS, steps | {"channels": "RGB", "mean": mean, "std": std})
+        np.savez_compressed(new / GOLDEN, **golden(model))
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)[path.name]} for path in new.iterdir()
         }
-        write_json(new / MANIFEST_FILE, manifest)
+        described = {"kind": KIND, "version": VERSION, "model": describe_model(name, model), "forms": forms}
+        sizes = {"embed_dim": model.config.embed_dim, "context_length": context}
+        manifest = described | sizes | {"logit_scale": model.logit_scale.exp().item()}
+        manifest |= {"files": dict(sorted(files.items())), "versions": versions() | {"onnx": onnx.__version__}}
+        write_json(new / MANIFEST, manifest)
         (new / "README.md").write_text(_card(manifest), encoding="utf-8")
         for form in forms:
             Deployed(new, form)

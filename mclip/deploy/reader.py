@@ -20,8 +20,7 @@ from PIL import ExifTags, Image, ImageOps
 from tokenizers import Tokenizer
 
 KIND, VERSION = "mclip.export", 2
-MANIFEST_FILE, TOKENIZER_FILE = "manifest.json", "tokenizer.json"
-PREPROCESS_FILE, GOLDEN_FILE = "preprocess.json", "golden.npz"
+MANIFEST, TOKENIZER, PREPROCESS, GOLDEN = "manifest.json", "tokenizer.json", "preprocess.json", "golden.npz"
 GRAPHS = {
     "float32": ("image.onnx", "text.onnx"),
     "int8": ("image-int8.onnx", "text-int8.onnx"),
@@ -29,8 +28,6 @@ GRAPHS = {
     "int8 text": ("image.onnx", "text-int8.onnx"),
 }
 """By form, the graph of each half. The last two forms keep one half in float32."""
-FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
-"""Pillow's numbers for what fills a pixel of a resized picture."""
 UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow and :func:`as_rgb` raise for a picture that cannot be read."""
 LONGEST = 8
@@ -103,8 +100,8 @@ def prepare(picture: Picture, settings: dict[str, Any]) -> np.ndarray:
     The shortest side is resized to S, the centre cut out, 0..255 becomes 0..1, and each channel is standardised.
     """
     picture, size = open_picture(picture), settings["size"]
-    shortest = min(picture.size)
-    resized = picture.resize([size * side // shortest for side in picture.size], FILTERS[settings["interpolation"]])
+    kernel = Image.Resampling[settings["interpolation"].upper()]
+    resized = picture.resize([size * side // min(picture.size) for side in picture.size], kernel)
     left, top = (round((side - size) / 2) for side in resized.size)
     pixels = np.asarray(resized.crop((left, top, left + size, top + size)), np.float32) / np.float32(255)
     if settings["channels"] == "BGR":
@@ -131,57 +128,52 @@ class Deployed:
     """
 
     def __init__(self, folder: str | Path, form: str = "float32", threads: int = 0, check: bool = True) -> None:
-        """Load and check an exported folder.
+        """Load an exported folder, and compare it with the examples of ``golden.npz`` unless ``check`` is False.
 
-        Args:
-            form: float32, int8, or "int8 image" or "int8 text" for one half in int8.
-            threads: that a call computes with; 0 leaves it to ONNX Runtime.
-            check: compute the examples of ``golden.npz`` and compare.
+        ``form`` is float32 or int8, or "int8 image" or "int8 text" for one half in int8. A call computes with
+        ``threads``; 0 leaves their number to ONNX Runtime.
 
-        Raises:
-            DeployError: a file is missing, is not what was exported, or gives other numbers on this device.
+        Raises: DeployError if a file is missing, is not what was exported, or gives other numbers on this device.
         """
         self.folder, self.form = Path(folder).expanduser(), form
         if form not in GRAPHS:
             raise DeployError(f"form={form!r} cannot work: choose {', '.join(GRAPHS)}.")
         self.graphs = GRAPHS[form]
-        self.manifest = self._read_json(MANIFEST_FILE)
-        if self.manifest.get("kind") != KIND:
+        self.manifest = self._read_json(MANIFEST)
+        kind, version = self.manifest.get("kind"), self.manifest.get("version")
+        if (kind, version) != (KIND, VERSION):
             raise DeployError(
-                f"{self.folder / MANIFEST_FILE}: not written by mclip's export; export the student again."
+                f"{self.folder / MANIFEST}: written by version {version} of {kind}, and this reader reads version "
+                f"{VERSION} of {KIND}; export again, or use the reader of that version."
             )
-        if (version := self.manifest.get("version")) != VERSION:
-            raise DeployError(
-                f"{self.folder / MANIFEST_FILE}: written by version {version} of the export, and this reader reads "
-                f"version {VERSION}; export again, or use the reader of that version."
-            )
-        for name in (*self.graphs, TOKENIZER_FILE, PREPROCESS_FILE, GOLDEN_FILE):
+        for name in (*self.graphs, TOKENIZER, PREPROCESS, GOLDEN):
             self._require_whole(name)
-        self.settings = self._read_json(PREPROCESS_FILE)
-        self.tokenizer = Tokenizer.from_file(str(self.folder / TOKENIZER_FILE))
+        self.settings = self._read_json(PREPROCESS)
+        self.tokenizer = Tokenizer.from_file(str(self.folder / TOKENIZER))
         self._image, self._text = (session(self.folder / name, threads) for name in self.graphs)
         if check:
             self.check()
 
-    def _read_json(self, name: str) -> dict[str, Any]:
-        path = self.folder / name
+    def _read(self, name: str) -> bytes:
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DeployError(f"{path}: not readable ({error}); copy the folder again.") from error
+            return (self.folder / name).read_bytes()
+        except OSError as error:
+            raise DeployError(f"{self.folder / name}: not readable ({error}); copy the folder again.") from error
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        try:
+            found = json.loads(self._read(name))
+        except ValueError as error:
+            raise DeployError(f"{self.folder / name}: not JSON ({error}); copy the folder again.") from error
         if not isinstance(found, dict):
-            raise DeployError(f"{path}: holds no mapping; copy the folder again.")
+            raise DeployError(f"{self.folder / name}: holds no mapping; copy the folder again.")
         return found
 
     def _require_whole(self, name: str) -> None:
         path, files = self.folder / name, self.manifest["files"]
         if name not in files:
             raise DeployError(f"{path}: not among the exported files; export again, with form {self.form}.")
-        try:
-            found = hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError as error:
-            raise DeployError(f"{path}: not readable ({error}); copy the folder again.") from error
-        if found != files[name]["sha256"]:
+        if hashlib.sha256(self._read(name)).hexdigest() != files[name]["sha256"]:
             raise DeployError(f"{path}: not the file that was exported (its SHA-256 differs); copy the folder again.")
 
     def prepare(self, pictures: Sequence[Picture]) -> np.ndarray:
@@ -232,16 +224,15 @@ class Deployed:
         Raises: DeployError for the first step that gives something else than when exported. It names the file that
             decides the step.
         """
-        with np.load(self.folder / GOLDEN_FILE, allow_pickle=False) as golden:
+        with np.load(self.folder / GOLDEN, allow_pickle=False) as golden:
             grey = 1 / (255 * min(self.settings["std"])) + 2e-3  # one level, and the rounding of the stored numbers
             inputs = golden["prepared"].astype(np.float32)
             for name, expected in zip(golden["pictures"].tolist(), inputs, strict=True):
                 off = np.abs(prepare(Image.open(io.BytesIO(golden[name].tobytes())), self.settings) - expected).max()
                 text = f"the picture {name} is off by up to {off:.1f} standard deviations"
-                self._require_same(off <= grey, PREPROCESS_FILE, text)
+                self._require_same(off <= grey, PREPROCESS, text)
             tokens = self.tokenize(golden["texts"].tolist())
-            same = np.array_equal(tokens, golden["tokens"])
-            self._require_same(same, TOKENIZER_FILE, "a text has other tokens")
+            self._require_same(np.array_equal(tokens, golden["tokens"]), TOKENIZER, "a text has other tokens")
             images = self.encode_prepared(inputs) * golden["image_embeddings"]
             texts = self.encode_tokens(tokens) * golden["text_embeddings"]
             for name, products in zip(self.graphs, (images, texts), strict=True):

@@ -43,24 +43,14 @@ def portable_tokenizer(context_length: int) -> Tokenizer:
         (rf"[{SPACE}]+", " "),
     ]
     final_sigma = normalizers.Replace(Regex(r"(?<=\p{L})Σ(?!\p{L})"), "ς")  # the one letter whose case has context
-    tokenizer.normalizer = normalizers.Sequence(
-        [
-            normalizers.NFKC(),
-            final_sigma,
-            normalizers.Lowercase(),
-            normalizers.NFKC(),
-            *(normalizers.Replace(Regex(pattern), text) for pattern, text in replace),
-        ]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{START[0]} $A {END[0]}", special_tokens=[START, END]
-    )
+    steps = [normalizers.NFKC(), final_sigma, normalizers.Lowercase(), normalizers.NFKC()]
+    steps += [normalizers.Replace(Regex(pattern), text) for pattern, text in replace]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    ends = processors.TemplateProcessing(single=f"{START[0]} $A {END[0]}", special_tokens=[START, END])
+    tokenizer.post_processor = ends
     tokenizer.enable_truncation(context_length)  # counts start and end, which are put round what is left
     tokenizer.enable_padding(pad_id=0, pad_token="!")
     return tokenizer

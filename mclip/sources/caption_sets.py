@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import pandas as pd
 
 from mclip.config import ConfigError, closest, require
 from mclip.files import atomic_path, cache_dir
@@ -20,9 +21,8 @@ Split = Literal["train", "val", "test"]
 class Archive:
     """A file to download, and the folder of it that is unpacked under the same name.
 
-    Attributes:
-        size: bytes; None where no number could be confirmed, and ``about`` says what people report.
-        whole: unpack all of it, as ``folder``; the archive has no such folder itself.
+    ``size`` is in bytes; where no number could be confirmed it is None, and ``about`` says what people report. With
+    ``whole`` all of the file is unpacked as ``folder``, because it has no such folder itself.
     """
 
     folder: str
@@ -69,8 +69,8 @@ def caption_set(name: str, root_dir: str | Path | None = None, download: bool = 
             f"{' and '.join(map(str, missing))} in {root} yourself, and run the command to unpack them."
         )
     for archive in missing:
-        file = fetch(archive.url, root / archive.name, checksum=archive.checksum, size=archive.size)
-        extract(file, root / archive.folder, only="" if archive.whole else archive.folder)
+        file = fetch(archive.url, root / archive.name, archive.checksum, archive.size)
+        extract(file, root / archive.folder, "" if archive.whole else archive.folder)
     return root / "annotations" / f"captions_{split}2017.json" if name == "coco" else _flickr8k_csv(root, split)
 
 
@@ -81,16 +81,19 @@ def _flickr8k_csv(root: Path, split: str) -> Path:
         return path
     listed = texts / f"Flickr_8k.{'dev' if split == 'val' else split}Images.txt"
     try:
-        names = set(listed.read_text(encoding="utf-8").split())
-        lines = (texts / "Flickr8k.token.txt").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        names = listed.read_text(encoding="utf-8").split()
+        # Each line is picture.jpg#0<tab>caption; quoting=3: a quote is a character like any other.
+        table = pd.read_csv(
+            texts / "Flickr8k.token.txt", sep="\t", names=["key", "caption"], quoting=3, na_filter=False
+        )
+    except (OSError, ValueError) as error:
         raise DownloadError(
             f"{texts}: not the captions of Flickr8k ({error}); delete it and fetch it again."
         ) from error
-    parts = (line.partition("\t") for line in lines)  # picture.jpg#0<tab>caption
-    rows = [(key.rpartition("#")[0], "Flicker8k_Dataset", caption) for key, _, caption in parts]
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as handle:
-        csv.writer(handle).writerows([("file_name", "image_path", "caption"), *(r for r in rows if r[0] in names)])
+    table = table.assign(file_name=table["key"].str.rpartition("#")[0], image_path="Flicker8k_Dataset")
+    with atomic_path(path) as temporary:
+        columns = ["file_name", "image_path", "caption"]
+        table[table["file_name"].isin(names)].to_csv(temporary, columns=columns, index=False)
     return path
 
 

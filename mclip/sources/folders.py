@@ -1,6 +1,6 @@
 """Readers of folders: pictures by class or with a text file each, and WebDataset shards as img2dataset writes them.
 
-What is hidden in a folder of pictures is never read.
+What is hidden in a folder of pictures, such as ``.ipynb_checkpoints`` and ``._1.jpg``, is never read.
 """
 
 from __future__ import annotations
@@ -18,25 +18,19 @@ from tqdm.auto import tqdm
 
 from mclip.files import cache_dir, content_key, missing_folder, read_json
 from mclip.pictures import open_picture
-from mclip.sources.decoding import fingerprint
-from mclip.sources.readers import PICTURES, Row
+from mclip.sources.readers import PICTURES, Row, fingerprint
 
 CLASS_CAPTION = "a photo of a {}"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _CAPTION_KEY = re.compile(r"captions?[ ._-]?\d*")
 
 
-def hidden(name: str) -> bool:
-    """Whether a file or folder is hidden, as what tools keep for themselves is: ``.ipynb_checkpoints``, ``._1.jpg``."""
-    return name.startswith(".")
-
-
 def pictures_in(path: Path) -> list[str]:
     """The files of pictures below ``path`` in order, at any depth, without what is hidden; other kinds are named."""
     files: list[str] = []
     for folder, subfolders, names in os.walk(path, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not hidden(name)]
-        files += [os.path.join(folder, name) for name in names if not hidden(name)]
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
     others = Counter(Path(file).suffix.lower() or "no suffix" for file in files if not is_picture(file))
     del others[".txt"]  # captions
     if others:
@@ -46,7 +40,6 @@ def pictures_in(path: Path) -> list[str]:
 
 
 def is_picture(file: str) -> bool:
-    """Whether the name is that of a picture that can be read."""
     return file.lower().endswith(PICTURES)
 
 
@@ -69,14 +62,14 @@ def read_folder(path: Path) -> Iterator[Row]:
 
 
 class VisibleFolder(ImageFolder):
-    """torchvision's ImageFolder without what is hidden, such as ``.ipynb_checkpoints``; pictures are read as ours."""
+    """torchvision's ImageFolder without what is hidden; pictures are opened as ours."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(str(root), loader=open_picture, is_valid_file=set(pictures_in(root)).__contains__)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """The names of the sub-folders in order, and their numbers; FileNotFoundError if there are none."""
-        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and not hidden(entry.name))
+        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
         if not names:
             raise FileNotFoundError(f"it has no sub-folder: {directory}")
         return names, {name: number for number, name in enumerate(names)}
@@ -105,8 +98,7 @@ def read_shards(path: Path, caption_key: str, progress: bool) -> Iterator[Row]:
         try:
             samples = _index(shard, caption_key)
         except FileNotFoundError:
-            problem = f"{shard}: no such file; give a folder of .tar files, one of them, or a range of them"
-            samples = [["", problem]]
+            samples = [["", f"{shard}: no such file; give a folder of .tar files, one of them, or a range of them"]]
         except (tarfile.TarError, EOFError) as error:
             samples = [["", f"{shard}: not a WebDataset shard ({error!r}); copy or write it again"]]
         for picture, content in samples:
@@ -145,8 +137,7 @@ def _index(shard: str, caption_key: str) -> list[list]:
 
 
 def _is_caption(key: str, caption_key: str) -> bool:
-    several = caption_key == "caption" and _CAPTION_KEY.fullmatch(key) is not None
-    return several or key == caption_key
+    return key == caption_key or (caption_key == "caption" and _CAPTION_KEY.fullmatch(key) is not None)
 
 
 def _texts(content: bytes, extension: str, caption_key: str) -> list[str]:

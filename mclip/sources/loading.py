@@ -7,26 +7,69 @@ Few enough pictures are decoded once and kept memory-mapped in the cache; more a
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from mclip.config import require
-from mclip.files import content_key
+from mclip.files import cache_dir, content_key, missing_folder, read_json, write_json
 from mclip.pairs import Pairs
-from mclip.pictures import DECODING_VERSION, PictureError
+from mclip.pictures import DECODING_VERSION, PictureError, decode, met_late, pool
 from mclip.scenes.world import SceneConfig, scene_pairs
-from mclip.sources.decoding import Pictures, Rows, decoded_once, fingerprint, readable
 from mclip.sources.folders import read_folder, read_shards, shards_of
-from mclip.sources.readers import DataError, OnError, Table, collect, read_json, reject
-from mclip.sources.tables import read_csv
+from mclip.sources.readers import DataError, OnError, Table, collect, fingerprint, read_annotations, read_csv, reject
 
 SCENES = "scenes"
 DECODE_ONCE = 4 * 2**30
 """Bytes of decoded pictures that are kept in the cache; a larger set is decoded anew in each epoch."""
 Decoding = Literal["auto", "once", "always"]
+
+
+class Pictures:
+    """Pictures (N, 3, S, S) uint8 that are decoded anew whenever they are asked for; indexed like an array."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, names: Sequence[str] | np.ndarray, size: int) -> None:
+        self.names, self.shape = names, (len(names), 3, size, size)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, rows: int | slice | np.ndarray | list[int]) -> np.ndarray:
+        size = self.shape[-1]
+        with met_late():
+            if isinstance(rows, int | np.integer):
+                return decode(self.names[rows], size)
+            numbers = range(len(self))[rows] if isinstance(rows, slice) else rows
+            decoded = list(pool().map(lambda row: decode(self.names[row], size), numbers))
+        return np.array(decoded, np.uint8).reshape(-1, *self.shape[1:])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of an array, read when they are asked for: a memory-mapped array is not copied into memory."""
+
+    array: np.ndarray
+    rows: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As of an array."""
+        return (len(self), *self.array.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: Any) -> np.ndarray:
+        return self.array[self.rows[place]]
 
 
 def load_pairs(
@@ -54,20 +97,17 @@ def load_pairs(
         data_size: share of the pictures to use, in (0, 1]. Only these are decoded.
         scenes: overrides ``split`` and sets everything else about scenes.
         on_error: "raise" stops at the first bad row; "skip" leaves bad rows out and counts them.
-        image_key, caption_key: columns of the CSV; ``caption_key`` also names the captions in WebDataset shards. An
-            ``image_path`` column holds the folder, relative to the CSV. open_clip's columns need no option.
+        image_key, caption_key: columns of the CSV; ``caption_key`` also names the captions in WebDataset shards.
         csv_separator: one character; by default a tab for .tsv and a comma for .csv.
         decoding: "once" keeps all pictures in the cache, "always" decodes them in each epoch; "auto" keeps up to 4 GiB.
-        progress: show bars.
 
     Raises: DataError or ConfigError, naming the file and row. A damaged picture is found here if all are decoded
         once or bad rows are skipped; else when it is first needed. OSError if the system fails, whatever ``on_error``.
     """
     require(0 < data_size <= 1, "data_size", data_size, "choose a share of the pictures in (0, 1]")
     require(on_error in ("raise", "skip"), "on_error", on_error, "choose 'raise' or 'skip'")
-    require(decoding in ("auto", "once", "always"), "decoding", decoding, "choose 'auto', 'once' or 'always'")
     if str(source) in ("", SCENES):
-        config = scenes or SceneConfig(split=split, image_size=image_size, seed=seed)
+        config = scenes or SceneConfig(split=split, seed=seed)
         pairs = scene_pairs(replace(config, image_size=image_size), progress)
         if data_size == 1:
             return pairs
@@ -84,34 +124,71 @@ def load_pairs(
         problem = f"unknown kind {path.suffix!r}" if path.is_file() else "no such file"
         raise DataError(f"{path}: {problem}; give 'scenes', {kinds}.")
     elif kind == ".json":
-        label, rows = "annotation", read_json(path, split)
+        label, rows = "annotation", read_annotations(path, split)
     else:
         label, rows = "line", read_csv(path, image_key, caption_key, csv_separator)
     table = collect(path, label, rows, on_error)
     if data_size < 1:
         table = table.take(_random_rows(len(table.pictures), data_size, seed))
-    pairs = _with_pictures(table, path.stem, image_size, on_error, decoding, progress)
-    if pairs.skipped:
-        print(f"{path}: {pairs.skipped} rows left out (on_error='skip').")
-    return pairs
-
-
-def _with_pictures(table: Table, name: str, size: int, on_error: OnError, decoding: Decoding, progress: bool) -> Pairs:
-    def bad(number: int, error: PictureError) -> None:
-        reject(f"{table.where} {table.rows[number]}: {error}", on_error)
-
     names, whole = table.pictures, len(table.captions.texts)
     key = content_key("pictures", DECODING_VERSION, _digest(names), fingerprint(names), on_error)
+    once = decoding == "once" or (decoding == "auto" and len(names) * 3 * image_size**2 <= DECODE_ONCE)
     images = None
-    if decoding == "once" or (decoding == "auto" and len(names) * 3 * size * size <= DECODE_ONCE):
-        images, kept = decoded_once(names, size, content_key(key, size), bad, progress)
+    if once or on_error == "skip":
+        kept, images = _tried(
+            table, content_key(key, image_size) if once else key, image_size, once, on_error, progress
+        )
         table = table.take(kept)
-    elif on_error == "skip":
-        table = table.take(readable(names, key, bad, progress))
     captions = table.captions
     key = content_key(key, _digest(captions.texts), hashlib.sha256(captions.first.tobytes()).hexdigest())
-    images = Pictures(table.pictures, size) if images is None else images
-    return Pairs(images, captions, key, name, table.pictures, table.skipped + whole - len(captions.texts))
+    if skipped := table.skipped + whole - len(captions.texts):
+        print(f"{path}: {skipped} rows left out (on_error='skip').")
+    images = Pictures(table.pictures, image_size) if images is None else images
+    return Pairs(images, captions, key, path.stem, table.pictures, skipped)
+
+
+def _tried(
+    table: Table, key: str, size: int, once: bool, on_error: OnError, progress: bool
+) -> tuple[list[int], np.ndarray | None]:
+    """The numbers of the pictures that can be read, and their pixels (N, 3, size, size) if they are decoded ``once``.
+
+    All are tried once. The answer is kept in the cache, the pixels memory-mapped.
+    """
+    folder, images = cache_dir() / ("pixels" if once else "readable") / key, None
+    with missing_folder(folder) as temporary:
+        if temporary:
+            kept: list[int] = []
+            if once:
+                shape = (len(table.pictures), 3, size, size)
+                images = np.lib.format.open_memmap(temporary / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+            for number, picture in enumerate(_decoded(table.pictures, size if once else 32, progress)):
+                if isinstance(picture, PictureError):
+                    reject(f"{table.where} {table.rows[number]}: {picture}", on_error)
+                    continue
+                if once:
+                    images[len(kept)] = picture
+                kept.append(number)
+            if once:
+                images.flush()
+            write_json(temporary / "kept.json", kept)
+    kept = read_json(folder / "kept.json")
+    return kept, np.load(folder / "images.npy", mmap_mode="r")[: len(kept)] if once else None
+
+
+def _decoded(names: Sequence[str] | np.ndarray, size: int, progress: bool) -> Iterator[np.ndarray | PictureError]:
+    """The pixels of each picture in order, or what is wrong with it. All threads decode, at most 64 pictures ahead."""
+
+    def attempt(name: str) -> np.ndarray | PictureError:
+        try:
+            return decode(name, size)
+        except PictureError as error:
+            return error
+
+    waiting: deque[Future] = deque()
+    upcoming = iter(names)
+    for _ in tqdm(range(len(names)), "reading pictures", disable=not progress, leave=False):
+        waiting.extend(pool().submit(attempt, name) for name in islice(upcoming, 64 - len(waiting)))
+        yield waiting.popleft().result()
 
 
 def _random_rows(count: int, data_size: float, seed: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What all readers share, and the readers of COCO Captions and Karpathy's JSON.
+"""What all readers share, and the readers of tables (CSV, TSV), COCO Captions and Karpathy's JSON.
 
 Each reader yields rows. :func:`collect` checks them, stops at bad ones or leaves them out, and puts the captions of
 each picture together. Millions of paths and captions are kept in arrays of numpy's StringDType.
@@ -6,19 +6,26 @@ each picture together. Millions of paths and captions are kept in arrays of nump
 
 from __future__ import annotations
 
+import codecs
+import csv
 import json
+import math
 import os
 import re
 from array import array
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import numpy as np
 
-from mclip.pictures import NO_FILE
+from mclip.config import closest, require
+from mclip.pictures import NO_FILE, split_name
 from mclip.text_encoder import clean_caption
 
 OnError = Literal["raise", "skip"]
@@ -27,7 +34,8 @@ Row = tuple[int, str | None, Any]
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 _TEXT = np.dtypes.StringDType()
 _WORDS = re.compile(r"[A-Za-z0-9]")
-SURROGATE = re.compile("[\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_TSV_FIELD = re.compile(r'(?:^|\t)(?:"((?:[^"]|"")*)"(?=\t|$)|([^\t]*))')
 _AT_ONCE = 20_000  # rows
 
 
@@ -126,7 +134,7 @@ def _problem(picture: str, caption: Any) -> str:
     if not (_WORDS.search(caption) or clean_caption(caption)):  # a letter or a digit answers at once
         return "the caption is empty"
     pair = picture + caption
-    return "" if pair.isascii() or not SURROGATE.search(pair) else f"{pair!r} is not valid Unicode"
+    return "" if pair.isascii() or not _SURROGATE.search(pair) else f"{pair!r} is not valid Unicode"
 
 
 def picture_finder() -> Callable[[str, Sequence[str]], str | None]:
@@ -161,7 +169,117 @@ def picture_finder() -> Callable[[str, Sequence[str]], str | None]:
     return find
 
 
-def read_json(path: Path, split: str) -> Iterator[Row]:
+def fingerprint(names: Sequence[str] | np.ndarray) -> list[tuple[str, int, int]]:
+    """Path, bytes and time of change of each picture's file, so that an edited one is seen.
+
+    Of more than 100,000, that many evenly spaced ones: asking for each of millions takes longer than reading the table.
+    """
+    step = math.ceil(len(names) / 100_000)
+    prints = []
+    for file in dict.fromkeys(os.path.abspath(split_name(names[row])[0]) for row in range(0, len(names), step)):
+        with suppress(FileNotFoundError):  # a link to nothing: its row is reported when the picture is read
+            stat = os.stat(file)
+            prints.append((file, stat.st_size, stat.st_mtime_ns))
+    return prints
+
+
+def read_csv(path: Path, image_key: str, caption_key: str, separator: str = "") -> Iterator[Row]:
+    """The rows of a CSV or TSV file in UTF-8, or in UTF-16 with a byte-order mark.
+
+    ``separator`` is a tab for .tsv files and else a comma, unless one is given. An ``image_path`` column holds the
+    folder, relative to the file. Without the two keys, open_clip's columns ``filepath`` and ``title`` are taken.
+    """
+    separator = separator.replace("\\t", "\t") or ("\t" if path.suffix.lower() == ".tsv" else ",")
+    require(len(separator) == 1, "csv_separator", separator, "give one character, such as ';'")
+    with path.open("rb") as file:
+        utf_16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    # A byte that is not UTF-8 becomes a lone surrogate, so that its row can be named.
+    coding = {"encoding": "utf-16"} if utf_16 else {"encoding": "utf-8-sig", "errors": "surrogateescape"}
+    find = picture_finder()
+    folder_of = cache(lambda folder: str(path.parent / os.path.expanduser(folder)))
+    with path.open(newline="", **coding) as handle:
+        try:
+            records = _records(handle, separator)
+            _, header, problem = next(records, (0, [], "the file is empty; its first line must name columns"))
+            if problem:
+                raise DataError(f"{path}: {problem}, such as file_name,image_path,caption.")
+            columns = _columns(path, header, image_key, caption_key)
+            name, caption = columns.index("name"), columns.index("caption")
+            place = columns.index("folder") if "folder" in columns else None
+            for line, cells, problem in records:
+                if problem or len(cells) != len(header):
+                    quotes = f"a text with {separator!r} needs double quotes around it"
+                    yield line, None, problem or f"{len(cells)} fields, but the header has {len(header)}; {quotes}"
+                    continue
+                folder = folder_of("" if place is None else cells[place])
+                picture = find(cells[name], [folder])
+                yield line, picture, cells[caption] if picture else f"no picture at {os.path.join(folder, cells[name])}"
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not readable as UTF-16 ({error}); save it as UTF-8 text.") from error
+
+
+def _records(handle: TextIO, separator: str) -> Iterator[tuple[int, list[str], str]]:
+    """For each record: its first line, its fields, and what is wrong. After a bad one reading goes on at the next line.
+
+    Only lines with a quote need the csv module. In a TSV a quote that is not closed on its line is a character like
+    any other.
+    """
+    number, taken = 1, []
+    ahead: deque[str] = deque()
+
+    def lines() -> Iterator[str]:
+        while line := ahead.popleft() if ahead else handle.readline():
+            taken.append(line)
+            yield line
+
+    for text in lines():
+        problem, line = "", text.rstrip("\r\n")
+        if '"' not in text:
+            cells = line.split(separator)
+        elif separator == "\t":
+            cells = [quoted.replace('""', '"') or plain for quoted, plain in _TSV_FIELD.findall(line)]
+        else:
+            try:
+                cells = next(csv.reader(chain([text], lines()), delimiter=separator, strict=True))
+                text = "".join(taken)
+            except csv.Error as error:
+                cells, problem = [], f"a double quote is not closed, or not doubled inside a quoted text ({error})"
+                ahead.extendleft(reversed(taken[1:]))
+                del taken[1:]
+        if "\0" in text or (not text.isascii() and _SURROGATE.search(text)):
+            problem = "not UTF-8 text; save the file as UTF-8"
+        if len(cells) > 1 or text.strip(" \r\n"):
+            yield number, cells, problem
+        number += len(taken)
+        taken.clear()
+
+
+def _columns(path: Path, names: list[str], image_key: str, caption_key: str) -> list[str]:
+    """What each column is: "name", "caption", "folder" or "". DataError with the likely cause if one is missing."""
+    keys = {image_key: "name", caption_key: "caption"}
+    if [*keys] == ["file_name", "caption"] and not {*keys} & {*names} and {"filepath", "title"} <= {*names}:
+        keys = {"filepath": "name", "title": "caption"}  # open_clip's names
+    for key, what in keys.items():
+        if names.count(key) == 1:
+            continue
+        option = "image_key (--csv_img_key)" if what == "name" else "caption_key (--csv_caption_key)"
+        spaced = [name for name in names if name.strip() == key]
+        others = [other for other in ",;\t|" if len(names) == 1 and other in names[0]]
+        if key in names:
+            cause = "two columns have this name: rename one"
+        elif others:
+            cause = f"it seems to be separated by {others[0]!r}: pass csv_separator={others[0]!r} (--csv_separator)"
+        elif spaced:
+            cause = f"a stray space: mend the header, or pass {spaced[0]!r} as {option}"
+        elif any(name.lower().endswith(PICTURES) for name in names):
+            cause = "the first line looks like data: write a header line such as file_name,caption above it"
+        else:
+            cause = f"{closest(key, names)} Name another column with {option}"
+        raise DataError(f"{path}: no column {key!r}; the columns are {', '.join(names)}. {cause}.")
+    return [keys.get(name) or ("folder" if name == "image_path" else "") for name in names]
+
+
+def read_annotations(path: Path, split: str) -> Iterator[Row]:
     """The rows of COCO Captions, or of one ``split`` of Karpathy's JSON, where "train" holds "restval" too.
 
     Pictures lie beside the JSON file or beside its folder, there or in ``images/``, or as COCO unpacks: for

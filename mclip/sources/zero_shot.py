@@ -24,8 +24,6 @@ from mclip.evaluate import ZeroShotSet
 from mclip.files import cache_dir
 from mclip.sources.folders import VisibleFolder
 
-PHOTO_TEMPLATES = ["a photo of a {}"]
-
 
 @dataclass(frozen=True)
 class _Source:
@@ -41,12 +39,6 @@ class _Source:
     downloads: bool = True
     folder: str = ""
     first_label: int = 0
-
-    def words(self, name: str) -> str:
-        """The name of a class as words."""
-        for pattern, replacement in self.rename:
-            name = re.sub(pattern, replacement, name)
-        return name
 
 
 _STORED = json.loads(Path(__file__).with_name("zero_shot_sets.json").read_text(encoding="utf-8"))
@@ -84,7 +76,9 @@ def torchvision_set(name: str, root_dir: str | Path | None = None, download: boo
     require(label is not None, "dataset", name, f"these files have no labels; place {root / source.layout} there")
     found = getattr(data, "classes", None) or getattr(data, "categories", None)
     published = {**_STORED["class_names"], "imagenet": list(IMAGENET_CLASSNAMES)}
-    class_names = published.get(name) or [source.words(c) for c in found or []]
+    class_names = published.get(name) or list(found or [])
+    for pattern, replacement in () if name in published else source.rename:
+        class_names = [re.sub(pattern, replacement, each) for each in class_names]
     templates = [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES] if name == "imagenet" else _STORED["templates"][name]
     count, expected = len(found or class_names), len(class_names)
     remedy = f"{root / source.layout} holds {count} classes, not {expected}; place the files there again"
@@ -94,7 +88,7 @@ def torchvision_set(name: str, root_dir: str | Path | None = None, download: boo
     return ZeroShotSet(name, data, None, class_names, templates, split, metric)
 
 
-def image_folder_set(path: str | Path, templates: Sequence[str] = PHOTO_TEMPLATES) -> ZeroShotSet:
+def image_folder_set(path: str | Path) -> ZeroShotSet:
     """Pictures in one sub-folder per class, named after the class: ``path/<class>/*.jpg``.
 
     A last component train, val or test names the split, and the folder above it the set.
@@ -107,22 +101,17 @@ def image_folder_set(path: str | Path, templates: Sequence[str] = PHOTO_TEMPLATE
     named = path.name in ("train", "val", "test")
     name, split = (path.parent.name, path.name) if named else (path.name, "all")
     class_names = [folder.replace("_", " ") for folder in data.classes]
-    return ZeroShotSet(name, data, None, class_names, list(templates), split)
+    return ZeroShotSet(name, data, None, class_names, ["a photo of a {}"], split)
 
 
 def zero_shot_set(
-    name: str | Path,
-    root_dir: str | Path | None = None,
-    download: bool = False,
-    embedded: Mapping[str, ZeroShotSet] | None = None,
+    name: str | Path, root_dir: str | Path | None = None, download: bool = False, embedded: Mapping | None = None
 ) -> ZeroShotSet:
     """The set that ``name`` means: one of ``embedded``, one of torchvision's, or a folder of pictures."""
-    embedded = embedded or {}
-    if name in embedded:
+    if embedded and name in embedded:
         return embedded[str(name)]
-    if str(name) not in _SOURCES and str(name) and Path(name).expanduser().is_dir():
-        return image_folder_set(name)
-    known = [*embedded, *_SOURCES]
-    remedy = f"{closest(str(name), known)} (or name a folder of pictures)"
-    require(str(name) in known, "dataset", str(name), remedy)
-    return torchvision_set(str(name), root_dir, download)
+    if str(name) in _SOURCES:
+        return torchvision_set(str(name), root_dir, download)
+    remedy = f"{closest(str(name), [*(embedded or ()), *_SOURCES])} (or name a folder of pictures)"
+    require(str(name) != "" and Path(name).expanduser().is_dir(), "dataset", str(name), remedy)
+    return image_folder_set(name)
