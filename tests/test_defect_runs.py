@@ -17,7 +17,7 @@ BETTER_WITHOUT = {9: 1, 10: 1, 12: -1, 13: -1, 14: -1}
 
 def test_healthy_is_what_is_measured_without_the_defect():
     settings = TrainConfig(max_epochs=2)
-    found = measures.both(DEFECTS[8], lambda: train.learning_rate(99, 100, settings))
+    found = measures.both(DEFECTS[8], lambda: {"rate": train.learning_rate(99, 100, settings)})["rate"]
     assert found["healthy"] == train.learning_rate(99, 100, settings) < 1e-4 < found["defective"]
 
 

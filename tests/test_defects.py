@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mclip import balancing, losses, text_encoder, train
-from mclip.study.defects import DEFECTS, left_and_right_swapped
+from mclip.study.defects import DEFECTS, NO_REFUSAL, left_and_right_swapped
 
 TESTS = Path(__file__).parent
 each_defect = pytest.mark.parametrize("defect", DEFECTS.values(), ids=lambda defect: f"{defect.number:02}")
@@ -77,12 +77,12 @@ def test_the_checks_fail_with_the_defect_on(defect, outcomes):
 
 @each_defect
 def test_a_defect_is_gone_when_it_is_switched_off(defect):
-    before = [getattr(owner, name) for owner, name, _ in defect.patches + defect.refusals]
-    patched = defect.patches + defect.refusals
+    patched = (*defect.patches, NO_REFUSAL)
+    before = [getattr(owner, name) for owner, name, _ in patched]
     with contextlib.suppress(KeyboardInterrupt), defect.switched_on(train_all_the_same=True):
         assert all(getattr(owner, name) is defective for owner, name, defective in patched)
         raise KeyboardInterrupt
-    assert [getattr(owner, name) for owner, name, _ in defect.patches + defect.refusals] == before
+    assert [getattr(owner, name) for owner, name, _ in patched] == before
 
 
 def test_a_function_is_replaced_wherever_it_was_imported():

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from scipy.special import stdtrit
 
 from mclip.results import ResultError
@@ -150,7 +149,10 @@ def ablation_figure(records: Sequence[Mapping[str, Any]]) -> NotebookFigure:
         left.plot(values, [row] * len(values), "o", color=PALETTE[7], markersize=3)
         left.plot(statistics.fmean(values), row, "D", color="black", markersize=4)
         if name in found:
-            _draw_difference(right, row, found[name])
+            e = found[name]
+            colour, marker = VERDICTS[e["verdict"]]
+            spread = [[e["value"] - e["low"]], [e["high"] - e["value"]]] if "low" in e else None
+            right.errorbar(e["value"], row, xerr=spread, fmt=marker, color=colour, markersize=5, capsize=2)
     for name, dash in (("base", ":"), ("kd", "--")):
         if name in means:
             level, title = statistics.fmean(means[name].values()), plan[name]["title"]
@@ -172,12 +174,6 @@ def ablation_figure(records: Sequence[Mapping[str, Any]]) -> NotebookFigure:
     fig.legend(handles=handles, loc="outside lower center", ncols=6, columnspacing=1, handletextpad=0.4)
     fig.suptitle("Which parts of the recipe earn their place, at equal samples seen")
     return fig
-
-
-def _draw_difference(ax: Axes, row: int, e: Mapping[str, Any]) -> None:
-    colour, marker = VERDICTS[e["verdict"]]
-    spread = [[e["value"] - e["low"]], [e["high"] - e["value"]]] if "low" in e else None
-    ax.errorbar(e["value"], row, xerr=spread, fmt=marker, color=colour, markersize=5, capsize=2)
 
 
 def defect_costs(records: Records, healthy: Means) -> dict[str, list[float]]:
@@ -217,10 +213,8 @@ def defect_curves(records: Records, healthy: Records) -> NotebookFigure:
     own = [r for r in records if r["seed"] == 0 and "loss" in r["details"]]
     own = [r for r in own if r["details"]["experiment"]["against"] in other]
     if not own:
-        raise ResultError(
-            "no training of seed 0 has ended both with a defect and without it; run: "
-            "python -m mclip study ablations defects --seeds 1"
-        )
+        command = "python -m mclip study ablations defects --seeds 1"
+        raise ResultError(f"no training of seed 0 has ended both with a defect and without it; run: {command}")
     rows = -(-len(own) // 3)
     fig = figure(8.3, 0.9 + 1.75 * rows)
     axes = fig.subplots(rows, 3, squeeze=False).ravel()
@@ -228,12 +222,9 @@ def defect_curves(records: Records, healthy: Records) -> NotebookFigure:
         ax.remove()
     for ax, record in zip(axes, own, strict=False):
         experiment = record["details"]["experiment"]
-        curves = (
-            (record, "with the defect", PALETTE[1], "--"),
-            (other[experiment["against"]], "without", PALETTE[0], "-"),
-        )
-        for each, name, colour, dash in curves:
-            ax.plot(*np.array(each["details"]["loss"]).T, dash, color=colour, linewidth=1, label=name)
+        healthy_loss = other[experiment["against"]]["details"]["loss"]
+        ax.plot(*np.array(record["details"]["loss"]).T, "--", color=PALETTE[1], linewidth=1, label="with the defect")
+        ax.plot(*np.array(healthy_loss).T, "-", color=PALETTE[0], linewidth=1, label="without")
         number, title = record["details"]["configuration"]["defect"], experiment["title"].split(":")[0]
         ax.set_title(f"{number}: {title}", fontsize=9)
         ax.set(xlabel="step", ylabel="loss")

@@ -8,8 +8,6 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from mclip.config import PRESETS
-from mclip.deploy.cost import RIVALS
 from mclip.show.style import PALETTE, NotebookFigure, figure, interval_bars, name_rows, styled
 from mclip.show.tables import milliseconds
 
@@ -41,7 +39,7 @@ def cost_of_models(record: Record) -> NotebookFigure:
     The front is a staircase: what lies above and to the right of it is beaten in both by a model on a corner.
     Only the deployed form is drawn: it has the bare name of its model.
     """
-    models = {name: m for name, m in record["models"].items() if name in PRESETS or name in RIVALS}
+    models = {name: m for name, m in record["models"].items() if "," not in name}  # a comma: another form
     latencies = {name: milliseconds(m) for name, m in models.items()}
     points = [(sum(latencies[name].values()), m["megabytes"]) for name, m in models.items()]
     fig = figure(8.3, 4.2)

@@ -29,6 +29,7 @@ from mclip.pairs import normalise as prepare_as_it_is
 load_as_it_is, classify_as_it_is = teachers.load_teacher, evaluate.build_classifier
 unpickle_nothing, batch_as_it_is = torch.load, BatchSource._batch
 Patch = tuple[Any, str, Callable[..., Any]]
+NO_REFUSAL: Patch = (targets, "check_targets", lambda found: None)
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,22 @@ class Defect:
         checks: names of tests.
         recipe: the ablation that is trained with it, whose own records tell how that ends without; empty: it shows
             without training.
-        refusals: patches that take away what would refuse to train with the defect.
     """
 
     number: int
     title: str
     patches: tuple[Patch, ...]
     checks: tuple[str, ...]
-    recipe: str = ""
-    refusals: tuple[Patch, ...] = ()
+    recipe: str
 
     @contextmanager
     def switched_on(self, train_all_the_same: bool = False) -> Iterator[None]:
-        """While it lasts, the defect is in place, in every module that has imported what it replaces."""
+        """While it lasts, the defect is in place, in every module that has imported what it replaces.
+
+        ``train_all_the_same`` also takes away the check of targets, which refuses to train with one of the defects.
+        """
         with ExitStack() as stack:
-            for owner, name, defective in self.patches + self.refusals * train_all_the_same:
+            for owner, name, defective in (*self.patches, *[NO_REFUSAL] * train_all_the_same):
                 original = getattr(owner, name)
                 modules = [m for m in list(sys.modules.values()) if getattr(m, "__dict__", {}).get(name) is original]
                 for holder in [owner] if isinstance(owner, type) else modules:
@@ -67,9 +69,7 @@ DEFECTS: dict[int, Defect] = {}
 """All defects by their number."""
 
 
-def defect(
-    number: int, owner: Any, name: str, *checks: str, recipe: str = "", refusals: tuple[Patch, ...] = ()
-) -> Callable[[Callable], Callable]:
+def defect(number: int, owner: Any, name: str, *checks: str, recipe: str = "") -> Callable[[Callable], Callable]:
     """Decorate what takes the place of ``owner.name`` while the defect is on.
 
     The docstring of the first function of a number is the defect's title, and ``checks`` are the ends of its tests'
@@ -77,13 +77,10 @@ def defect(
     """
 
     def enter(defective: Callable) -> Callable:
-        if number in DEFECTS:
-            DEFECTS[number] = replace(DEFECTS[number], patches=(*DEFECTS[number].patches, (owner, name, defective)))
-            return defective
-        title = (defective.__doc__ or "").removesuffix(".")
-        tests = tuple(f"test_defect_{number:02}_{check}" for check in checks)
-        patches = ((owner, name, defective),)
-        DEFECTS[number] = Defect(number, title[0].lower() + title[1:], patches, tests, recipe, refusals)
+        title, tests = defective.__doc__.removesuffix("."), tuple(f"test_defect_{number:02}_{end}" for end in checks)
+        new = Defect(number, title[0].lower() + title[1:], (), tests, recipe)
+        known = DEFECTS.get(number, new)
+        DEFECTS[number] = replace(known, patches=(*known.patches, (owner, name, defective)))
         return defective
 
     return enter
@@ -97,14 +94,7 @@ def _without_terms(self: Any, output: Any, batch: Any, names: Any, temperature: 
     return {name: own.get(name, output.get(f"{name}_loss", zero)) for name in names}
 
 
-@defect(
-    2,
-    teachers,
-    "load_teacher",
-    "one_constant_caption_for_all_is_refused",
-    recipe="kd",
-    refusals=((targets, "check_targets", lambda found: None),),
-)
+@defect(2, teachers, "load_teacher", "one_constant_caption_for_all_is_refused", recipe="kd")
 def _of_one_caption(name: str = teachers.SHIPPED, pretrained: str | None = None, device: Any = "cpu") -> Any:
     """One caption for all: the teacher reads “a photo” for every sample."""
     loaded = load_as_it_is(name, pretrained, device)

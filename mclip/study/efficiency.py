@@ -13,17 +13,8 @@ import psutil
 import torch
 
 from mclip.config import closest, get_profile, require
-from mclip.deploy.cost import (
-    CAPTION,
-    RIVALS,
-    Form,
-    block_times,
-    candidate,
-    candidate_name,
-    latency,
-    stage_times,
-    threads,
-)
+from mclip.deploy import cost
+from mclip.deploy.cost import CAPTION, RIVALS, Form, candidate, candidate_name, latency, threads
 from mclip.deploy.export import evaluate_deployed, export
 from mclip.deploy.reader import Deployed
 from mclip.files import DATA
@@ -36,10 +27,8 @@ from mclip.study.bench import NO_MODEL, describe_machine, in_new_process, peak_m
 FILE = DATA / "results" / "efficiency.json"
 MODELS: tuple[tuple[str, Form], ...] = (
     *((name, "deployed") for name in ("mobile-256", "mobile-512", "klmobile", *RIVALS)),
-    ("mobile-256", "trained"),
-    ("MobileCLIP2-S0", "trained"),
-    ("mobile-256", "ONNX"),
-    ("mobile-256", "int8"),
+    *((name, "trained") for name in ("mobile-256", "MobileCLIP2-S0")),
+    *(("mobile-256", form) for form in ("ONNX", "int8")),
 )
 """Name and form of all that is measured."""
 
@@ -98,7 +87,11 @@ def _peak(name: str, form: Form, batch: int) -> float:
     torch.set_num_threads(1)
     each = candidate(name, form)
     calls = each.calls(batch)
-    give_back_freed_memory()  # else what the calls need would be found in it, and the model would seem to need nothing
+    # Freed memory goes back to the system; else the calls would find what they need in it and seem to need nothing.
+    gc.collect()
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "malloc_trim"):  # glibc
+        allocator.malloc_trim(0)
     built = psutil.Process().memory_info().rss / 2**20
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of building the model
     with torch.inference_mode():
@@ -106,14 +99,6 @@ def _peak(name: str, form: Form, batch: int) -> float:
             call()
     added = peak_megabytes() - built
     return 1e6 * each.megabytes / 2**20 + added  # last: it makes a copy of the weights
-
-
-def give_back_freed_memory() -> None:
-    """Return to the system what Python, and where it is glibc the allocator, has freed and kept."""
-    gc.collect()
-    allocator = ctypes.CDLL(None)
-    if hasattr(allocator, "malloc_trim"):
-        allocator.malloc_trim(0)
 
 
 def memory() -> dict[str, float]:
@@ -125,8 +110,8 @@ def memory() -> dict[str, float]:
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "models": models,
     "memory": memory,
-    "stages": stage_times,
-    "blocks": block_times,
+    "stages": cost.stage_times,
+    "blocks": cost.block_times,
     "int8": quantised,
 }
 UNTIMED = ("memory", "int8")

@@ -9,22 +9,13 @@ from typing import Any
 from mclip.files import DATA, atomic_path
 from mclip.recipes import describe
 from mclip.results import ResultError, load_results
+from mclip.show import tables
 from mclip.show.ablations import ablation_figure, ablation_table, defect_curves, defect_table, means_of
 from mclip.show.cost import cost_of_models
 from mclip.show.figures import per_class_recall, performance_comparison, similarity_matrices, training_curves
 from mclip.show.grounding import grounding_scores
 from mclip.show.style import COLOURS, HATCHES, LABELS, NotebookFigure, figure, name_rows, save_figure, styled
-from mclip.show.tables import (
-    Scores,
-    by_model,
-    efficiency_goals,
-    efficiency_table,
-    markdown,
-    milliseconds,
-    reached,
-    retrieval_table,
-    zero_shot_table,
-)
+from mclip.show.tables import Scores, by_model, markdown, milliseconds, reached, retrieval_table, zero_shot_table
 from mclip.train import read_log
 
 Records = list[dict[str, Any]]
@@ -156,7 +147,7 @@ def tables_of(records: Mapping[str, Records]) -> dict[str, str]:
         "paired": paired_markdown(records["scenes"]),
         "ablations": ablation_table(records["ablations"]),
         "defects": defect_table(records["defects"], means_of(records["ablations"])),
-        "efficiency": f"{efficiency_table(costs)}\n\n{efficiency_goals(costs)}",
+        "efficiency": f"{tables.efficiency_table(costs)}\n\n{tables.efficiency_goals(costs)}",
         "views": scores_markdown(zero_shot_table(records["views"]), ("whole", "cached-views", "online")),
         "photographs": scores_markdown(retrieval_table(real) | zero_shot_table(real), ("base", "kd", "teacher")),
         "bench": bench_markdown(records["bench"]),

@@ -22,7 +22,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from mclip.config import PRESETS, TrainConfig, get_profile
-from mclip.evaluate import embed_images, embed_texts, evaluate_zero_shot, input_of
+from mclip.evaluate import ZeroShotSet, embed_images, embed_texts, evaluate_zero_shot, input_of
 from mclip.metrics import bootstrap_interval
 from mclip.pairs import BatchSource, normalise
 from mclip.recipes import evaluate_all, load_data, load_model, student_prepare, train_student
@@ -36,16 +36,11 @@ from mclip.text_encoder import Tokenizer
 
 Records = list[dict[str, Any]]
 Settings = Mapping[str, Any]
+Numbers = dict[str, dict[str, float]]
 NO_MODEL = {"parameters": 0, "sha256": "0" * 64}
 THRESHOLDS = tuple(round(0.1 * step, 1) for step in range(1, 10))
-WORDINGS = (
-    "{}",
-    "a {}",
-    "a picture of a {}",
-    "a photo of a {}",
-    "there is a {}",
-    "I think that this may be a {}, perhaps",
-)
+WORDINGS = ("{}", "a {}", "a picture of a {}", "a photo of a {}", "there is a {}")
+WORDINGS += ("I think that this may be a {}, perhaps",)
 
 shipped = cache(load_model)
 """A model that ships, and its tokenizer, loaded once."""
@@ -67,13 +62,14 @@ def _best_threshold(maps: Tensor, masks: Tensor) -> float:
     return max(THRESHOLDS, key=lambda threshold: overlap(maps, masks, threshold).mean().item())
 
 
-def _grounding(model: Mapping[str, Any], found: dict[str, np.ndarray], start: float, **details: Any) -> dict[str, Any]:
-    intervals = {key: map(float, bootstrap_interval(values)) for key, values in found.items()}
-    metrics = {key: dict(zip(("value", "low", "high"), each, strict=True)) for key, each in intervals.items()}
-    seconds, n = time.perf_counter() - start, len(found["iou"])
-    return make_result(
-        "grounding", "scenes of two objects", "test", n, model, metrics, seconds=seconds, details=details
-    )
+def _grounding(model: Settings, found: dict[str, np.ndarray], start: float, **details: Any) -> dict[str, Any]:
+    metrics = {key: _interval(*map(float, bootstrap_interval(values))) for key, values in found.items()}
+    more = {"seconds": time.perf_counter() - start, "details": details}
+    return make_result("grounding", "scenes of two objects", "test", len(found["iou"]), model, metrics, **more)
+
+
+def _interval(value: float, low: float, high: float) -> dict[str, float]:
+    return {"value": value, "low": low, "high": high}
 
 
 def grad_cam_maps(row: Any, settings: Settings) -> Records:
@@ -118,10 +114,8 @@ def pairs_and_prompts(row: Any, settings: Settings) -> Records:
     cosines = (images @ embed_texts(model, tokenizer, captions).T).numpy().astype(float)
     test = scene_sets(64, get_profile(settings["profile"]).test_pictures)["colour-shape"]
     embedded, _ = embed_images(model, test.images)
-    top1 = {}
-    for wording in WORDINGS:
-        record = evaluate_zero_shot(model, tokenizer, test, row.name, prompt=wording, embeddings=embedded)
-        top1[wording] = record["metrics"]["top1"]
+    records = [evaluate_zero_shot(model, tokenizer, test, row.name, prompt=w, embeddings=embedded) for w in WORDINGS]
+    top1 = {wording: record["metrics"]["top1"] for wording, record in zip(WORDINGS, records, strict=True)}
     described, seconds = describe_model(row.name, model), time.perf_counter() - start
     details = {"captions": captions, "cosines": np.round(cosines, 4).tolist()}
     return [make_result("examples", "scenes", "val", 12, described, top1, seconds=seconds, details=details)]
@@ -131,18 +125,16 @@ def measure_defect(row: Any, settings: Settings) -> Records:
     """What a defect changes without training: each number healthy and defective."""
     start, profile = time.perf_counter(), settings["profile"]
     numbers = MEASURES[row.defect](DEFECTS[row.defect], profile)
-    model, n = {**describe_model(row.name, shipped("kd")[0])}, get_profile(profile).test_pictures
+    model, n = describe_model(row.name, shipped("kd")[0]), get_profile(profile).test_pictures
     return [make_result("defect", "scenes", "test", n, model, numbers, seconds=time.perf_counter() - start)]
 
 
-Numbers = dict[str, dict[str, float]]
-
-
-def both(defect: Defect, measure: Callable[[], float]) -> dict[str, float]:
-    """What ``measure`` says without the defect and with it."""
+def both(defect: Defect, measure: Callable[[], dict[str, float]]) -> Numbers:
+    """The numbers of ``measure`` by their labels, without the defect and with it."""
     healthy = measure()
     with defect.switched_on():
-        return {"healthy": healthy, "defective": measure()}
+        defective = measure()
+    return {label: {"healthy": healthy[label], "defective": defective[label]} for label in healthy}
 
 
 def measure_preparation(defect: Defect, profile: str) -> Numbers:
@@ -151,30 +143,36 @@ def measure_preparation(defect: Defect, profile: str) -> Numbers:
     edge = sets["shape"].images[..., :1].expand(-1, -1, -1, 32)
     wide = replace(sets["shape"], images=torch.cat([edge, sets["shape"].images, edge], dim=-1))
 
-    def top1(chosen: list) -> float:
+    def top1(label: str, *chosen: ZeroShotSet) -> dict[str, float]:
         records = [evaluate_zero_shot(model, tokenizer, each, "kd") for each in chosen]
-        return statistics.fmean(record["metrics"]["top1"]["value"] for record in records)
+        return {label: statistics.fmean(record["metrics"]["top1"]["value"] for record in records)}
 
     prompts, pictures = (replace(defect, patches=(patch,)) for patch in defect.patches)
-    return {
-        "prompts with a period: mean top-1 of six sets, %": both(prompts, lambda: top1(list(sets.values()))),
-        "wide pictures squashed: top-1 of shape, %": both(pictures, lambda: top1([wide])),
-    }
+    mean, squashed = "prompts with a period: mean top-1 of six sets, %", "wide pictures squashed: top-1 of shape, %"
+    return both(prompts, partial(top1, mean, *sets.values())) | both(pictures, partial(top1, squashed, wide))
 
 
 def measure_ranks(defect: Defect, profile: str) -> Numbers:
     """Defect 10: top-5 (%) of the student, and the mean of the sets where one of them has failed."""
 
-    def measured(key: str) -> dict[str, float]:
+    def measured(key: str, label: str) -> dict[str, float]:
         records = evaluate_all({"kd": shipped("kd")}, profile=profile, relation=False)
-        return {r["dataset"]: r["metrics"][key]["value"] for r in records if key in r["metrics"]}
+        return {label.format(r["dataset"]): r["metrics"][key]["value"] for r in records if key in r["metrics"]}
 
-    healthy, top1 = measured("top5"), list(measured("top1").values())[1:]  # the first set timed out
-    with defect.switched_on():
-        defective = measured("top5")
-    numbers = {f"top-5 of {name}, %": {"healthy": healthy[name], "defective": defective[name]} for name in healthy}
+    top1 = list(measured("top1", "{}").values())[1:]  # the first set timed out
     means = {"healthy": statistics.fmean(top1), "defective": statistics.fmean([0.0, *top1])}
-    return numbers | {"mean top-1 where one of six sets failed, %": means}
+    top5 = both(defect, partial(measured, "top5", "top-5 of {}, %"))
+    return top5 | {"mean top-1 where one of six sets failed, %": means}
+
+
+class Planted:
+    """Unpickling it makes an empty file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.file,)
 
 
 def measure_checkpoints(defect: Defect, profile: str) -> Numbers:
@@ -186,56 +184,39 @@ def measure_checkpoints(defect: Defect, profile: str) -> Numbers:
         if record["step"] == 5:
             raise KeyboardInterrupt
 
-    def killed(folder: Path) -> Callable[..., Any]:
-        run = partial(train_student, PRESETS["course"], training, validation, settings, folder)
-        with suppress(KeyboardInterrupt):
-            run(on_record=killed_at_the_sixth)
-        return run
-
-    def megabytes(folder: Path) -> float:
-        killed(folder)
-        return next(folder.glob("checkpoint-*.pt")).stat().st_size / 1e6
-
-    def resumes_at(folder: Path) -> float:
-        steps: list[dict[str, Any]] = []
-        killed(folder)(on_record=steps.append)
-        return float(steps[0]["step"])
-
-    def runs_code(folder: Path) -> float:
-        class Planted:
-            def __reduce__(self) -> tuple:
-                return Path.touch, (folder / "ran",)
-
-        torch.save(Planted(), folder / "planted.pt")
-        with suppress(pickle.UnpicklingError):
-            torch.load(folder / "planted.pt", weights_only=True)
-        return float((folder / "ran").exists())
-
-    def in_a_folder(measure: Callable[[Path], float]) -> float:
+    def measured() -> dict[str, float]:
         with tempfile.TemporaryDirectory() as name:
-            return measure(Path(name))
+            folder, steps = Path(name), []
+            run = partial(train_student, PRESETS["course"], training, validation, settings, folder)
+            with suppress(KeyboardInterrupt):
+                run(on_record=killed_at_the_sixth)
+            megabytes = next(folder.glob("checkpoint-*.pt")).stat().st_size / 1e6
+            run(on_record=steps.append)
+            torch.save(Planted(folder / "ran"), folder / "planted.pt")
+            with suppress(pickle.UnpicklingError):
+                torch.load(folder / "planted.pt", weights_only=True)
+            return {
+                "checkpoint, MB": megabytes,
+                "killed in step 5, the run goes on with step": float(steps[0]["step"]),
+                "programs that a planted file could start": float((folder / "ran").exists()),
+            }
 
-    labels = {
-        "checkpoint, MB": megabytes,
-        "killed in step 5, the run goes on with step": resumes_at,
-        "programs that a planted file could start": runs_code,
-    }
-    return {label: both(defect, partial(in_a_folder, measure)) for label, measure in labels.items()}
+    return both(defect, measured)
 
 
 def measure_table(defect: Defect, profile: str) -> Numbers:
     """Defect 13: milliseconds to read a batch of 64, the two forms in turns."""
     training, _ = load_data(profile, 64, progress=False)
     batches = BatchSource(training, Tokenizer(32), student_prepare(PRESETS["course"]), 64, 0)
+    label = f"a batch from {len(training):,} pictures, ms"
 
-    def milliseconds() -> float:
+    def milliseconds() -> dict[str, float]:
         start = time.perf_counter()
         batches._batch(np.arange(64), np.zeros(64, int), 0)
-        return 1000 * (time.perf_counter() - start)
+        return {label: 1000 * (time.perf_counter() - start)}
 
-    turns = [both(defect, milliseconds) for _ in range(20)]
-    medians = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
-    return {f"a batch from {len(training):,} pictures, ms": medians}
+    turns = [both(defect, milliseconds)[label] for _ in range(20)]
+    return {label: {form: statistics.median(turn[form] for turn in turns) for form in turns[0]}}
 
 
 def measure_words(defect: Defect, profile: str) -> Numbers:
@@ -244,10 +225,8 @@ def measure_words(defect: Defect, profile: str) -> Numbers:
     damaged = [word for word in known - {"left", "right"} if left_and_right_swapped(word) != word]
     words = {"healthy": "bright", "defective": left_and_right_swapped("bright")}
     length = {key: float(Tokenizer(32)([word]).shape[1] - 2) for key, word in words.items()}
-    return {
-        "words of the vocabulary that are damaged": {"healthy": 0.0, "defective": float(len(damaged))},
-        "tokens of “bright”": length,
-    }
+    damage = {"healthy": 0.0, "defective": float(len(damaged))}
+    return {"words of the vocabulary that are damaged": damage, "tokens of “bright”": length}
 
 
 MEASURES = {9: measure_preparation, 10: measure_ranks, 12: measure_checkpoints, 13: measure_table, 14: measure_words}

@@ -91,10 +91,8 @@ def train(job: Job) -> TrainResult:
     settings, size = job.settings, PRESETS[job.settings["preset"]].image.image_size
     reading = {key: settings[key] for key in ("train_data_path", "val_data_path", "data_size", "noise", "seed")}
     training, validation = load_data(settings["profile"], size, progress=False, **reading)
-    loop, terms = (
-        from_mapping(kind, {field.name: settings[field.name] for field in fields(kind)})
-        for kind in (TrainConfig, DistillConfig)
-    )
+    own = [{field.name: settings[field.name] for field in fields(kind)} for kind in (TrainConfig, DistillConfig)]
+    loop, terms = from_mapping(TrainConfig, own[0]), from_mapping(DistillConfig, own[1])
     loop = replace(loop, batch_size=min(loop.batch_size, len(training)))
     if job.row.student in ("clip", "teacher"):
         return train_open_clip(job.row.student, training, validation, loop, job.folder)
