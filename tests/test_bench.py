@@ -36,8 +36,8 @@ def test_a_ratio_is_of_medians_and_leaves_the_first_turn_out(monkeypatch):
 
 
 def test_the_steps_that_are_compared_run_and_leave_no_gradient():
-    rows = list(bench.existing(batch_size=4, rounds=1, preset="course", online=load_teacher()))
-    rows += [*bench.distillation(batch_size=8, rounds=1), *bench.evaluation(rounds=1)]
+    rows = list(bench.existing(batch_size=4, rounds=1, preset="course", teacher=load_teacher()))
+    rows += [*bench.distillation(batch_size=8, rounds=1), *bench.evaluation(count=1, singles=2, rounds=1)]
     assert all(row["value"] > 0 and row["unit"] == "times" for row in rows)
     model, _ = random_model("course")
     bench.backward(model.text_encoder, lambda: model.text_encoder(model.tokenizer(["a dog"])))()

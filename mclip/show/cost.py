@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from mclip.config import PRESETS
 from mclip.show.style import PALETTE, NotebookFigure, figure, interval_bars, name_rows, styled
 from mclip.show.tables import milliseconds
 

@@ -11,11 +11,9 @@ import platform
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ import open_clip
 import psutil
 import torch
 import torch.nn.functional as F
-from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.io import decode_jpeg, read_file
@@ -36,11 +33,10 @@ from mclip.config import PRESETS, DistillConfig, TrainConfig, closest, require
 from mclip.deploy.cost import random_model
 from mclip.evaluate import BATCH_SIZE, embed_images
 from mclip.files import DATA
-from mclip.model import MobileCLIP
-from mclip.objectives import Distillation
+from mclip.objectives import Contrastive, Distillation
 from mclip.pairs import Batch, BatchSource, Pairs, Targets
 from mclip.pictures import Crops
-from mclip.recipes import student_prepare
+from mclip.recipes import BASE, student_prepare
 from mclip.results import make_result, save_result
 from mclip.scenes.world import SceneConfig
 from mclip.sources.loading import load_pairs
@@ -55,6 +51,7 @@ Step = Callable[[], Any]
 NO_MODEL = {"name": "random weights", "parameters": 0, "sha256": "0" * 64}
 SENTENCE = "a small red dog runs along the beach beside two men who throw a ball"
 ALL_TERMS = DistillConfig(phases=(0.0, 0.0, 0.0), ramp=0.0)
+TERMS = ["original", "feature", "response"]
 
 
 def row(what: str, value: float, unit: str = "times", bar: str = "", **more: Any) -> Row:
@@ -62,12 +59,29 @@ def row(what: str, value: float, unit: str = "times", bar: str = "", **more: Any
     return {"what": what, "value": float(value), "unit": unit, "bar": bar, **more}
 
 
+class Noise:
+    """Pictures (N, 3, side, side) uint8 that are drawn when they are read, and take no memory before."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, count: int, side: int) -> None:
+        self.shape = (count, 3, side, side)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: np.ndarray | int) -> np.ndarray:
+        several = np.atleast_1d(rows)
+        shape = (len(several), *self.shape[1:])
+        pictures = np.random.default_rng(several.tolist()).integers(0, 256, shape, np.uint8)
+        return pictures if np.ndim(rows) else pictures[0]
+
+
 def random_pairs(count: int, side: int) -> Pairs:
-    """Noise with captions of eleven words. Each picture is the one before, moved by a pixel, which saves memory."""
+    """Noise with captions of eleven words."""
     rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (3, side, side + count - 1), np.uint8)
-    pictures = np.moveaxis(sliding_window_view(noise, side, axis=2), 2, 0)
-    return Pairs(pictures, [[" ".join(rng.choice(SENTENCE.split(), 11))] for _ in range(count)], "noise", "noise")
+    captions = [[" ".join(rng.choice(SENTENCE.split(), 11))] for _ in range(count)]
+    return Pairs(Noise(count, side), captions, "noise", "noise")
 
 
 def random_targets(count: int, width: int = 512) -> Targets:
@@ -125,41 +139,46 @@ def ratio(what: str, forms: Mapping[str, Step], rounds: int, bar: str = "") -> R
     return row(what, first / second, bar=bar, seconds=seconds)
 
 
-def pairs_per_second(model: Any, source: BatchSource, teacher: int = 512, **settings: Any) -> float:
+def pairs_per_second(model: Any, source: BatchSource, width: int, settings: TrainConfig, teacher: int = 512) -> float:
     """Median pace of distillation steps with all three terms, through the one training loop, once it is warm."""
-    width, clock = model.config.embed_dim if isinstance(model, MobileCLIP) else 512, []
-    options = {"max_epochs": 1, "batch_size": source.batch_size, "progress": False, "accelerator": "cpu"}
-    config, objective = TrainConfig(**options | settings), Distillation(ALL_TERMS, (width, width), teacher, 100.0)
+    objective, clock = Distillation(ALL_TERMS, (width, width), teacher, 100.0), []
     with tempfile.TemporaryDirectory() as folder:
-        note_time = lambda record: clock.append(time.perf_counter())  # noqa: E731
-        train(model, source, config, objective=objective, out_dir=folder, on_record=note_time)
+        options = {"objective": objective, "out_dir": folder}
+        train(model, source, settings, on_record=lambda record: clock.append(time.perf_counter()), **options)
     warm = np.diff(clock)[3:]
-    return config.batch_size * config.accumulate_grad_batches / np.median(warm) if len(warm) else 0.0
+    step = float(np.median(warm)) if len(warm) else np.inf
+    return settings.batch_size * settings.accumulate_grad_batches / step
+
+
+def one_epoch(batch_size: int, **changes: Any) -> TrainConfig:
+    """Settings of one pass on the processor."""
+    return TrainConfig(max_epochs=1, batch_size=batch_size, progress=False, accelerator="cpu", **changes)
 
 
 def steps(batch_size: int = 16, count: int = 16) -> Iterator[Row]:
     """Steps of the real-size students on cached ViT-B/32 targets, 224 pixels."""
-    pairs, cached = random_pairs(batch_size * count, 224), random_targets(batch_size * count)
+    pairs, targets = random_pairs(batch_size * count, 224), random_targets(batch_size * count)
     for name, bar in (("klmobile", 20), ("mobile-512", 30)):
-        model, _ = random_model(name)
-        pace = pairs_per_second(model, batches(model, pairs, batch_size, cached))
+        model, config = random_model(name)
+        source = batches(model, pairs, batch_size, targets)
+        pace = pairs_per_second(model, source, config.embed_dim, one_epoch(batch_size))
         what = f"distillation step, {name}, 224 px, batch {batch_size}, cached targets"
         yield row(what, pace, "pairs/s", f"at least {bar}", key=name)
 
 
-def teacher(batch_size: int = 16, count: int = 10) -> Iterator[Row]:
+def teacher_in_the_loop(batch_size: int = 16, count: int = 10) -> Iterator[Row]:
     """Cached targets against a teacher that embeds each batch: our student, and an open_clip one of equal size."""
-    pairs, vit = random_pairs(batch_size * count, 224), random_teacher()
+    pairs, teacher = random_pairs(batch_size * count, 224), random_teacher()
     for name in ("mobile-512", "ViT-B-32"):
         paces = []
-        for given in (random_targets(len(pairs)), OnlineTargets([vit], pairs)):
+        for targets in (random_targets(len(pairs)), OnlineTargets([teacher], pairs)):
             if name == "ViT-B-32":
                 model, tokenizer = open_clip.create_model(name, output_dict=True), open_clip.get_tokenizer(name)
-                source = BatchSource(pairs, tokenizer, vit.prepare, batch_size, 0, given)
+                source = BatchSource(pairs, tokenizer, teacher.prepare, batch_size, 0, targets)
             else:
                 model, _ = random_model(name)
-                source = batches(model, pairs, batch_size, given)
-            paces.append(pairs_per_second(model, source))
+                source = batches(model, pairs, batch_size, targets)
+            paces.append(pairs_per_second(model, source, 512, one_epoch(batch_size)))
         what = f"cached targets against an online ViT-B/32, student {name}"
         yield row(what, paces[0] / paces[1], bar="at least 2", paces=paces)
 
@@ -167,11 +186,11 @@ def teacher(batch_size: int = 16, count: int = 10) -> Iterator[Row]:
 def targets(count: int = 256) -> Iterator[Row]:
     """Pace of a ViT-B/32 that embeds JPEGs and captions for the cache, and the bytes that each takes."""
     with photographs(count) as table:
-        vit, pairs = random_teacher(), load_pairs(table, 64, progress=False)
+        teacher, pairs = random_teacher(), load_pairs(table, 64, progress=False)
         begun = time.perf_counter()
-        embedded = embed_pictures(vit, pairs, np.arange(count))
+        embedded = embed_pictures(teacher, pairs, np.arange(count))
         between = time.perf_counter()
-        embed_captions(vit, pairs, range(count))
+        embed_captions(teacher, pairs, range(count))
         seconds = {"pictures": between - begun, "captions": time.perf_counter() - between}
     for kind, taken in seconds.items():
         yield row(f"{kind} embedded by ViT-B/32 for the cache", count / taken, f"{kind}/s", key=f"teacher {kind}")
@@ -180,12 +199,13 @@ def targets(count: int = 256) -> Iterator[Row]:
 
 def views(count: int = 24) -> Iterator[Row]:
     """Steps on four cached crops of each scene against an online teacher and new crops, the course's student."""
-    small, pairs = load_teacher(), load_pairs(scenes=SceneConfig(64 * count, 64, "train"), progress=False)
+    teacher, pairs = load_teacher(), load_pairs(scenes=SceneConfig(64 * count, 64, "train"), progress=False)
     paces = []
     for crops, online in ((Crops(0.6, 4, 0), False), (Crops(0.6, 0, 0), True)):
-        model, _ = random_model("course")
-        source = batches(model, pairs, 64, get_targets([small], pairs, online, crops, False), crops)
-        paces.append(pairs_per_second(model, source, small.embed_dim, crop_scale=0.6, views=4))
+        model, config = random_model("course")
+        source = batches(model, pairs, 64, get_targets([teacher], pairs, online, crops, False), crops)
+        settings = one_epoch(64, crop_scale=0.6, views=4)
+        paces.append(pairs_per_second(model, source, config.embed_dim, settings, teacher.embed_dim))
     yield row("steps on four cached crops against an online teacher, course, scenes", paces[0] / paces[1], paces=paces)
 
 
@@ -238,9 +258,10 @@ def peak_megabytes() -> float:
 
 
 def _peak_of_step(pieces: int, batch_size: int, preset: str) -> float:
-    pairs, (model, _) = random_pairs(pieces * batch_size, PRESETS[preset].image.image_size), random_model(preset)
+    pairs = random_pairs(pieces * batch_size, PRESETS[preset].image.image_size)
+    model, config = random_model(preset)
     source = batches(model, pairs, batch_size, random_targets(len(pairs)))
-    pairs_per_second(model, source, accumulate_grad_batches=pieces)
+    pairs_per_second(model, source, config.embed_dim, one_epoch(batch_size, accumulate_grad_batches=pieces))
     return peak_megabytes()
 
 
@@ -283,58 +304,63 @@ def backward(module: nn.Module, forward: Callable[[], Tensor]) -> Step:
     return step
 
 
-def one_step(preset: str, batch_size: int, width: int = 512) -> tuple[MobileCLIP, Batch, Callable[..., Tensor]]:
-    """A student, a batch, and the loss of its output: all terms, compared with a teacher of ``width``."""
-    model, config = random_model(preset)
-    pairs, cached = random_pairs(batch_size, config.image.image_size), random_targets(batch_size, width)
-    objective = Distillation(ALL_TERMS, (config.embed_dim,) * 2, width, 100.0)
+def training_step(model: Any, objective: Contrastive, batch: Batch, names: list[str]) -> Step:
+    """Forward and backward of the terms called ``names``, without the optimiser, which is the same in all forms."""
 
-    def loss(output: Any, batch: Batch, names: Sequence[str] = ("original", "feature", "response")) -> Tensor:
-        return sum(objective(output, batch, names, 4.0).values())
+    def step() -> None:
+        sum(objective(model(batch.images, batch.tokens), batch, names, 4.0).values()).backward()
+        model.zero_grad(set_to_none=True)
 
-    return model, next(batches(model, pairs, batch_size, cached).epoch(0)), loss
+    return step
 
 
 def distillation(batch_size: int = 64, rounds: int = 12) -> Iterator[Row]:
-    """What cached distillation adds to a step of the course's student, without the optimiser."""
-    model, batch, loss = one_step("course", batch_size)
+    """What cached distillation adds to a step of the course's student."""
+    model, config = random_model("course")
+    pairs, targets = random_pairs(batch_size, config.image.image_size), random_targets(batch_size)
+    batch = next(batches(model, pairs, batch_size, targets).epoch(0))
+    all_terms = Distillation(ALL_TERMS, (config.embed_dim,) * 2, 512, 100.0)
     forms = {
-        "distillation": backward(model, lambda: loss(model(batch.images, batch.tokens), batch)),
-        "base": backward(model, lambda: loss(model(batch.images, batch.tokens), batch, ["original"])),
+        "distillation": training_step(model, all_terms, batch, TERMS),
+        "base": training_step(model, Contrastive(BASE), batch, ["original"]),
     }
     what = "distillation step with cached targets against a step of the student alone, course"
     yield ratio(what, forms, rounds, "at most 1.15")
 
 
 def existing(
-    batch_size: int = 16, rounds: int = 3, preset: str = "klmobile", online: Teacher | None = None
+    batch_size: int = 16, rounds: int = 3, preset: str = "klmobile", teacher: Teacher | None = None
 ) -> Iterator[Row]:
     """A step of the structure that KLmobile's has against ours, both on the student ``preset``.
 
     There the pictures go back to PIL for the teacher's own preparation, the teacher embeds them and the captions in
     every step, the image encoder runs twice, and captions are padded to 77 tokens.
     """
-    online = online or random_teacher()
-    model, batch, loss = one_step(preset, batch_size, online.embed_dim)
+    teacher, (model, config) = teacher or random_teacher(), random_model(preset)
+    pairs, targets = random_pairs(batch_size, config.image.image_size), random_targets(batch_size, teacher.embed_dim)
+    batch = next(batches(model, pairs, batch_size, targets).epoch(0))
+    objective = Distillation(ALL_TERMS, (config.embed_dim,) * 2, teacher.embed_dim, 100.0)
+    captions = [own[0] for own in pairs.captions]
 
-    def theirs() -> Tensor:
+    def theirs() -> None:
         with torch.inference_mode():
             pictures = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in batch.pixels]
-            image = online.model.encode_image(torch.stack([online.transform(p) for p in pictures]), normalize=True)
-            text = online.model.encode_text(online.tokenize([SENTENCE] * batch_size), normalize=True)
+            image = teacher.model.encode_image(torch.stack([teacher.transform(p) for p in pictures]), normalize=True)
+            text = teacher.model.encode_text(teacher.tokenize(captions), normalize=True)
+        seen = Batch(batch.pixels, batch.tokens, batch.index, image.clone(), text.clone(), batch.prepare)
         image_features = model.image_encoder(batch.images)
-        again = model.image_encoder(batch.images)  # the pictures once more, as their own negatives
         text_features = padded_features(model.text_encoder, batch.tokens)
+        again = model.image_encoder(batch.images)  # the pictures once more, as their own negatives
         output = {
             "image_features": F.normalize(model.image_projection(image_features), dim=-1),
             "text_features": F.normalize(model.text_projection(text_features), dim=-1),
             "logit_scale": model.logit_scale.exp(),
         }
-        return loss(output, replace(batch, teacher_image=image.clone(), teacher_text=text.clone())) + 0 * again.sum()
+        (sum(objective(output, seen, TERMS, 4.0).values()) + 0 * again.sum()).backward()
+        model.zero_grad(set_to_none=True)
 
-    ours = backward(model, lambda: loss(model(batch.images, batch.tokens), batch))
-    what = f"a step of the structure of KLmobile's against ours, {preset}, batch {batch_size}"
-    yield ratio(what, {"theirs": backward(model, theirs), "ours": ours}, rounds)
+    forms = {"theirs": theirs, "ours": training_step(model, objective, batch, TERMS)}
+    yield ratio(f"a step of the structure of KLmobile's against ours, {preset}, batch {batch_size}", forms, rounds)
 
 
 def padded_features(encoder: TextEncoder, tokens: Tensor) -> Tensor:
@@ -351,38 +377,53 @@ def forms(rounds: int = 10) -> Iterator[Row]:
     """LightConv as a matrix, captions cut to the longest, channels innermost: each against the plain form."""
     torch.manual_seed(0)
     conv, x = LightConv(256, 8, 15), torch.randn(64, 32, 256, requires_grad=True)
-    plain = backward(conv, lambda: light_conv_reference(x, conv.weight.softmax(1)))
-    both = {"conv1d": plain, "matrix": backward(conv, lambda: conv(x))}
-    yield ratio("LightConv as conv1d against a banded matrix, T = 32", both, 4 * rounds, "at least 4")
-
+    plain, matrix = (
+        backward(conv, lambda: light_conv_reference(x, conv.weight.softmax(1))),
+        backward(conv, lambda: conv(x)),
+    )
+    what = "LightConv as conv1d against a banded matrix, T = 32"
+    yield ratio(what, {"conv1d": plain, "matrix": matrix}, 4 * rounds, "at least 4")
     klmobile, _ = random_model("klmobile")
     encoder, tokens = klmobile.text_encoder, klmobile.tokenizer([SENTENCE] * 16)
-    padded = backward(encoder, lambda: padded_features(encoder, tokens))
-    both = {"padded": padded, "cut": backward(encoder, lambda: encoder(tokens))}
-    yield ratio("captions of fifteen words padded to 77 tokens against cut, klmobile", both, rounds)
-
-    pictures, both = torch.randn(16, 3, 224, 224), {}
+    padded, cut = (
+        backward(encoder, lambda: padded_features(encoder, tokens)),
+        backward(encoder, lambda: encoder(tokens)),
+    )
+    what = "captions of fifteen words padded to 77 tokens against cut, klmobile"
+    yield ratio(what, {"padded": padded, "cut": cut}, rounds)
+    pictures, layouts = torch.randn(16, 3, 224, 224), {}
     for name, layout in (("channels first", torch.contiguous_format), ("channels last", torch.channels_last)):
-        half = random_model("mobile-512")[0].image_encoder.to(memory_format=layout)
-        both[name] = backward(half, partial(half, pictures.contiguous(memory_format=layout)))
-    yield ratio("image encoder, channels first against last, mobile-512", both, rounds)
+        half, laid = (
+            random_model("mobile-512")[0].image_encoder.to(memory_format=layout),
+            pictures.contiguous(memory_format=layout),
+        )
+        layouts[name] = backward(half, lambda half=half, laid=laid: half(laid))
+    yield ratio("image encoder, channels first against last, mobile-512", layouts, rounds)
 
 
-def evaluation(rounds: int = 7) -> Iterator[Row]:
-    """Pictures embedded in batches, as evaluation does, against one by one, by the course's student."""
+def evaluation(count: int = 4, singles: int = 32, rounds: int = 7) -> Iterator[Row]:
+    """Pictures embedded in batches, as evaluation does, against one by one: seconds of a picture, course's student."""
     model, config = random_model("course")
-    pictures = np.ascontiguousarray(random_pairs(BATCH_SIZE, config.image.image_size).images)
-    both = {"one by one": partial(embed_images, model, pictures, 1), "batches": partial(embed_images, model, pictures)}
+    pictures = random_pairs(count * BATCH_SIZE, config.image.image_size).images[np.arange(count * BATCH_SIZE)]
+    one_by_one = lambda: embed_images(model, pictures[:singles], 1)  # noqa: E731
+    seconds = in_turns({"one by one": one_by_one, "batches": lambda: embed_images(model, pictures)}, rounds)
+    each = {"one by one": seconds["one by one"] / singles, "batches": seconds["batches"] / len(pictures)}
     what = f"pictures embedded one by one against batches of {BATCH_SIZE}, course, 64 px"
-    yield ratio(what, both, rounds, "at least 20")
+    yield row(what, each["one by one"] / each["batches"], bar="at least 20", seconds=each)
 
 
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
-    part.__name__: part
-    for part in (
-        *(steps, teacher, targets, views, loading, memory, million),
-        *(distillation, existing, forms, evaluation),
-    )
+    "steps": steps,
+    "teacher": teacher_in_the_loop,
+    "targets": targets,
+    "views": views,
+    "loading": loading,
+    "memory": memory,
+    "million": million,
+    "distillation": distillation,
+    "existing": existing,
+    "forms": forms,
+    "evaluation": evaluation,
 }
 
 
