@@ -69,6 +69,11 @@ def input_of(model: nn.Module) -> Input:
     return Input(size, tuple(settings.mean), tuple(settings.std), transform)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are; the CPU for a model that has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
     """Evaluation mode, no gradients; every submodule gets its own mode back. Yields the model's device."""
@@ -76,7 +81,7 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
     model.eval()
     try:
         with torch.inference_mode():
-            yield next(model.parameters()).device
+            yield device_of(model)
     finally:
         for module, training in modes.items():
             module.training = training
@@ -182,7 +187,7 @@ def evaluate_zero_shot(
     if embeddings is None:
         embeddings, own_labels = embed_images(model, dataset.images)
         labels = own_labels if labels is None else labels
-    more = {"seed": seed, "templates": templates, "device": next(model.parameters()).device}
+    more = {"seed": seed, "templates": templates, "device": device_of(model)}
     return zero_shot_record(dataset, describe_model(name, model), embeddings, classifier, labels, start, **more)
 
 
@@ -210,5 +215,5 @@ def evaluate_retrieval(
     owner = torch.tensor([i for i, own in enumerate(pairs.captions) for _ in own])
     texts = embed_texts(model, tokenizer, [text for own in pairs.captions for text in own])
     metrics = retrieval(embed_images(model, pairs.images)[0], texts, owner, seed)
-    more = {"seed": seed, "seconds": time.perf_counter() - start, "device": next(model.parameters()).device}
+    more = {"seed": seed, "seconds": time.perf_counter() - start, "device": device_of(model)}
     return make_result("retrieval", pairs.name, split, len(pairs), describe_model(name, model), metrics, **more)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mclip.evaluate import ZeroShotSet, embed_images, embed_texts
+from mclip.evaluate import ZeroShotSet, device_of, embed_images, embed_texts
 from mclip.metrics import answers, bootstrap_interval, percent
 from mclip.results import describe_model, make_result
 from mclip.scenes.captions import BACKGROUND_PHRASES, COLOUR_NAMES, RELATIONS, SHAPE_NAMES, Table
@@ -94,7 +94,7 @@ def evaluate_relation(
     true, false = (embed_texts(model, tokenizer, texts) for texts in captions)
     hits = ((images * true).sum(1) > (images * false).sum(1)).numpy()
     metrics = {"top1": percent(bootstrap_interval(hits, seed)), "chance": 50.0, "n": count}
-    run = {"seed": seed, "seconds": time.perf_counter() - start, "device": next(model.parameters()).device}
+    run = {"seed": seed, "seconds": time.perf_counter() - start, "device": device_of(model)}
     details = {"metric": "top1", **answers(hits, captions[0])}
     model_facts = describe_model(name, model)
     return make_result("zero_shot", RELATION, "test", count, model_facts, metrics, **run, details=details)

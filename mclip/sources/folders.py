@@ -40,6 +40,7 @@ def pictures_in(path: Path) -> list[str]:
 
 
 def is_picture(file: str) -> bool:
+    """Whether the name is that of a picture in one of the forms that are read."""
     return file.lower().endswith(PICTURES)
 
 
