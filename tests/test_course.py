@@ -48,7 +48,7 @@ def write_notebook(path: Path, *cells: str, parameters: str = PARAMETERS) -> Pat
 def write_result(name: str, record: dict) -> str:
     """Source of a cell that writes ``record`` where notebooks write their results."""
     path = f"pathlib.Path(out_dir, 'results', '{name}.json')"
-    return f"import json, pathlib\n_ = {path}.write_text(json.dumps({record!r}))"
+    return f"import json, pathlib\n_ = {path}.write_text(json.dumps([{record!r}]))"
 
 
 def zero_shot(model: str, top1: float) -> dict:

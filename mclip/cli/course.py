@@ -232,14 +232,15 @@ def summarise(folder: Path, profile: str, seconds: float, timings: dict[str, flo
     scores: dict[str, dict[str, Any]] = {}
     for path in sorted((folder / "results").glob("*.json")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if record["task"] == "parameters":
-                for model, parts in record["metrics"].items():
-                    counts.setdefault(model, {}).update(parts)
-            elif record["task"] == "zero_shot" and "error" not in record:
-                top1 = record["metrics"]["top1"]
-                score = {"top1": top1["value"], "low": top1["low"], "high": top1["high"], "n": record["n"]}
-                scores.setdefault(record["dataset"], {})[record["model"]["name"]] = score
+            content = json.loads(path.read_text(encoding="utf-8"))
+            for record in content if isinstance(content, list) else [content]:
+                if record["task"] == "parameters":
+                    for model, parts in record["metrics"].items():
+                        counts.setdefault(model, {}).update(parts)
+                elif record["task"] == "zero_shot" and "error" not in record:
+                    top1 = record["metrics"]["top1"]
+                    score = {"top1": top1["value"], "low": top1["low"], "high": top1["high"], "n": record["n"]}
+                    scores.setdefault(record["dataset"], {})[record["model"]["name"]] = score
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path}: not a results record ({type(error).__name__}: {error}).") from error
     notebooks = [{"name": name, "seconds": own} for name, own in timings.items()]
