@@ -160,11 +160,14 @@ class ModelConfig(Settings):
 
 COURSE_IMAGE = ImageConfig(width=0.5, image_size=64, bn_momentum=0.1)
 COURSE_TEXT = TextConfig(width=128, heads=4, kernels=(3, 7, 15, 15), feed_forward=128, embedding_rank=24)
+POCKET_IMAGE = ImageConfig(image_size=128, bn_momentum=0.1)
+POCKET_TEXT = TextConfig(width=192, heads=4, kernels=(3, 7, 15, 15), feed_forward=192, embedding_rank=24)
 MOBILE_TEXT = TextConfig(kernels=(3, 7, 15, 15, 31, 31))
 KL_KERNELS = (15,) * 2 + (31,) * 4 + (63,) * 6
 KL_TEXT = TextConfig(kernels=KL_KERNELS, feed_forward=1024, context_length=77, embedding_rank=None)
 PRESETS = {
     "course": ModelConfig("course", 256, COURSE_IMAGE, COURSE_TEXT),
+    "pocket-256": ModelConfig("pocket-256", 256, POCKET_IMAGE, POCKET_TEXT),
     "mobile-256": ModelConfig("mobile-256", 256, ImageConfig(pretrained=True), MOBILE_TEXT),
     "mobile-512": ModelConfig("mobile-512", 512, ImageConfig(pretrained=True), MOBILE_TEXT),
     "klmobile": ModelConfig("klmobile", 2048, ImageConfig(head=(1280, 1280)), KL_TEXT),
@@ -262,6 +265,8 @@ class TrainConfig(Settings):
         precision: Lightning Fabric's name: 32-true, bf16-mixed, 16-mixed.
         crop_scale: random crops of the pictures keep at least this share of the area; 1 shows the whole picture.
         views: different crops of a picture in the whole run, taken in turns; 0: a new one in each epoch.
+        mirrored: mirror half of the crops; not for captions that tell left from right.
+        coarse: scale a quarter of the crops down to between this many pixels and twice as many, and up again; 0: none.
         progress: show a progress bar.
     """
 
@@ -281,11 +286,13 @@ class TrainConfig(Settings):
     precision: str = "32-true"
     crop_scale: float = 1.0
     views: int = 0
+    mirrored: bool = False
+    coarse: int = 0
     progress: bool = True
 
     def __post_init__(self) -> None:
         self.at_least(1, "max_epochs", "accumulate_grad_batches", "validate_every")
-        self.at_least(0, "weight_decay", "views")
+        self.at_least(0, "weight_decay", "views", "coarse")
         self.check("batch_size", self.batch_size >= 2, "in-batch negatives need at least 2 pairs")
         for key in ("learning_rate", "clip_grad_norm", "checkpoint_minutes"):
             self.check(key, getattr(self, key) > 0, "use a positive number")

@@ -21,7 +21,7 @@ CLONE = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else Non
 """The repository that holds this package, or None where the package is installed."""
 DATA = (CLONE or PACKAGE) / "data"
 """What ships with the course: teacher, student checkpoints, published figures, results."""
-MODELS = ("base", "kd", "clip", "teacher")
+MODELS = ("base", "kd", "clip", "teacher", "photo", "photo-base", "photo-teacher")
 """The models that ship."""
 
 

@@ -21,6 +21,11 @@ def embeddings(output: Output, kind: str = "features") -> list[Tensor]:
     return [output[f"image_{kind}"], output[f"text_{kind}"]]
 
 
+def own_pairs(batch: Batch, *sides: Tensor) -> list[Tensor]:
+    """The rows of ``sides`` whose caption is the picture's own: what a loss that looks for the pair can read."""
+    return [side if batch.paired is None else side[batch.paired] for side in sides]
+
+
 class Contrastive(nn.Module):
     """The student's own loss on its pairs: the term "original"."""
 
@@ -37,7 +42,7 @@ class Contrastive(nn.Module):
         return embeddings(output)
 
     def _original(self, output: Output, batch: Batch, temperature: float) -> Tensor:
-        student = *embeddings(output), output["logit_scale"]
+        student = *own_pairs(batch, *embeddings(output)), output["logit_scale"]
         if self.config.task == "siglip":
             return losses.siglip(*student, output["logit_bias"])
         return losses.jsd(*student) if self.config.task == "jsd" else losses.info_nce(*student)
@@ -94,4 +99,5 @@ class Distillation(Contrastive):
         return losses.similarity(*embeddings(output), batch.teacher_image, batch.teacher_text)
 
     def _icl(self, output: Output, batch: Batch, temperature: float) -> Tensor:
-        return losses.icl(*embeddings(output), batch.teacher_image, batch.teacher_text, output["logit_scale"])
+        sides = own_pairs(batch, *embeddings(output), batch.teacher_image, batch.teacher_text)
+        return losses.icl(*sides, output["logit_scale"])

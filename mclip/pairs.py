@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as VF
 
 from mclip.config import require
-from mclip.pictures import Crops, decode, met_late, middle, open_picture, pool, square
+from mclip.pictures import Crops, met_late, middle, open_picture, pool, read_picture, square
 
 if TYPE_CHECKING:
     from mclip.targets import OnlineTargets
@@ -51,6 +51,8 @@ class Pairs:
         name: for messages and results files.
         files: (N,) the file of each picture, so that a teacher can read it at its own size; None for scenes.
         skipped: number of rows left out by ``on_error="skip"``.
+        paired: (N,) bool, whether a picture's captions are its own; None if all are. A picture without captions
+            stands beside sentences without pictures, and no loss takes the two for a pair.
     """
 
     images: Any
@@ -59,6 +61,7 @@ class Pairs:
     name: str
     files: Sequence[str] | None = None
     skipped: int = 0
+    paired: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -87,8 +90,8 @@ class Pairs:
         """The crop of a picture that ``seed`` decides, (3, size, size) uint8."""
         if self.files is not None:
             with met_late():
-                return decode(self.files[row], size, seed, crops.smallest)
-        return square(torch.from_numpy(np.array(self.images[row])), size, seed, crops.smallest).numpy()
+                return crops.cut(read_picture(self.files[row]), size, seed).numpy()
+        return crops.cut(torch.from_numpy(np.array(self.images[row])), size, seed).numpy()
 
 
 @dataclass(frozen=True)
@@ -138,13 +141,17 @@ def join_targets(several: Sequence[Targets]) -> Targets:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step reads: pictures, token ids (B, T), and the teacher's embeddings (B, D) if there is a teacher."""
+    """What one step reads: pictures, token ids (B, T), and the teacher's embeddings (B, D) if there is a teacher.
+
+    ``paired`` (B,) is False for rows whose caption is not the picture's; None if there are none.
+    """
 
     pixels: Tensor  # (B, 3, S, S), uint8 until the model needs them: a quarter of the memory of float32
     tokens: Tensor
     index: Tensor
     teacher_image: Tensor | None = None
     teacher_text: Tensor | None = None
+    paired: Tensor | None = None
     prepare: Callable[[Tensor], Tensor] | None = None
 
     @property
@@ -155,6 +162,14 @@ class Batch:
     def to(self, move: Callable[[Tensor], Tensor]) -> Batch:
         """All tensors through ``move``."""
         return Batch(**{key: move(value) if isinstance(value, Tensor) else value for key, value in vars(self).items()})
+
+
+def spread(order: np.ndarray, paired: np.ndarray) -> np.ndarray:
+    """``order`` (N,) rearranged so that every batch has its share of pairs: both kinds keep their order."""
+    position = np.empty(len(order))
+    for kind in (paired, ~paired):
+        position[kind] = (np.arange(kind.sum()) + 0.5) / max(1, kind.sum())
+    return order[np.argsort(position, kind="stable")]
 
 
 @dataclass
@@ -177,6 +192,10 @@ class BatchSource:
     def __post_init__(self) -> None:
         remedy = f"there are {len(self.pairs)} pictures; choose a smaller batch"
         require(self.batch_size <= len(self.pairs), "batch_size", self.batch_size, remedy)
+        if self.pairs.paired is not None:
+            pairs = int(self.batch_size * self.pairs.paired.mean())
+            remedy = f"only {pairs} of them would be pairs, and each needs another as its negative; use a larger batch"
+            require(pairs >= 2, "batch_size", self.batch_size, remedy)
         self.first_caption = self.pairs.first_caption
 
     def __len__(self) -> int:
@@ -186,6 +205,8 @@ class BatchSource:
         """The batches of ``epoch`` from number ``start`` on; of each, the part of one of several processes."""
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self.pairs))
+        if self.pairs.paired is not None:
+            order = spread(order, self.pairs.paired[order])
         offset = (rng.random(len(order)) * np.diff(self.first_caption)[order]).astype(np.int64)
 
         def batch(number: int) -> Batch:
@@ -217,4 +238,5 @@ class BatchSource:
         if self.targets is not None:
             image, text = self.targets.of(pictures, captions, view)
         tokens = self.tokenizer(self.pairs.captions_at(captions))
-        return Batch(torch.from_numpy(pixels), tokens, torch.from_numpy(pictures), image, text, self.prepare)
+        paired = None if self.pairs.paired is None else torch.from_numpy(self.pairs.paired[pictures])
+        return Batch(torch.from_numpy(pixels), tokens, torch.from_numpy(pictures), image, text, paired, self.prepare)

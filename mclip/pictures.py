@@ -34,6 +34,7 @@ NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETO
 """What the system answers where a name leads to no file. Any other number is trouble of the system itself."""
 LONGEST = 8  # a picture may be this many times as long as it is wide; of a longer one only the middle is used
 RATIOS = (3 / 4, 4 / 3)  # width to height of a crop, before it is made square
+COARSE_SHARE = 0.25  # of the views, where some are to be coarse
 BICUBIC = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
 
 
@@ -180,12 +181,27 @@ def pool() -> ThreadPoolExecutor:
 class Crops:
     """Random crops that keep at least the share ``smallest`` of a picture's area and can be cut again.
 
-    Each picture has ``views`` different ones, taken in turns; 0: a new one in each epoch.
+    Each picture has ``views`` different ones, taken in turns; 0: a new one in each epoch. With ``mirrored`` half of
+    them are mirrored. With ``coarse`` a quarter are scaled down to between ``coarse`` and twice as many pixels a side
+    and up again, so that a model knows what an enlarged small picture looks like.
     """
 
     smallest: float
     views: int
     seed: int
+    mirrored: bool = False
+    coarse: int = 0
+
+    def cut(self, picture: Image.Image | Tensor, size: int, seed: int) -> Any:
+        """``size`` x ``size`` pixels of ``picture``: the view that ``seed`` decides."""
+        view = square(picture, size, seed, self.smallest)
+        mirror, blur, side = np.random.default_rng([int(seed), 1]).random(3)
+        if self.mirrored and mirror < 0.5:
+            view = VF.horizontal_flip(view)
+        few = round(self.coarse * 2**side)
+        if blur < COARSE_SHARE and 0 < few < size:
+            view = VF.resize(VF.resize(view, [few, few], **BICUBIC), [size, size], **BICUBIC)
+        return view
 
     def view(self, pictures: np.ndarray, epoch: int) -> np.ndarray:
         """Which view of each picture an epoch shows: not the same of all, so that a batch mixes them."""

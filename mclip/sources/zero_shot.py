@@ -74,18 +74,25 @@ def torchvision_set(name: str, root_dir: str | Path | None = None, download: boo
             f"{advice}place its files there so that {root / source.layout} exists."
         ) from error
     require(label is not None, "dataset", name, f"these files have no labels; place {root / source.layout} there")
-    found = getattr(data, "classes", None) or getattr(data, "categories", None)
-    published = {**_STORED["class_names"], "imagenet": list(IMAGENET_CLASSNAMES)}
-    class_names = published.get(name) or list(found or [])
-    for pattern, replacement in () if name in published else source.rename:
-        class_names = [re.sub(pattern, replacement, each) for each in class_names]
-    templates = [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES] if name == "imagenet" else _STORED["templates"][name]
-    count, expected = len(found or class_names), len(class_names)
+    classes = getattr(data, "classes", None) or getattr(data, "categories", None) or ()
+    names = [each if isinstance(each, str) else each[0] for each in classes]  # Imagenette's have synonyms
+    class_names, templates = published_words(name, names)
+    count, expected = len(names or class_names), len(class_names)
     remedy = f"{root / source.layout} holds {count} classes, not {expected}; place the files there again"
     require(count == expected, "dataset", name, remedy)
     split = source.settings.get("split", "test") if source.settings else "all"
     metric = "mean_per_class_recall" if name in _STORED["mean_per_class_recall"] else "top1"
     return ZeroShotSet(name, data, None, class_names, templates, split, metric)
+
+
+def published_words(name: str, class_names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The class names and the templates published with CLIP for a set; without published names ``class_names``."""
+    published = {**_STORED["class_names"], "imagenet": list(IMAGENET_CLASSNAMES)}
+    words = published.get(name) or list(class_names)
+    for pattern, replacement in () if name in published else _SOURCES[name].rename:
+        words = [re.sub(pattern, replacement, each) for each in words]
+    imagenet = [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES]
+    return words, imagenet if name == "imagenet" else _STORED["templates"][name]
 
 
 def image_folder_set(path: str | Path) -> ZeroShotSet:

