@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.tokenizer import default_bpe
 from safetensors.torch import save_file
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
@@ -67,11 +68,6 @@ FEATURE_DROPOUT = 0.1
 SCATTER = 0.5  # share of the spread of known photographs around their class's mean that a drawn class gets
 CONFIDENT = 0.4  # probability from which on the classifier's answer for a photograph counts
 CLASS_SHARES = (0.25, 0.5)  # of known photographs, and of means of classes, for each captioned picture of a batch
-STOP_WORDS = frozenset(
-    """and are any being between both but can few for found from genus had has have having its large like long made many
-    more most not often one other out over part small some such than that the their them they this two type under used
-    usually very was when where which while who with without you your american asian african european""".split()
-)
 _WORD = re.compile(r"[a-z]{3,}")
 
 
@@ -100,7 +96,7 @@ class ClassSentences:
         described = [info.index_to_description(number, detailed=True) for number in range(info.num_classes())]
         names, self.definitions = zip(*(text.split(": ", 1) for text in described), strict=True)
         self.names = [[name.strip() for name in each.split(",")] for each in names]
-        self.words = [sorted(set(_WORD.findall(text.lower())) - STOP_WORDS) for text in described]
+        self.words = [sorted(set(_WORD.findall(text.lower())) - ENGLISH_STOP_WORDS) for text in described]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -239,7 +235,7 @@ def tune(
     features = trunk_features(teacher, training, settings.progress, get_crops(settings))
     rows, bias = (load_trunk(LITE2)[f"classifier.{kind}"].float() for kind in ("weight", "bias"))
     pairs = training if training.paired is None else captioned(training)
-    everything = torch.from_numpy(np.asarray(features)).float()
+    everything = torch.from_numpy(np.array(features)).float()
     means = class_means(everything.flatten(0, 1), rows)
     others = everything[len(pairs) :]
     chances, labels = (others @ rows.T + bias).softmax(-1).mean(1).max(-1)
@@ -250,7 +246,7 @@ def tune(
     extra = tuple(round(share * settings.batch_size) for share in CLASS_SHARES)
     source = pairs, teacher.tokenize, torch.nn.Identity(), settings.batch_size, settings.seed
     batches = FeatureBatches(*source, None, None, features[: len(pairs)], others[sure], labels[sure], means, extra)
-    whole = torch.from_numpy(np.asarray(trunk_features(teacher, validation, settings.progress))).float()
+    whole = torch.from_numpy(np.array(trunk_features(teacher, validation, settings.progress))).float()
     run |= {"out_dir": folder.parent, "validate": retrieval_of(whole, validation, teacher.tokenize)}
     result = train(model, batches, settings, objective=ClassContrastive(BASE), **run)
     save_tuned(teacher.model, folder)
@@ -279,3 +275,9 @@ def retrieval_of(features: Tensor, pairs: Pairs, tokenize: Tokenize) -> Callable
         return {f"r{k}": 100 * (ranks < k).float().mean().item() for k in (1, 5, 10)}
 
     return validate
+
+
+def write_sentences(path: Path) -> None:
+    """Write every sentence about the classes of ImageNet to a text file, one a line: ``unpaired_texts_path``."""
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join(ClassSentences().every()) + "\n", encoding="utf-8")

