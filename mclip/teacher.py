@@ -1,10 +1,8 @@
 """The teacher: any open_clip model, frozen.
 
-Which teacher is one parameter: "scenes" is the small one that ships in ``data/teacher``; a folder holds another
-of that kind; any other name is an open_clip architecture, with ``pretrained`` a tag such as "openai" or a file.
+"scenes" is the small one that ships in ``data/teacher``; a folder holds another of that kind; any other name is an
+open_clip architecture, with ``pretrained`` a tag such as "openai" or a file.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from PIL.Image import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mclip.config import SHIPPED, closest, require
+from mclip.config import SHIPPED, closest
 from mclip.evaluate import input_of
 from mclip.files import DATA, cache_dir, file_hash, read_json
 from mclip.pairs import normalise
@@ -34,21 +32,17 @@ class TeacherError(ValueError):
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen open_clip model, in evaluation mode, with its own tokenizer and preparation of pictures.
-
-    ``tokenize``: captions -> ids (B, T). ``transform``: a picture of any size -> what the model reads, (3, S, S).
-    ``logit_scale``: exp of the learned temperature. ``embed_dim``: width D of the embeddings.
-    """
+    """A frozen open_clip model, in evaluation mode, with its own tokenizer and preparation of pictures."""
 
     model: nn.Module
-    tokenize: Tokenize
+    tokenize: Tokenize  # captions -> ids (B, T)
     name: str
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    transform: Callable[[Image], Tensor]
-    logit_scale: float
-    embed_dim: int
+    transform: Callable[[Image], Tensor]  # a picture of any size -> what the model reads, (3, S, S)
+    logit_scale: float  # the scale itself, not its logarithm
+    embed_dim: int  # width D of the embeddings
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 pictures (B, 3, H, W) -> what the model reads."""
@@ -63,16 +57,6 @@ def load_teacher(name: str = SHIPPED, pretrained: str | None = None, device: str
         width = model.encode_text(tokenize(["a"]).to(device)).shape[1]
     label = name if pretrained is None else f"{name}/{Path(pretrained).stem}"
     return Teacher(model, tokenize, label, *input_of(model), model.logit_scale.exp().item(), width)
-
-
-def load_teachers(names: str, pretrained: str | None = None, device: str = "cpu") -> list[Teacher]:
-    """One teacher or several, separated by commas, as are their weights; errors as in :func:`load_teacher`."""
-    models = [name.strip() for name in names.split(",")]
-    weights = [tag.strip() or None for tag in (pretrained or "").split(",")]
-    weights += [None] * (len(models) - len(weights))
-    remedy = f"give one tag or file for each of the {len(models)} teachers, separated by commas; it may be empty"
-    require(len(weights) == len(models), "teacher_pretrained", pretrained, remedy)
-    return [load_teacher(model, tag, device) for model, tag in zip(models, weights, strict=True)]
 
 
 def load_open_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Tokenize]:
@@ -102,22 +86,21 @@ def _from_folder(folder: Path) -> tuple[nn.Module, Tokenize]:
 
 
 def _from_architecture(name: str, pretrained: str) -> tuple[nn.Module, Tokenize]:
-    tags, folder = open_clip.list_pretrained_tags_by_model(name), cache_dir() / "weights"
-    own = [folder / f"{name}-{pretrained}{suffix}" for suffix in (".safetensors", ".pt", ".bin")]
-    file = next((str(file) for file in (Path(pretrained).expanduser(), *own) if file.is_file()), None)
-    if file is None and pretrained not in tags:
+    tags, folder = open_clip.list_pretrained_tags_by_model(name), str(cache_dir() / "weights")
+    file = Path(pretrained).expanduser()
+    if not file.is_file() and pretrained not in tags:
         remedy = f"{closest(pretrained, tags)}, or give a file"
         raise TeacherError(f"teacher {name!r} has no weights {pretrained or None!r}: {remedy}.")
+    weights = str(file) if file.is_file() else pretrained
     try:
-        model = open_clip.create_model(name, pretrained=file or pretrained, output_dict=True, cache_dir=str(folder))
+        model = open_clip.create_model(name, pretrained=weights, output_dict=True, cache_dir=folder)
         return model, open_clip.get_tokenizer(name)
     except UNLOADABLE as error:
-        if file:
+        if file.is_file():
             raise TeacherError(f"{file}: not usable as weights of {name} ({error}); copy it again.") from error
         source = open_clip.get_pretrained_cfg(name, pretrained)
-        places = " and ".join(f"{kind} {source[kind]}" for kind in ("hf_hub", "url") if source.get(kind))
+        tried = " and ".join(f"{kind} {source[kind]}" for kind in ("hf_hub", "url") if source.get(kind))
         raise TeacherError(
-            f"the weights {pretrained!r} of {name} are neither in {folder} nor could they be downloaded; tried "
-            f"{places}: {error}. Download them elsewhere and save them as {own[0]} (or .pt), or give the file's path "
-            "as teacher_pretrained; teacher_model='scenes' ships."
+            f"the weights {pretrained!r} of {name} are not in {folder}, and {tried} failed: {error}. Download them "
+            "elsewhere and give the file's path as teacher_pretrained; teacher_model='scenes' ships."
         ) from error

@@ -65,7 +65,7 @@ def test_a_switch_may_stand_alone(words, expected):
         (["train", "--profile", "huge"], "Expected one of 'smoke', 'cpu', 'gpu'. Got value: huge"),
         (["evaluate", "--profile", "huge"], "Expected one of 'smoke', 'cpu', 'gpu'. Got value: huge"),
         (["evaluate", "--model_checkpoint", "kd", "--seed", "1.5"], "Expected int. Got value: 1.5"),
-        (["distill", "--auto_kd_config", "missing.yaml"], "missing.yaml: no such file"),
+        (["distill", "--auto_kd_config", "missing.yaml"], "No such file or directory: 'missing.yaml'"),
     ],
 )
 def test_a_wrong_option_is_one_line(arguments, message, capsys):

@@ -16,7 +16,6 @@ from mclip.pairs import Pairs
 from mclip.recipes import (
     BASE,
     device_for,
-    evaluate_all,
     get_model_config,
     load_data,
     load_model,
@@ -24,12 +23,11 @@ from mclip.recipes import (
     require_both,
     train_open_clip,
     train_student,
-    write_card,
 )
 from mclip.scenes.world import SceneConfig
 from mclip.sources.loading import Decoding, load_pairs
 from mclip.targets import get_crops, get_targets
-from mclip.teacher import load_teachers
+from mclip.teacher import load_teacher
 
 ProfileName = Literal["smoke", "cpu", "gpu"]
 SWA_DECAY = 0.999
@@ -162,9 +160,9 @@ def cache(data: DataOptions, run: RunOptions, settings: TrainConfig, teacher: Te
     data = replace(data, val_data_path=data.val_data_path or data.train_data_path)
     _, training, _ = _student_data(data, run, settings)
     chosen = teacher.or_of(run.profile)
-    for each in load_teachers(chosen.teacher_model, chosen.teacher_pretrained, device_for(settings.accelerator)):
-        targets = get_targets([each], training, False, get_crops(settings), settings.progress)
-        print(f"{each.name}: {cache_dir() / 'targets' / targets.key}")
+    model = load_teacher(chosen.teacher_model, chosen.teacher_pretrained, device_for(settings.accelerator))
+    targets = get_targets(model, training, False, get_crops(settings), settings.progress)
+    print(f"{model.name}: {cache_dir() / 'targets' / targets.key}")
 
 
 def teacher(
@@ -187,12 +185,6 @@ def teacher(
     result = train_open_clip("teacher", training, validation, settings, out_dir)
     folder, metrics = Path(out_dir) / "model", result.validations()[-1]["validation"]
     print(f"{folder}: {result.steps} steps in {result.seconds:.0f} s, validation {metrics}")
-    if not data.train_data_path:
-        shown = ("max_epochs", "batch_size", "seed", "learning_rate", "weight_decay")
-        options = " ".join(f"--{key} {getattr(settings, key)}" for key in shown)
-        command = f"python -m mclip teacher --pictures {pictures} {options}"
-        records = evaluate_all({"teacher": load_model(folder)})
-        write_card(folder, "The teacher of the course", command, result.seconds, records)
 
 
 def export_student(
