@@ -22,7 +22,6 @@ from mclip.sources.readers import PICTURES, Row, fingerprint
 
 CLASS_CAPTION = "a photo of a {}"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_CAPTION_KEY = re.compile(r"captions?[ ._-]?\d*")
 
 
 def pictures_in(path: Path) -> list[str]:
@@ -31,17 +30,12 @@ def pictures_in(path: Path) -> list[str]:
     for folder, subfolders, names in os.walk(path, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
-    others = Counter(Path(file).suffix.lower() or "no suffix" for file in files if not is_picture(file))
+    others = Counter(Path(file).suffix.lower() or "no suffix" for file in files if not file.lower().endswith(PICTURES))
     del others[".txt"]  # captions
     if others:
         kinds = ", ".join(f"{count} of {kind}" for kind, count in others.most_common())
         print(f"{path}: {others.total()} files of other kinds left out ({kinds}); pictures are {', '.join(PICTURES)}.")
-    return sorted(filter(is_picture, files))
-
-
-def is_picture(file: str) -> bool:
-    """Whether the name is that of a picture in one of the forms that are read."""
-    return file.lower().endswith(PICTURES)
+    return sorted(file for file in files if file.lower().endswith(PICTURES))
 
 
 def read_folder(path: Path) -> Iterator[Row]:
@@ -91,8 +85,8 @@ def shards_of(path: Path) -> list[str]:
 def read_shards(path: Path, caption_key: str, progress: bool) -> Iterator[Row]:
     """The samples of WebDataset shards on a disk, as img2dataset writes them.
 
-    Captions are NAME.txt and what NAME.json holds under "caption", "captions", "caption_2" and so on: text or a list.
-    Another ``caption_key`` names one key or one kind of member. Pictures are read in place, in any order.
+    Captions are NAME.txt and what NAME.json holds under "caption": a text, or a list. Another ``caption_key`` names
+    another key, which is read alone. Pictures are read in place, in any order.
     """
     row = 0
     for shard in tqdm(shards_of(path), "reading shards", disable=not progress, leave=False):
@@ -119,14 +113,13 @@ def _index(shard: str, caption_key: str) -> list[list]:
             captions: dict[str, list] = {}
             with tarfile.open(shard, "r:") as archive:
                 for member in filter(tarfile.TarInfo.isfile, archive):
-                    place, _, base = member.name.rpartition("/")
+                    parent, _, base = member.name.rpartition("/")
                     base, _, extension = base.partition(".")
-                    name = f"{place}/{base}"
+                    name = f"{parent}/{base}"
                     own = captions.setdefault(name, [])
-                    kind = "caption" if extension == "txt" else extension.removesuffix(".txt")
-                    if is_picture(f".{extension}"):
+                    if f".{extension}".lower().endswith(PICTURES):
                         pictures[name] = f"{os.path.abspath(shard)}::{member.offset_data}:{member.size}"
-                    elif extension == "json" or _is_caption(kind, caption_key):
+                    elif extension == "json" or (extension == "txt" and caption_key == "caption"):
                         own += _texts(archive.extractfile(member).read(), extension, caption_key)
             samples = []
             for name, own in captions.items():
@@ -137,18 +130,10 @@ def _index(shard: str, caption_key: str) -> list[list]:
     return read_json(folder / "samples.json")
 
 
-def _is_caption(key: str, caption_key: str) -> bool:
-    return key == caption_key or (caption_key == "caption" and _CAPTION_KEY.fullmatch(key) is not None)
-
-
 def _texts(content: bytes, extension: str, caption_key: str) -> list[str]:
     """The captions in a member; none if it is damaged or empty."""
     try:
-        if extension != "json":
-            values = [content.decode("utf-8")]
-        else:
-            values = [value for key, value in json.loads(content).items() if _is_caption(key, caption_key)]
+        texts = json.loads(content).get(caption_key) if extension == "json" else content.decode("utf-8")
     except (ValueError, AttributeError, RecursionError):  # AttributeError: JSON of another shape
         return []
-    texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
-    return [text for text in texts if isinstance(text, str) and text.strip()]
+    return [text for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str) and text.strip()]
