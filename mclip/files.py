@@ -50,6 +50,13 @@ def processes() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def lock(path: str | Path) -> FileLock:
+    """A lock for ``path`` among processes. Its file lies in the cache, so that nothing stays beside ``path``."""
+    folder = cache_dir() / "locks"
+    folder.mkdir(exist_ok=True)
+    return FileLock(folder / content_key(Path(path).expanduser().resolve()))
+
+
 @contextmanager
 def atomic_path(path: str | Path, ending: str = ".part") -> Iterator[Path]:
     """Yield a path beside ``path`` to write a file to, or a folder; it takes the final name if the block succeeds."""
@@ -83,7 +90,7 @@ def missing_folder(path: str | Path) -> Iterator[Path | None]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / f".{path.name}.lock"):
+    with lock(path):
         if path.is_dir():
             yield None
         else:

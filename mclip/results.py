@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import nn
 
 from mclip import __version__
 from mclip.config import ConfigError, from_mapping, require
-from mclip.files import PACKAGE, atomic_path
+from mclip.files import PACKAGE, atomic_path, lock
 
 Record = Mapping[str, Any]
 
@@ -164,7 +163,7 @@ def save_result(path: str | Path, *records: Record, order: Callable[[Any], Any] 
         validate_result(record)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.parent / f".{path.name}.lock"), atomic_path(path) as temporary:
+        with lock(path), atomic_path(path) as temporary:
             kept = load_results(path) if path.exists() else []
             keys = operator.itemgetter("task", "dataset", "split", "seed")
             merged = list({(*keys(record), record["model"]["name"]): record for record in [*kept, *records]}.values())
