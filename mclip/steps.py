@@ -59,6 +59,7 @@ class Stepper:
     objective: Contrastive
     balancer: Balancer
     optimizer: Any
+    scaler: torch.amp.GradScaler | None
     schedule: Schedule
     config: TrainConfig
 
@@ -79,7 +80,10 @@ class Stepper:
             parameters["lr"] = rate
         bound = {"max_norm": self.config.clip_grad_norm, "error_if_nonfinite": False}
         if not self.fabric.clip_gradients(self.student, self.optimizer, **bound).isfinite():
-            raise TrainError(f"step {step}: the gradient of {' + '.join(record['terms'])} is not finite")
+            # Without a scale above 1 it is not the scale that has made the gradient too large.
+            if self.scaler is None or self.scaler.get_scale() <= 1:
+                raise TrainError(f"step {step}: the gradient of {' + '.join(record['terms'])} is not finite")
+            record["skipped"] = True  # by the scaler, which lowers its scale for the next step
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return record

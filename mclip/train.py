@@ -148,9 +148,11 @@ def set_up(
     if config.ema_decay:
         update = get_ema_multi_avg_fn(config.ema_decay)
         parts["average"] = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    if scaler := getattr(fabric.strategy.precision, "scaler", None):  # of 16-bit floats
+        parts["scaler"] = scaler
     student, optimizer = fabric.setup_module(Student(model)), fabric.setup_optimizers(parts["optimizer"])
     schedule = Schedule(objective.config, total)
-    return Stepper(fabric, student, objective, modules["balancer"], optimizer, schedule, config), parts
+    return Stepper(fabric, student, objective, modules["balancer"], optimizer, scaler, schedule, config), parts
 
 
 def make_fabric(config: TrainConfig) -> Fabric:
@@ -167,8 +169,9 @@ def make_optimizer(modules: nn.Module, config: TrainConfig) -> torch.optim.AdamW
     decayed = [p for p in modules.parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in modules.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    # The fused form takes about a quarter of the time on a CPU.
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    # The fused form takes about a quarter of the time on a CPU, but would undo a scaler's scale after the clipping.
+    fused = config.precision != "16-mixed"
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=fused)
 
 
 def pieces_of_steps(
