@@ -22,17 +22,11 @@ def load(
 ) -> tuple[torch.nn.Module, Callable[[Image], torch.Tensor], Callable[[str | list[str]], torch.Tensor]]:
     """A trained model, its preparation of pictures and its tokenizer, as open_clip returns them.
 
-    Code written for open_clip runs on them; calling the model gives a dict, as with ``output_dict=True``.
+    ``name`` is base, kd, clip or teacher, which ship with the course, or the folder of a model. ``preprocess`` takes a
+    PIL picture of any mode to (3, S, S), ``tokenizer`` captions to ids (B, context length). Code written for open_clip
+    runs on them; calling the model gives a dict, as with ``output_dict=True``.
 
-    Args:
-        name: base, kd, clip or teacher, which ship with the course, or the folder of a model.
-
-    Returns:
-        model, in evaluation mode; preprocess, a PIL picture of any mode -> (3, S, S) float32 (PictureError for one
-        that cannot be read); tokenizer, captions -> token ids (B, context length).
-
-    Raises:
-        ConfigError: no such model or device. ModelError or TeacherError: the folder cannot be read.
+    Raises: ConfigError for no such model or device; ModelError or TeacherError for a folder that cannot be read.
     """
     import torch
 

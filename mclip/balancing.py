@@ -4,23 +4,21 @@
 know terms by name: "original" is the student's own loss; "feature", "similarity", "response" and "icl" have a teacher.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from mclip.config import DistillConfig, closest, require
+from mclip.config import DistillConfig, Strategy, closest, require
 
 Terms = Mapping[str, Tensor]  # scalar losses by name
 Factors = Mapping[str, float]  # weights, ramps or sizes by name
 FIRST_PHASE = {"original": 1, "feature": 2, "similarity": 2, "response": 3, "icl": 3}
-STRATEGIES = ("fixed", "magnitude", "gradient_norm", "uncertainty")
+STRATEGIES = get_args(Strategy)
 # A measured size counts as at least this share of the largest: factors differ by 1/FLOOR at the most.
 FLOOR = 1e-3
 # Log-variances are kept in this range: a loss near 0 would otherwise send its weight to infinity.
@@ -34,15 +32,11 @@ def _priors(config: DistillConfig) -> dict[str, float]:
 
 
 class Schedule:
-    """Phases, ramps and temperature of a run of ``total_steps`` steps: functions of the step, which counts from 0.
-
-    Phase 1 is contrastive only, phase 2 adds "feature" and "similarity", phase 3 "response" and "icl". The bounds and
-    the ramp of the configuration are fractions of the run up to 1, and numbers of steps above. Warns of terms that
-    would never start.
-    """
+    """Phases, ramps and temperature of a run of ``total_steps`` steps: functions of the step, which counts from 0."""
 
     def __init__(self, config: DistillConfig, total_steps: int) -> None:
         require(total_steps >= 1, "total_steps", total_steps, "a run has at least one step")
+        # Fractions of the run up to 1, and numbers of steps above.
         bounds = [round(b * total_steps if b <= 1 else b) for b in (*config.phases, config.ramp)]
         self.phase_starts, self.descent_end, self.ramp = (0, *bounds[:2]), bounds[2], bounds[3]
         self.max_temperature, self.min_temperature = config.max_temperature, config.min_temperature
@@ -64,29 +58,20 @@ class Schedule:
         return self.max_temperature + share * (self.min_temperature - self.max_temperature)
 
     def active(self, step: int) -> dict[str, float]:
-        """The terms that take part in ``step``, each with its ramp factor in (0, 1]; "original" has 1.
-
-        A term's first step has the factor 1 / ramp, not 0: it takes part from there on.
-        """
+        """The terms that take part in ``step``, each with its ramp factor, from 1 / ramp to 1; "original" has 1."""
         age = {name: step - start + 1 for name, start in self.term_starts.items() if step >= start}
         return {name: min(1.0, n / max(1, self.ramp)) for name, n in age.items()} | {"original": 1.0}
 
 
 def gradient_norms(terms: Terms, embeddings: Sequence[Tensor]) -> dict[str, float]:
-    """The gradient norm of each scalar term with respect to all ``embeddings`` together; no encoder is run backward.
-
-    GradNorm (Chen et al. 2018) stops at the last shared layer for the same reason. ValueError for a term that depends
-    on none of the embeddings.
-    """
+    """The gradient norm of each scalar term with respect to all ``embeddings`` together; no encoder is run backward."""
     inputs, norms = [embedding for embedding in embeddings if embedding.requires_grad], []
     for name, term in terms.items():
         usable = inputs if term.requires_grad else []
         gradients = torch.autograd.grad(term, usable, retain_graph=True, allow_unused=True) if usable else ()
         parts = [gradient.float().norm() for gradient in gradients if gradient is not None]
         if not parts:
-            raise ValueError(
-                f"term {name!r} has no gradient at the given embeddings: pass all that it is computed from"
-            )
+            raise ValueError(f"{name!r} has no gradient at the embeddings: pass all that it is computed from")
         norms.append(torch.stack(parts).norm())
     return dict(zip(terms, torch.stack(norms).tolist(), strict=True))
 
@@ -99,16 +84,12 @@ class Balancer(nn.Module):
 
     * fixed: 1.
     * magnitude: mean(|L|) / |L_i|, so that terms are equally large.
-    * gradient_norm: mean(norm) / norm_i, so that terms pull equally hard at the embeddings.
+    * gradient_norm: mean(norm) / norm_i, so that terms pull equally hard at the embeddings (Chen et al. 2018).
     * uncertainty: exp(-s_i), where s_i is a learned log-variance (Kendall et al. 2018).
 
     Measured factors are averaged over time in logarithms, with ``adaptation_rate``, at every
     ``gradient_check_frequency``-th step. Prior and ramp stay outside of the average, and a new term enters at the
-    geometric mean of the factors. So neither a ramp that begins near 0 nor a late start can hold a term down. A size
-    that is 0 or not finite leaves the factor of its term alone.
-
-    The log-variances are parameters without weight decay, and exist only if "uncertainty" is configured. ConfigError
-    for an unknown strategy.
+    geometric mean of the factors. So neither a ramp that begins near 0 nor a late start can hold a term down.
     """
 
     def __init__(self, config: DistillConfig) -> None:
@@ -123,17 +104,13 @@ class Balancer(nn.Module):
 
     @property
     def strategy(self) -> str:
-        """The strategy at work."""
         return self.strategies[self.index]
 
     def combine(self, terms: Terms, active: Factors, step: int, embeddings: Sequence[Tensor]) -> tuple[Tensor, Factors]:
-        """The scalar to minimise, sum w_i L_i, and the weights w_i; arguments and errors as in :meth:`weights`.
-
-        Under "uncertainty" it is Kendall's, sum of prior_i * ramp_i * (exp(-s_i) L_i + s_i / 2), which trains the s_i.
-        """
+        """The scalar to minimise, sum w_i L_i, and the weights w_i; arguments and errors as in :meth:`weights`."""
         weights = self.weights(terms, active, step, embeddings)
         if self.strategy == "uncertainty" and len(active) > 1:
-            parts = []
+            parts = []  # Kendall's form, which trains the s_i
             for name, ramp in active.items():
                 s = self.log_variances[name]
                 parts.append(self.priors[name] * ramp * ((-s).exp() * terms[name] + s / 2))
@@ -144,13 +121,11 @@ class Balancer(nn.Module):
     def weights(self, terms: Terms, active: Factors, step: int, embeddings: Sequence[Tensor]) -> Factors:
         """The weight of each active term; updates the averages if ``step`` is one that measures.
 
-        ``terms`` are scalar losses with their graph, ``active`` the ramp factors of :meth:`Schedule.active`, and
-        ``embeddings`` the student's tensors that the terms are computed from, for "gradient_norm". ValueError for an
-        active term that was not delivered.
+        ``terms`` are scalar losses with their graph, ``active`` is from :meth:`Schedule.active`, and ``embeddings`` are
+        the student's tensors that the terms are computed from. ValueError for an active term that was not delivered.
         """
-        for name in active:
-            if name not in terms:
-                raise ValueError(f"term {name!r} is active, but the objective delivered only {sorted(terms)}")
+        if missing := sorted(active.keys() - terms.keys()):
+            raise ValueError(f"{missing} are active, but the objective delivered only {sorted(terms)}")
         if len(active) == 1:
             return dict.fromkeys(active, 1.0)
         for name in active:
@@ -167,11 +142,7 @@ class Balancer(nn.Module):
         return {name: len(raw) * value / sum(raw.values()) for name, value in raw.items()}
 
     def observe(self, metric: float) -> bool:
-        """Count one evaluation, by a metric where higher is better; True if the strategy changed.
-
-        After ``plateau_patience`` evaluations in a row without a new best the next strategy takes over, and after the
-        last the first again.
-        """
+        """Count one evaluation, by a metric where higher is better; True if the next strategy takes over, in turns."""
         self.best, self.stale = (metric, 0) if metric > self.best else (self.best, self.stale + 1)
         if self.stale < self.config.plateau_patience or len(self.strategies) == 1:
             return False
@@ -179,11 +150,10 @@ class Balancer(nn.Module):
         return True
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What ``state_dict()`` holds beside the log-variances: plain data, fit for weights-only loading."""
+        """What ``state_dict()`` holds beside the log-variances."""
         return {name: deepcopy(getattr(self, name)) for name in ("index", "best", "stale", "log_factors")}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`get_extra_state`."""
         vars(self).update(deepcopy(state))
 
     def _update(self, terms: Terms, embeddings: Sequence[Tensor]) -> None:
@@ -193,6 +163,7 @@ class Balancer(nn.Module):
             sizes = gradient_norms(terms, embeddings)
         elif self.strategy == "magnitude":
             sizes = {name: abs(term.item()) for name, term in terms.items()}
+        # A size that is 0 or not finite leaves the factor of its term alone.
         sizes = {name: size for name, size in sizes.items() if math.isfinite(size) and size > 0}
         floor = FLOOR * max(sizes.values(), default=0.0)
         logs = {name: -math.log(max(size, floor)) for name, size in sizes.items()}

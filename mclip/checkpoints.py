@@ -1,11 +1,9 @@
 """The folder of a run: its log, and checkpoints from which it goes on as if nothing had happened.
 
 A checkpoint holds weights, aligners, balancer, optimiser, moving average, gradient scaler, counters and log, and not
-the teacher. The order of the data and the random numbers need no state, because they are functions of seed, step and
-process. So a run may go on with another number of processes.
+the teacher. The order of the data and the random numbers are functions of seed, step and process, and need no state.
+So a run may go on with another number of processes.
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -15,12 +13,11 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from mclip.config import ConfigError, DistillConfig, TrainConfig
+from mclip.config import ConfigError, DistillConfig, TrainConfig, differences
 from mclip.files import atomic_path, read_json, write_json
 from mclip.pairs import BatchSource
 from mclip.results import weights_sha256
@@ -45,36 +42,18 @@ def run_identity(model: nn.Module, batches: BatchSource, config: TrainConfig, di
     return json.loads(json.dumps(identity))  # tuples become lists, as in the file that it is compared with
 
 
-def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """A sentence for each setting in which two nested dicts differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{name}.{key}".strip("."))]
-    return [] if old == new else [f"{name} was {old!r} and is now {new!r}"]
-
-
 @dataclass
 class RunState:
-    """How far a run has come, its log and its checkpoints, kept in ``folder``.
-
-    Attributes:
-        identity: from :func:`run_identity`. A checkpoint of another run is refused.
-        parts: what is saved and restored: anything with ``state_dict`` and ``load_state_dict``, by name.
-        writes: False for all but one of several processes, which only read.
-        on_record: called with each new record of the log.
-        step, finished: optimiser steps done, and whether the run is over.
-        best, stale: the best validation, by a metric where higher is better, and validations since then.
-        log: all records so far.
-    """
+    """How far a run has come, its log and its checkpoints, kept in ``folder``."""
 
     folder: Path
-    identity: Record
-    parts: Record
-    writes: bool
-    on_record: Callable[[Record], None] | None = None
-    step: int = 0
-    best: float = -math.inf
-    stale: int = 0
+    identity: Record  # from run_identity: a checkpoint of another run is refused
+    parts: Record  # what is saved and restored, by name: anything with state_dict and load_state_dict
+    writes: bool  # False for all but one of several processes, which only read
+    on_record: Callable[[Record], None] | None = None  # called with each new record of the log
+    step: int = 0  # optimiser steps done
+    best: float = -math.inf  # validation so far, by a metric where higher is better
+    stale: int = 0  # validations since the best
     finished: bool = False
     log: list[Record] = field(default_factory=list)
 
@@ -87,10 +66,7 @@ class RunState:
         return sorted(self.folder.glob("checkpoint-*.pt"), reverse=True)
 
     def begin(self, resume: bool = True) -> None:
-        """Go on from the newest readable checkpoint; without one, or without ``resume``, begin anew.
-
-        Raises: ConfigError if the folder holds a run with other settings.
-        """
+        """Go on from the newest readable checkpoint, if any; ConfigError if the folder holds another run."""
         files, settings = self.checkpoints() if resume else [], self.folder / "settings.json"
         if files and (changed := differences(read_json(settings), self.identity)):
             remedy = "Choose another folder, or delete this one to train anew."
@@ -123,11 +99,6 @@ class RunState:
                 handle.write(json.dumps(record) + "\n")
             if self.on_record:
                 self.on_record(record)
-
-    def observe(self, metric: float) -> None:
-        """Count one validation."""
-        self.stale = 0 if metric > self.best else self.stale + 1
-        self.best = max(self.best, metric)
 
     def due(self, minutes: float) -> bool:
         """Whether the process that writes has written no checkpoint for ``minutes``."""

@@ -3,10 +3,10 @@
 A setting that cannot work raises :class:`ConfigError`, whether it comes from Python, a YAML file or the command line.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
+import inspect
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -16,9 +16,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-SHIPPED = "scenes"
-"""The name of the teacher that ships with the course, which learned from drawn scenes."""
-
+SHIPPED = "scenes"  # the name of the teacher that ships with the course, which learned from drawn scenes
+Strategy = Literal["fixed", "magnitude", "gradient_norm", "uncertainty"]
 Config = TypeVar("Config")
 
 
@@ -41,6 +40,7 @@ def closest(name: str, known: Iterable[str]) -> str:
 
 def from_mapping(kind: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
     """Build the dataclass ``kind`` from ``values``; unknown keys and wrong types raise :class:`ConfigError`."""
+    require(isinstance(values, Mapping), prefix.rstrip(".: ") or kind.__name__, values, "give a mapping of settings")
     hints = typing.get_type_hints(kind)
     for key, value in values.items():
         require(key in hints, f"{prefix}{key}", value, f"no such setting of {kind.__name__}; {closest(key, hints)}")
@@ -51,7 +51,6 @@ def _typed(value: Any, expected: Any, key: str) -> Any:
     """``value`` as ``expected`` (int is a float, a list is a tuple, a mapping is a dataclass), or ConfigError."""
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if dataclasses.is_dataclass(expected):
-        require(isinstance(value, Mapping), key, value, "give a mapping of settings")
         return from_mapping(typing.cast(type, expected), value, key + ".")
     if origin is Literal:
         require(value in arguments, key, value, closest(value, map(str, arguments)))
@@ -71,16 +70,29 @@ def _typed(value: Any, expected: Any, key: str) -> Any:
     return value
 
 
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """A sentence for each setting in which two nested dicts differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{name}.{key}".strip("."))]
+    return [] if old == new else [f"{name} was {old!r} and is now {new!r}"]
+
+
 def from_yaml(kind: type[Config], path: str | Path) -> Config:
-    """Read ``kind`` from a YAML file; the error for one that cannot be read, or is no mapping, names the file."""
+    """Read ``kind`` from a YAML file; errors name the file."""
     try:
         values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; give the path of a YAML file of settings.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
-    require(isinstance(values, dict), str(path), values, "the file must hold a mapping, one 'key: value' a line")
-    return from_mapping(kind, values)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as a YAML file of settings: {error}") from error
+    return from_mapping(kind, values, f"{path}: ")
+
+
+def documented(kind: type[Config]) -> type[Config]:
+    """Add the comments behind the fields of ``kind`` to its docstring, where the command line finds its help."""
+    comments = re.findall(r"^    (\w+): .*  # (.+)$", inspect.getsource(kind), re.MULTILINE)
+    attributes = [f"    {name}: {comment}" for name, comment in comments]
+    kind.__doc__ = "\n".join([inspect.cleandoc(kind.__doc__ or ""), "", "Attributes:", *attributes])
+    return kind
 
 
 class Settings:
@@ -174,58 +186,34 @@ PRESETS = {
 }
 
 
+@documented
 @dataclass(frozen=True)
 class DistillConfig(Settings):
     """Loss terms, the phases in which they begin, and how they are balanced.
 
     The weights of the terms are priors: 0 switches a term off, and the balancer multiplies them.
-
-    Attributes:
-        task: the student's own loss on its pairs.
-        original_weight: prior of that loss.
-        feature_weight: prior of the distance from the teacher's embeddings.
-        img_distill_weight: share of the pictures in "feature".
-        txt_distill_weight: share of the captions in "feature".
-        response_weight: prior of the divergence from the teacher's softened similarities.
-        similarity_weight: prior of the squared difference of the cosine matrices.
-        icl_weight: prior of the interactive contrastive term.
-        feature_source: distil the final embedding, or the encoders' penultimate features.
-        feature_form: "cosine" is 1 - cos; "mse" is the mean squared error summed over dimensions.
-        aligner: "mlp" (Linear, ReLU, Dropout 0.1, Linear), "identity", or "auto": identity where the widths agree.
-        online_teacher: embed each batch anew while training, in place of cached targets; slower, but every crop is new.
-        phases: start of feature and of response, end of cooling; all fractions of the run (at most 1) or all steps.
-        ramp: a term that becomes active rises over this many steps (or this fraction of the run).
-        max_temperature: of the response term, before phase 2.
-        min_temperature: of the response term, from the last of the phases' bounds on.
-        balancers: strategies in order; the next one takes over when validation stops improving.
-        adaptation_rate: exponential smoothing of the balancer's weights, per update.
-        gradient_check_frequency: steps between updates of the balancer.
-        plateau_patience: evaluations without improvement before the next balancer takes over.
     """
 
-    task: Literal["info_nce", "siglip", "jsd"] = "info_nce"
-    original_weight: float = 1.0
-    feature_weight: float = 20.0
-    img_distill_weight: float = 1.0
-    txt_distill_weight: float = 1.0
-    response_weight: float = 1.0
-    similarity_weight: float = 0.0
-    icl_weight: float = 0.0
-    feature_source: Literal["embedding", "penultimate"] = "embedding"
-    feature_form: Literal["cosine", "mse"] = "cosine"
-    aligner: Literal["auto", "mlp", "identity"] = "auto"
-    online_teacher: bool = False
-    phases: tuple[float, float, float] = (0.02, 0.5, 0.9)
-    ramp: float = 0.02
-    max_temperature: float = 8.0
-    min_temperature: float = 4.0
-    balancers: tuple[Literal["fixed", "magnitude", "gradient_norm", "uncertainty"], ...] = (
-        "gradient_norm",
-        "magnitude",
-    )
-    adaptation_rate: float = 0.1
-    gradient_check_frequency: int = 10
-    plateau_patience: int = 3
+    task: Literal["info_nce", "siglip", "jsd"] = "info_nce"  # the student's own loss on its pairs
+    original_weight: float = 1.0  # prior of that loss
+    feature_weight: float = 20.0  # prior of the distance from the teacher's embeddings
+    img_distill_weight: float = 1.0  # share of the pictures in "feature"
+    txt_distill_weight: float = 1.0  # share of the captions in "feature"
+    response_weight: float = 1.0  # prior of the divergence from the teacher's softened similarities
+    similarity_weight: float = 0.0  # prior of the squared difference of the cosine matrices
+    icl_weight: float = 0.0  # prior of the interactive contrastive term
+    feature_source: Literal["embedding", "penultimate"] = "embedding"  # what "feature" aligns with the teacher
+    feature_form: Literal["cosine", "mse"] = "cosine"  # 1 - cos, or the squared error summed over dimensions
+    aligner: Literal["auto", "mlp", "identity"] = "auto"  # auto: identity where the widths agree, else mlp
+    online_teacher: bool = False  # embed each batch anew, in place of cached targets: slower, but every crop is new
+    phases: tuple[float, float, float] = (0.02, 0.5, 0.9)  # feature, response, end of cooling; shares (<= 1) or steps
+    ramp: float = 0.02  # a term that becomes active rises over this many steps (or this fraction of the run)
+    max_temperature: float = 8.0  # of the response term, before phase 2
+    min_temperature: float = 4.0  # of the response term, from the last of the phases' bounds on
+    balancers: tuple[Strategy, ...] = ("gradient_norm", "magnitude")  # the next one when validation stops improving
+    adaptation_rate: float = 0.1  # exponential smoothing of the balancer's weights, per update
+    gradient_check_frequency: int = 10  # steps between updates of the balancer
+    plateau_patience: int = 3  # evaluations without improvement before the next balancer takes over
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
@@ -244,51 +232,30 @@ class DistillConfig(Settings):
         self.at_least(1, "gradient_check_frequency", "plateau_patience")
 
 
+@documented
 @dataclass(frozen=True)
 class TrainConfig(Settings):
-    """The optimiser and the loop.
+    """The optimiser and the loop."""
 
-    Attributes:
-        max_epochs: passes over the pictures.
-        batch_size: pairs that are embedded together, over all processes.
-        learning_rate: peak of the schedule.
-        weight_decay: of AdamW, on matrices.
-        warmup: share of the run in which the learning rate rises.
-        clip_grad_norm: bound of the gradient's norm, against explosions: a healthy norm is 1 or 2 here.
-        accumulate_grad_batches: batches of one step, with all their pairs as in-batch negatives.
-        ema_decay: keep a moving average of the weights with this decay, and use it.
-        early_stopping_patience: evaluations without improvement before training stops.
-        validate_every: epochs between evaluations.
-        checkpoint_minutes: minutes between checkpoints within an epoch; its end always writes one.
-        seed: of weights, order, captions and dropout.
-        accelerator: Lightning Fabric's name: auto, cpu, gpu.
-        precision: Lightning Fabric's name: 32-true, bf16-mixed, 16-mixed.
-        crop_scale: random crops of the pictures keep at least this share of the area; 1 shows the whole picture.
-        views: different crops of a picture in the whole run, taken in turns; 0: a new one in each epoch.
-        mirrored: mirror half of the crops; not for captions that tell left from right.
-        coarse: scale a quarter of the crops down to between this many pixels and twice as many, and up again; 0: none.
-        progress: show a progress bar.
-    """
-
-    max_epochs: int = 10
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.05
-    clip_grad_norm: float = 10.0
-    accumulate_grad_batches: int = 1
-    ema_decay: float | None = None
-    early_stopping_patience: int | None = None
-    validate_every: int = 1
-    checkpoint_minutes: float = 10.0
-    seed: int = 0
-    accelerator: str = "auto"
-    precision: str = "32-true"
-    crop_scale: float = 1.0
-    views: int = 0
-    mirrored: bool = False
-    coarse: int = 0
-    progress: bool = True
+    max_epochs: int = 10  # passes over the pictures
+    batch_size: int = 128  # pairs that are embedded together, over all processes
+    learning_rate: float = 1e-3  # peak of the schedule
+    weight_decay: float = 0.05  # of AdamW, on matrices
+    warmup: float = 0.05  # share of the run in which the learning rate rises
+    clip_grad_norm: float = 10.0  # bound of the gradient's norm, against explosions: a healthy norm is 1 or 2 here
+    accumulate_grad_batches: int = 1  # batches of one step, with all their pairs as in-batch negatives
+    ema_decay: float | None = None  # keep a moving average of the weights with this decay, and use it
+    early_stopping_patience: int | None = None  # evaluations without improvement before training stops
+    validate_every: int = 1  # epochs between evaluations
+    checkpoint_minutes: float = 10.0  # minutes between checkpoints within an epoch; its end always writes one
+    seed: int = 0  # of weights, order, captions and dropout
+    accelerator: str = "auto"  # Lightning Fabric's name: auto, cpu, gpu
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"  # Lightning Fabric's name
+    crop_scale: float = 1.0  # random crops of the pictures keep at least this share of the area; 1 shows the whole
+    views: int = 0  # different crops of a picture in the whole run, taken in turns; 0: a new one in each epoch
+    mirrored: bool = False  # mirror half of the crops; not for captions that tell left from right
+    coarse: int = 0  # scale a quarter of the crops down to this many pixels, or up to twice as many, and up again
+    progress: bool = True  # show a progress bar
 
     def __post_init__(self) -> None:
         self.at_least(1, "max_epochs", "accumulate_grad_batches", "validate_every")

@@ -1,10 +1,7 @@
 """Embeddings of pictures and texts by a model, and the results records of zero-shot classification and retrieval.
 
-A model is anything with open_clip's ``encode_image(images, normalize=True)`` and
-``encode_text(tokens, normalize=True)``.
+A model is anything with open_clip's ``encode_image`` and ``encode_text``.
 """
-
-from __future__ import annotations
 
 import operator
 import time
@@ -51,12 +48,12 @@ class ZeroShotSet:
 
 
 class Input(NamedTuple):
-    """What a model reads: size and statistics of its pictures, and its transform, PIL picture -> (3, S, S)."""
+    """What a model reads."""
 
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    transform: Callable[[Image], Tensor]
+    transform: Callable[[Image], Tensor]  # PIL picture -> (3, S, S)
 
 
 def input_of(model: nn.Module) -> Input:
@@ -88,10 +85,7 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
 
 
 def embed_texts(model: nn.Module, tokenizer: Any, texts: Sequence[str], batch_size: int = 512) -> Tensor:
-    """Normalised float32 embeddings (N, d) on the CPU; ConfigError if there are none.
-
-    ``tokenizer`` is the model's own: prompts must be cleaned as the captions that it was trained on.
-    """
+    """Normalised float32 embeddings (N, d) on the CPU, of texts as the model's own ``tokenizer`` reads them."""
     require(len(texts) > 0, "texts", texts, "give at least one")
     parts = [list(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
     with evaluating(model) as device:
@@ -100,11 +94,7 @@ def embed_texts(model: nn.Module, tokenizer: Any, texts: Sequence[str], batch_si
 
 
 def embed_images(model: nn.Module, images: Any, batch_size: int = BATCH_SIZE) -> tuple[Tensor, Tensor]:
-    """Normalised float32 embeddings (N, d) on the CPU, and the labels (N,) that came with the pictures, or -1.
-
-    ``images`` as in :class:`ZeroShotSet`, or :class:`~mclip.pictures.Pictures`, which are decoded a batch at a time.
-    ConfigError for none, or arrays of another kind; EvaluationError, naming a picture that cannot be read.
-    """
+    """Normalised float32 embeddings (N, d), on the CPU, of a :class:`ZeroShotSet`'s images, and labels (N,) or -1."""
     require(len(images) > 0, "images", len(images), "give at least one picture")
     embeddings, labels = [], []
     with evaluating(model) as device:
@@ -157,10 +147,7 @@ def as_templates(prompt: str | Sequence[str]) -> list[str]:
 
 
 def build_classifier(model: nn.Module, tokenizer: Any, class_names: Sequence[str], templates: Any) -> Tensor:
-    """Class embeddings (d, n_classes) of Radford et al. 2021, section 3.1.4.
-
-    Each is the mean of its normalised embeddings in the templates (as in :func:`as_templates`), normalised again.
-    """
+    """Class embeddings (d, n_classes): normalised means over the templates (Radford et al. 2021, section 3.1.4)."""
     templates = as_templates(templates)
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
     embeddings = embed_texts(model, tokenizer, prompts).view(len(class_names), len(templates), -1)
@@ -180,13 +167,13 @@ def evaluate_zero_shot(
     """The results record of ``model``, called ``name``, on ``dataset``.
 
     ``prompt``, one or several, replaces the set's own templates. ``embeddings`` (N, d) of the set's pictures, where
-    they are known, save :func:`embed_images`; the set must then bring its labels.
+    they are known, spare :func:`embed_images`; the set must then bring its labels.
     """
     start, templates = time.perf_counter(), as_templates(dataset.templates if prompt is None else prompt)
-    classifier, labels = build_classifier(model, tokenizer, dataset.class_names, templates), dataset.labels
+    classifier, labels = build_classifier(model, tokenizer, dataset.class_names, templates), None
     if embeddings is None:
-        embeddings, own_labels = embed_images(model, dataset.images)
-        labels = own_labels if labels is None else labels
+        embeddings, labels = embed_images(model, dataset.images)
+    labels = labels if dataset.labels is None else dataset.labels
     more = {"seed": seed, "templates": templates, "device": device_of(model)}
     return zero_shot_record(dataset, describe_model(name, model), embeddings, classifier, labels, start, **more)
 
@@ -196,8 +183,7 @@ def zero_shot_record(
 ) -> dict[str, Any]:
     """The results record of embeddings (N, d) of ``dataset`` against a classifier (d, n_classes).
 
-    ``described`` is the record's field "model"; ``start`` is when the measurement began, by ``time.perf_counter``;
-    ``more``, with the seed of the bootstrap, is passed on to :func:`~mclip.results.make_result`.
+    ``described`` is the record's field "model"; ``start`` is when the measurement began, by ``time.perf_counter``.
     """
     truth = torch.as_tensor(labels).cpu()
     ranks = class_ranks(embeddings, classifier, truth)

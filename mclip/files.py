@@ -1,7 +1,5 @@
 """Where files live, and how they are written so that an interruption never leaves half of one."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -17,32 +15,24 @@ from filelock import FileLock
 from mclip.config import ConfigError, closest, require
 
 PACKAGE = Path(__file__).resolve().parent
-CLONE = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else None
-"""The repository that holds this package, or None where the package is installed."""
-DATA = (CLONE or PACKAGE) / "data"
-"""What ships with the course: teacher, student checkpoints, published figures, results."""
-MODELS = ("base", "kd", "clip", "teacher", "photo", "photo-base", "photo-teacher")
-"""The models that ship."""
+CLONE = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else None  # None where it is installed
+DATA = (CLONE or PACKAGE) / "data"  # what ships: teacher, student checkpoints, published figures, results
+MODELS = ("base", "kd", "clip", "teacher", "photo", "photo-base", "photo-teacher")  # those that ship
 
 
 def cache_dir() -> Path:
-    """Folder for what can be made again: ``MCLIP_CACHE``, the clone's ``data/cache``, or ``~/.cache/mclip``.
-
-    The last one, which XDG_CACHE_HOME moves, serves where there is no clone or where it cannot be written.
-    ConfigError if no folder can be had.
-    """
+    """Folder for what can be made again: ``MCLIP_CACHE``, the clone's ``data/cache``, or ``~/.cache/mclip``."""
+    candidates = [DATA / "cache"] if CLONE else []
+    candidates.append(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mclip")
     if own := os.environ.get("MCLIP_CACHE"):
-        candidates = [Path(own).expanduser()]
-    else:
-        candidates = [DATA / "cache"] if CLONE else []
-        with suppress(RuntimeError):  # no HOME, and no entry in the password file
-            candidates.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mclip")
-    for folder in candidates:
-        with suppress(OSError):
+        candidates = [Path(own)]
+    for candidate in candidates:
+        with suppress(OSError, RuntimeError):  # the latter where there is no home
+            folder = candidate.expanduser()
             folder.mkdir(parents=True, exist_ok=True)
             if os.access(folder, os.W_OK):
                 return folder
-    tried = ", ".join(map(str, candidates)) or "no home folder"
+    tried = ", ".join(map(str, candidates))
     raise ConfigError(f"no folder to write the cache to ({tried}): set MCLIP_CACHE to one that can be written.")
 
 
@@ -58,6 +48,13 @@ def model_folder(name: str | Path) -> Path:
 def processes() -> tuple[int, int]:
     """This process's number among those that torchrun started, and how many there are: (0, 1) without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def lock(path: str | Path) -> FileLock:
+    """A lock for ``path`` among processes. Its file lies in the cache, so that nothing stays beside ``path``."""
+    folder = cache_dir() / "locks"
+    folder.mkdir(exist_ok=True)
+    return FileLock(folder / content_key(Path(path).expanduser().resolve()))
 
 
 @contextmanager
@@ -93,7 +90,7 @@ def missing_folder(path: str | Path) -> Iterator[Path | None]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / f".{path.name}.lock"):
+    with lock(path):
         if path.is_dir():
             yield None
         else:
@@ -113,10 +110,8 @@ def read_json(path: str | Path) -> Any:
     """What a JSON file holds; ConfigError, with the file and the line, for one that is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file; it ships with the course: restore it, or measure anew.") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: line {error.lineno} is not JSON ({error.msg}); restore the file.") from error
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"{path}: missing or damaged ({error}); restore the file, or measure anew.") from error
 
 
 def file_hash(path: Path) -> dict[str, str]:

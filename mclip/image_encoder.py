@@ -1,14 +1,10 @@
 """The image half of the student: MobileNetV3-Large with global average pooling.
 
-The network is torchvision's, built from the stage table below; this file adds a width multiplier, BatchNorm's
-momentum as a setting, an optional fully connected head and access to the intermediate feature maps.
+The network is torchvision's, built from the stage table below, with settings of our own.
 """
-
-from __future__ import annotations
 
 import http.client
 import pickle
-import socket
 import warnings
 from functools import partial
 from pathlib import Path
@@ -62,8 +58,6 @@ def stage_names() -> list[str]:
 def imagenet_trunk_weights() -> dict[str, Tensor] | None:
     """torchvision's ImageNet weights of the convolutions; None, and a warning, where they cannot be had."""
     weights = MobileNet_V3_Large_Weights.IMAGENET1K_V2
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10.0)  # seconds without an answer: being offline must not hold up a lesson
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError, http.client.HTTPException, pickle.UnpicklingError) as error:
@@ -72,17 +66,14 @@ def imagenet_trunk_weights() -> dict[str, Tensor] | None:
         remedy = f"To use them, put that file at {path} and start again"
         warnings.warn(f"{failed}. Going on with random initialisation. {remedy}.", stacklevel=2)
         return None
-    finally:
-        socket.setdefaulttimeout(timeout)
     return {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")}
 
 
 class DepthwiseConv(nn.Conv2d):
     """A depthwise convolution, with the weights of ``conv``, that trains fast on maps of a few pixels.
 
-    On a CPU, PyTorch's backward pass of a 5x5 kernel over a 2x2 map takes some twenty times as long as the arithmetic
-    needs. For such maps, while gradients are wanted, the kernel is written out as a matrix from input to output pixels,
-    one per channel, as LightConv does along time. In all other cases this is ``nn.Conv2d``.
+    On a CPU, PyTorch's backward pass of a 5x5 kernel over a 2x2 map takes some twenty times as long as the arithmetic.
+    For such maps the kernel is written out as a matrix from input to output pixels, as LightConv does along time.
     """
 
     LARGEST = 16  # pixels of a map that is worth a matrix
@@ -110,11 +101,7 @@ class DepthwiseConv(nn.Conv2d):
 
 
 class ImageEncoder(nn.Module):
-    """MobileNetV3-Large without its classifier (Howard et al. 2019).
-
-    ``trunk`` is torchvision's ``features``, ``head`` the fully connected layers after pooling, with Hardswish between
-    them. ``features`` is the width of the output.
-    """
+    """MobileNetV3-Large without its classifier (Howard et al. 2019), with fully connected layers after pooling."""
 
     def __init__(self, config: ImageConfig) -> None:
         super().__init__()
@@ -127,7 +114,7 @@ class ImageEncoder(nn.Module):
                 block[0] = DepthwiseConv(block[0])
             elif isinstance(block, nn.Hardswish):
                 block.inplace = False  # its backward pass needs the input, which would be copied first
-        self.features = self.trunk[-1].out_channels
+        self.features = self.trunk[-1].out_channels  # width of the output
         self.head = nn.Sequential()
         for width in config.head:
             self.head.extend([nn.Hardswish()] if len(self.head) else [])
@@ -141,11 +128,7 @@ class ImageEncoder(nn.Module):
         return self.head(self.trunk(images).mean((2, 3)))
 
     def intermediates(self, images: Tensor) -> dict[str, Tensor]:
-        """Feature maps (B, C, H, W) at the end of each of :func:`stage_names`.
-
-        "stem" and "stage1" have half the side of the input, "stage2" a quarter, and so on to "stage5" with
-        1/32; "last" is the output of the 1x1 convolution, which ``forward`` averages over the picture.
-        """
+        """Feature maps (B, C, H, W) at the end of each of :func:`stage_names`, from side S/2 to S/32."""
         maps, x = {}, images
         for name, layer in zip(stage_names(), self.trunk, strict=True):
             maps[name] = x = layer(x)

@@ -187,7 +187,7 @@ class FeatureBatches(BatchSource):
         words = random.Random(int(draw.integers(2**31)))
         captions = [
             text.rstrip(" .") if words.random() < 0.5 else text
-            for text in self.pairs.captions_at(self.first_caption[pictures] + offset)
+            for text in self.pairs.captions_at(self.pairs.first_caption[pictures] + offset)
         ]
         texts = captions + [self.sentences.draw(number, words) for number in numbers]
         index = torch.cat([torch.from_numpy(-1 - pictures), torch.tensor(numbers, dtype=torch.int64)])

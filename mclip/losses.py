@@ -4,16 +4,11 @@
 ``logit_scale`` s is its learned scale. ``teacher_image`` U, ``teacher_text`` V (B, D) and ``teacher_logit_scale`` S
 are the teacher's. Each function returns a scalar, averaged over the batch.
 
-All losses but ``feature`` compare each pair with every other of the batch and know pairs by position alone. Two
-pictures with the same caption are therefore each other's negatives in ``info_nce``, ``siglip``, ``jsd`` and ``icl``,
-which puts a floor under these losses. ``response`` and ``similarity`` take their targets from the teacher, who gives
-duplicates equal scores, and have no such floor.
+All losses but ``feature`` know pairs by position alone. Two pictures with the same caption are therefore each other's
+negatives in ``info_nce``, ``siglip``, ``jsd`` and ``icl``, which puts a floor under these losses. ``response`` and
+``similarity`` have none: their targets come from the teacher, who gives duplicates equal scores.
 """
 
-from __future__ import annotations
-
-import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -28,8 +23,7 @@ Scale = Tensor | float
 def cosines(a: Tensor, b: Tensor) -> Tensor:
     """All cosines (B, B) of two sets of normalised embeddings (B, d), in float32 or better.
 
-    Mixed precision is switched off here: bfloat16 rounds a cosine near 1 by up to 0.002, which a scale of 100 turns
-    into 0.2 in the logits. Targets stored in half precision can be given as they are.
+    Mixed precision is switched off here: bfloat16 rounds a cosine near 1 by up to 0.002, or 0.2 at a scale of 100.
     """
     if a.shape != b.shape:
         raise ValueError(f"embeddings {tuple(a.shape)} and {tuple(b.shape)} differ in shape: both are (B, d)")
@@ -46,12 +40,10 @@ def info_nce(image: Tensor, text: Tensor, logit_scale: Scale) -> Tensor:
 
 
 def siglip(image: Tensor, text: Tensor, logit_scale: Scale, logit_bias: Scale) -> Tensor:
-    """Each of the B x B pairs as its own yes-or-no question, with a bias (Zhai et al. 2023, algorithm 1).
-
-    Summed over the pairs and divided by B, as in the paper: in a large batch the positives keep their weight.
-    """
+    """Each of the B x B pairs as its own yes-or-no question, with a bias (Zhai et al. 2023, algorithm 1)."""
     logits = logit_scale * cosines(image, text) + logit_bias
     sign = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
+    # Divided by B, not B x B, as in the paper: in a large batch the positives keep their weight.
     return -F.logsigmoid(sign * logits).sum() / len(logits)
 
 
@@ -60,7 +52,6 @@ def jsd(image: Tensor, text: Tensor, logit_scale: Scale) -> Tensor:
 
     Mean softplus(-T) over the positives, on the diagonal, plus mean softplus(T) over the negatives, off it: a pair is
     never both. The paper draws one negative for each positive; this averages over all B - 1, the same in expectation.
-    ValueError for B < 2: no negatives.
     """
     logits = logit_scale * cosines(image, text)
     if len(logits) < 2:
@@ -73,8 +64,7 @@ def feature(student: Tensor, teacher: Tensor, form: Literal["cosine", "mse"] = "
     """Distance of the aligned student features (B, D) from the teacher's (B, D), for one modality.
 
     "cosine" is 1 - cos, in [0, 2], blind to length. "mse" is the squared error SUMMED over the dimensions and averaged
-    over the batch, 2 (1 - cos) for unit vectors. Averaged over D = 512 as well it would be 512 times smaller, with
-    gradients too weak to matter beside a contrastive term.
+    over the batch, 2 (1 - cos) for unit vectors. The mean over D = 512 would be too weak beside a contrastive term.
     """
     if student.shape != teacher.shape:
         remedy = f"give the student an Aligner({student.shape[-1]}, {teacher.shape[-1]})"
@@ -88,37 +78,29 @@ def feature(student: Tensor, teacher: Tensor, form: Literal["cosine", "mse"] = "
 def response(
     image: Tensor,
     text: Tensor,
-    teacher_image: Tensor | Sequence[Tensor],
-    teacher_text: Tensor | Sequence[Tensor],
+    teacher_image: Tensor,
+    teacher_text: Tensor,
     logit_scale: Scale,
-    teacher_logit_scale: Scale | Sequence[float],
+    teacher_logit_scale: Scale,
     temperature: float = 1.0,
 ) -> Tensor:
     """KL(softmax(S U V^T / T) || softmax(s u v^T / T)) T^2, images to texts and texts to images averaged.
 
     Over the student's own similarity matrix, the one that inference uses. A true divergence: 0 where the distributions
     are equal. The T^2 keeps the size of the gradients as T changes (Hinton et al. 2015, section 2; for CLIP: Yang et
-    al. 2024, CLIP-KD). The widths d and D may differ. Of several teachers, given as sequences, the target is the mean
-    of their distributions (Vasu et al. 2024, MobileCLIP, section 3.2).
+    al. 2024, CLIP-KD). The widths d and D may differ.
     """
-    if isinstance(teacher_image, Tensor):
-        teacher_image, teacher_text, teacher_logit_scale = [teacher_image], [teacher_text], [teacher_logit_scale]
-    student, teachers = logit_scale * cosines(image, text) / temperature, []
-    for images, texts, scale in zip(teacher_image, teacher_text, teacher_logit_scale, strict=True):
-        _same_batch(image, images)
-        teachers.append(scale * cosines(images, texts) / temperature)
-    divergences = []
-    for ours, theirs in ((student, teachers), (student.T, [teacher.T for teacher in teachers])):
-        target = torch.stack([logits.log_softmax(1) for logits in theirs]).logsumexp(0) - math.log(len(theirs))
-        divergences.append(F.kl_div(ours.log_softmax(1), target, reduction="batchmean", log_target=True))
-    return temperature**2 * torch.stack(divergences).mean()
+    _same_batch(image, teacher_image)
+    student = logit_scale * cosines(image, text) / temperature
+    teacher = teacher_logit_scale * cosines(teacher_image, teacher_text) / temperature
+    form = {"reduction": "batchmean", "log_target": True}
+    to_texts = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), **form)
+    to_images = F.kl_div(student.T.log_softmax(1), teacher.T.log_softmax(1), **form)
+    return temperature**2 * torch.stack([to_texts, to_images]).mean()
 
 
 def similarity(image: Tensor, text: Tensor, teacher_image: Tensor, teacher_text: Tensor) -> Tensor:
-    """Mean squared difference of teacher's and student's cosines: image-image, text-text and image-text.
-
-    Similarity-preserving distillation (Tung and Mori 2019) with cosines. The widths d and D may differ.
-    """
+    """Mean squared difference of teacher's and student's cosines, within and across modalities (Tung and Mori 2019)."""
     _same_batch(image, teacher_image)
     images = F.mse_loss(cosines(image, image), cosines(teacher_image, teacher_image))
     texts = F.mse_loss(cosines(text, text), cosines(teacher_text, teacher_text))
@@ -127,10 +109,9 @@ def similarity(image: Tensor, text: Tensor, teacher_image: Tensor, teacher_text:
 
 
 def icl(image: Tensor, text: Tensor, teacher_image: Tensor, teacher_text: Tensor, logit_scale: Scale) -> Tensor:
-    """Interactive contrastive learning (Yang et al. 2024, CLIP-KD): find the pair in the teacher.
+    """Interactive contrastive learning (Yang et al. 2024, CLIP-KD): the student's anchors find the teacher's pairs.
 
-    The mean of two cross-entropies with the diagonal, each with the student as anchor: its images over the
-    teacher's texts, its texts over the teacher's images. ValueError unless both embed into the same width.
+    Images over the teacher's texts and texts over its images, averaged. Both embed into the same width.
     """
     target = torch.arange(len(image), device=image.device)
     from_images = F.cross_entropy(logit_scale * cosines(image, teacher_text), target)
@@ -147,9 +128,8 @@ def _same_batch(student: Tensor, teacher: Tensor) -> None:
 class Aligner(nn.Sequential):
     """Brings student features (B, in_features) to the teacher's width (B, out_features) for ``feature``.
 
-    "mlp" is Linear -> ReLU -> Dropout 0.1 -> Linear, used in training and then thrown away. "identity" has no
-    parameters: the student's own embedding has to lie where the teacher's does. ConfigError for another kind, and for
-    "identity" between different widths.
+    "mlp" is used in training and then thrown away. "identity" has no parameters: the student's own embedding has to lie
+    where the teacher's does. ConfigError for another kind, and for "identity" between different widths.
     """
 
     def __init__(self, in_features: int, out_features: int, kind: Literal["mlp", "identity"] = "mlp") -> None:

@@ -3,8 +3,6 @@
 Every decision is taken on cosine similarities: a softmax of 100 cos underflows in float32 and invents ties.
 """
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
 from typing import Any
@@ -18,8 +16,7 @@ from mclip.files import content_key
 
 CHUNK = 256  # queries ranked at a time: 256 x 25,000 similarities take 26 MB
 RESAMPLES = 1000
-Interval = tuple[float, float, float]
-"""A mean, and the lower and upper end of its 95 % interval."""
+Interval = tuple[float, float, float]  # a mean, and the lower and upper end of its 95 % interval
 
 
 class EvaluationError(ValueError):
@@ -37,8 +34,7 @@ def require_finite(embeddings: Tensor, what: str) -> Tensor:
 def first_hit_ranks(queries: Tensor, keys: Tensor, query_groups: Tensor, key_groups: Tensor) -> Tensor:
     """How many keys (M, d) come before the best key of each query's (N, d) own group, (N,): 0 is a top-1 hit.
 
-    Keys are ordered by falling similarity, equal ones by rising index. Works through CHUNK queries at a time.
-    ConfigError if there is no query or no key.
+    Keys are ordered by falling similarity, equal ones by rising index.
     """
     require(len(queries) > 0 and len(keys) > 0, "queries, keys", (len(queries), len(keys)), "give at least one of each")
     require_finite(queries, "query")
@@ -58,8 +54,7 @@ def first_hit_ranks(queries: Tensor, keys: Tensor, query_groups: Tensor, key_gro
 def bootstrap_interval(values: Any, seed: int = 0, samples: int = RESAMPLES, weights: Any = None) -> Interval:
     """Mean of ``values`` (N,), weighted by ``weights`` (N,), and its bootstrap percentiles (Efron 1979).
 
-    The mean of a resample depends only on how often each distinct (value, weight) is drawn, and these counts are
-    multinomial. Where all values are equal the interval has no width, however small N is.
+    A resample's mean depends only on how often each distinct (value, weight) is drawn: these counts are multinomial.
     """
     values = np.asarray(values, dtype=np.float64)
     require(values.ndim == 1 and len(values) > 0, "values", values.shape, "give a list of at least one value")
@@ -80,14 +75,6 @@ def percent(interval: Interval) -> dict[str, float]:
     return dict(zip(("value", "low", "high"), (100 * x for x in interval), strict=True))
 
 
-def _mean_recall(hits: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, float]:
-    """Recall averaged over the classes present; the bootstrap resamples within each class."""
-    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    recall = np.bincount(classes, hits) / counts
-    resampled = np.random.default_rng(seed).binomial(counts, recall, size=(RESAMPLES, len(recall))) / counts
-    return percent(_interval(float(recall.mean()), resampled.mean(1)))
-
-
 def class_ranks(images: Tensor, classifier: Tensor, labels: Tensor) -> np.ndarray:
     """How many classes come before the right one, (N,): embeddings (N, d), classifier (d, n_classes), labels (N,)."""
     n, classes = len(images), classifier.shape[1]
@@ -103,15 +90,18 @@ def rank_metrics(ranks: np.ndarray, labels: Tensor, class_names: Sequence[str], 
     """Metrics in percent of the ranks (N,) of :func:`class_ranks` and the labels (N,).
 
     ``top1``, ``top5`` (of more than five classes), ``mean_per_class_recall``, and ``per_class`` recall of the classes
-    present, each with its interval; ``chance`` and ``n``.
+    present, each with its interval; ``chance`` and ``n``. The bootstrap of the mean recall resamples within each class.
     """
     classes, truth, hits = len(class_names), labels.numpy(), ranks < 1
     metrics: dict[str, Any] = {"top1": percent(bootstrap_interval(hits, seed))}
     if classes > 5:
         metrics["top5"] = percent(bootstrap_interval(ranks < 5, seed))
-    metrics["mean_per_class_recall"] = _mean_recall(hits, truth, seed)
+    present, class_of, counts = np.unique(truth, return_inverse=True, return_counts=True)
+    recall = np.bincount(class_of, hits) / counts
+    resampled = np.random.default_rng(seed).binomial(counts, recall, size=(RESAMPLES, len(recall))) / counts
+    metrics["mean_per_class_recall"] = percent(_interval(float(recall.mean()), resampled.mean(1)))
     metrics |= {"chance": 100 / classes, "n": len(ranks), "per_class": {}}
-    for number in np.unique(truth):
+    for number in present:
         name = class_names[number]
         key = f"{name} ({number})" if name in metrics["per_class"] else name  # ImageNet has names that occur twice
         metrics["per_class"][key] = percent(bootstrap_interval(hits[truth == number], seed))
@@ -128,26 +118,22 @@ def zero_shot_metrics(
 def retrieval(image_emb: Tensor, text_emb: Tensor, owner: Tensor, seed: int = 0) -> dict[str, Any]:
     """Recall at k in percent, both ways: ``{"image_to_text": {"r1", "r5", "r10"}, "text_to_image": {...}}``.
 
-    Embeddings (N, d) and (M, d) are normalised; ``owner`` (M,) is the picture of each caption. A picture counts as
-    found if any of its captions is among the first k. The bootstrap resamples pictures together with their captions,
-    because captions of one picture are not independent.
+    Embeddings (N, d) and (M, d) are normalised; ``owner`` (M,) is the picture of each caption. Any of a picture's
+    captions counts. The bootstrap resamples pictures with their captions, which are not independent.
     """
     pictures = torch.arange(len(image_emb))
-    found = first_hit_ranks(image_emb, text_emb, pictures, owner).numpy()
-    placed = first_hit_ranks(text_emb, image_emb, owner, pictures).numpy()
+    caption_ranks = first_hit_ranks(image_emb, text_emb, pictures, owner).numpy()
+    picture_ranks = first_hit_ranks(text_emb, image_emb, owner, pictures).numpy()
     captions = np.bincount(owner.numpy())
-    both: dict[str, Any] = {"image_to_text": {}, "text_to_image": {}}
+    recall: dict[str, Any] = {"image_to_text": {}, "text_to_image": {}}
     for k in (1, 5, 10):
-        share = np.bincount(owner.numpy(), placed < k) / captions
-        both["image_to_text"][f"r{k}"] = percent(bootstrap_interval(found < k, seed))
-        both["text_to_image"][f"r{k}"] = percent(bootstrap_interval(share, seed, weights=captions))
-    return both
+        share = np.bincount(owner.numpy(), picture_ranks < k) / captions
+        recall["image_to_text"][f"r{k}"] = percent(bootstrap_interval(caption_ranks < k, seed))
+        recall["text_to_image"][f"r{k}"] = percent(bootstrap_interval(share, seed, weights=captions))
+    return recall
 
 
 def answers(hits: np.ndarray, truth: Sequence[Any]) -> dict[str, str]:
-    """What a record keeps of single pictures: ``correct``, a bit for each of ``hits`` (N,), and ``pictures``.
-
-    The latter is a key of the right answers ``truth`` (N,), which tells other pictures or another order of them.
-    """
+    """What a record keeps of single pictures: a bit for each of ``hits`` (N,), and a key of the ``truth`` (N,)."""
     packed = base64.b64encode(np.packbits(np.asarray(hits, dtype=bool)).tobytes()).decode("ascii")
     return {"correct": packed, "pictures": content_key(list(truth))}

@@ -1,11 +1,9 @@
 """The student: an image encoder and a text encoder that meet in one embedding space, and its files."""
 
-from __future__ import annotations
-
 import dataclasses
-import json
 import math
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from mclip.config import ModelConfig, from_mapping
-from mclip.files import atomic_path, file_hash, write_json
+from mclip.config import ModelConfig, differences, from_mapping
+from mclip.files import atomic_path, file_hash, read_json, write_json
 from mclip.image_encoder import ImageEncoder
 from mclip.pictures import open_picture
 from mclip.text_encoder import TextEncoder, Tokenizer
@@ -46,12 +44,7 @@ class ProjectionHead(nn.Module):
 
 
 class MobileCLIP(nn.Module):
-    """MobileNetV3-Large and a Lite Transformer, a projection head on each, and a learned temperature.
-
-    ``encode_image``, ``encode_text`` and the keys of ``forward`` follow open_clip's ``CLIP``: the same code
-    evaluates either. ``logit_scale`` is the logarithm of the scale of the similarities, from log(1/0.07) (Radford et
-    al. 2021); the pairwise sigmoid loss alone adds ``logit_bias``, from -10 (Zhai et al. 2023).
-    """
+    """MobileNetV3-Large and a Lite Transformer, a projection head on each; methods and keys as open_clip's ``CLIP``."""
 
     MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of each channel of ImageNet's pictures
 
@@ -62,8 +55,8 @@ class MobileCLIP(nn.Module):
         self.text_encoder = TextEncoder(config.text)
         self.image_projection = ProjectionHead(self.image_encoder.features, config.embed_dim)
         self.text_projection = ProjectionHead(self.text_encoder.features, config.embed_dim)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # a logarithm (Radford et al. 2021)
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # of the sigmoid loss alone (Zhai et al. 2023)
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         """Images (B, 3, S, S), prepared as ``preprocess`` does -> embeddings (B, embed_dim)."""
@@ -76,10 +69,7 @@ class MobileCLIP(nn.Module):
         return F.normalize(embedding, dim=-1) if normalize else embedding
 
     def forward(self, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """Both embeddings (B, embed_dim) of a batch of pairs, of length 1, and what the losses need besides.
-
-        The ``..._penultimate`` features are what the projections read. ``logit_scale`` is at most 100.
-        """
+        """Both embeddings (B, embed_dim) of a batch of pairs, of length 1, and what the losses need besides."""
         image, text = self.image_encoder(images), self.text_encoder(tokens)
         scale = self.logit_scale.exp()
         return {
@@ -106,10 +96,7 @@ class MobileCLIP(nn.Module):
         return Tokenizer(self.config.text.context_length)
 
     def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
-        """Write ``model.safetensors``, and ``config.json`` with its SHA-256; ``half`` stores fp16.
-
-        A folder that cannot be written, or a weight that fp16 cannot hold, raises :class:`ModelError`.
-        """
+        """Write ``model.safetensors``, and ``config.json`` with its SHA-256; ``half`` stores fp16, or ModelError."""
         folder = Path(folder).expanduser()
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         if half:
@@ -125,28 +112,35 @@ class MobileCLIP(nn.Module):
             raise ModelError(f"{folder}: cannot write here ({error}); choose another folder.") from error
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, config: ModelConfig | None = None) -> MobileCLIP:
+    def from_pretrained(cls, folder: str | Path, config: ModelConfig | None = None) -> Self:
         """The model that ``save_pretrained`` wrote, in fp32 and in evaluation mode.
 
-        ``config``, where given, must describe the stored model. A missing, damaged or foreign file, or a
-        disagreement, raises :class:`ModelError`.
+        ModelError for a missing, damaged or foreign file, and for one that ``config``, where given, does not describe.
         """
         folder = Path(folder).expanduser()
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 missing = f"no {name} in it" if folder.is_dir() else "no such folder"
                 raise ModelError(f"{folder}: {missing}; give a folder that save_pretrained wrote.")
-        (stored, sha256), path = _read_record(folder / CONFIG_FILE), folder / WEIGHTS_FILE
-        if config is not None:
-            _require_same(stored, config, folder)
+        path, settings = folder / WEIGHTS_FILE, folder / CONFIG_FILE
+        try:
+            record = read_json(settings)
+            if not isinstance(record, dict) or record.get("kind") != KIND:
+                raise ValueError("another kind of model")
+            stored, sha256 = from_mapping(ModelConfig, record.get("config")), record.get("sha256")
+        except (OSError, ValueError) as error:  # a ConfigError too
+            raise ModelError(f"{settings}: not the settings of a student ({error}); copy or save it again.") from error
+        given = stored if config is None else config
+        if changed := differences(dataclasses.asdict(_bare(stored)), dataclasses.asdict(_bare(given))):
+            remedy = "load it without a configuration, or with the one it was trained with"
+            raise ModelError(f"{settings}: {'; '.join(changed)}; {remedy}.")
         try:
             if sha256 and sha256 != file_hash(path):  # an older folder has none
                 raise OSError(f"its SHA-256 is not that of {CONFIG_FILE}")
             state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: damaged or not safetensors ({error}); copy or save it again.") from error
-        # The stored weights replace every value, so ImageNet's are not fetched first.
-        model = cls(dataclasses.replace(stored, image=dataclasses.replace(stored.image, pretrained=False)))
+        model = cls(_bare(stored))  # the stored weights replace every value, so ImageNet's are not fetched first
         model.config = stored
         try:
             model.load_state_dict(state)
@@ -155,27 +149,9 @@ class MobileCLIP(nn.Module):
         return model.eval()
 
 
-def _read_record(path: Path) -> tuple[ModelConfig, dict[str, str] | None]:
-    """Configuration and hash that ``config.json`` holds; ModelError if it is damaged or not a student's."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or record.get("kind") != KIND or not isinstance(record.get("config"), dict):
-            raise ValueError("another kind of model")
-        return from_mapping(ModelConfig, record["config"]), record.get("sha256")
-    except (OSError, ValueError) as error:  # a ConfigError too
-        raise ModelError(f"{path}: not the settings of a student ({error}); copy or save it again.") from error
-
-
-def _require_same(stored: ModelConfig, given: ModelConfig, folder: Path) -> None:
-    """ModelError for the first setting that differs, but for those that a trained model does not show."""
-    parts = (("", stored, given), ("image.", stored.image, given.image), ("text.", stored.text, given.text))
-    for prefix, ours, theirs in parts:
-        for key, value in vars(ours).items():
-            other = getattr(theirs, key)
-            if key not in ("name", "pretrained", "image", "text") and value != other:
-                found = f"the model has {prefix}{key}={value!r}, but {prefix}{key}={other!r} was given"
-                remedy = "load it without a configuration, or with the one it was trained with"
-                raise ModelError(f"{folder / CONFIG_FILE}: {found}; {remedy}.")
+def _bare(config: ModelConfig) -> ModelConfig:
+    """``config`` without what a trained model does not show: its name, and where its weights started."""
+    return dataclasses.replace(config, name="", image=dataclasses.replace(config.image, pretrained=False))
 
 
 def parameter_counts(model: MobileCLIP) -> dict[str, int]:

@@ -1,12 +1,8 @@
 """What a step minimises, as a dict of named loss terms: the student's own loss, alone or with distillation."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
-import numpy as np
 import torch.nn.functional as F
-from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from mclip import losses
@@ -51,27 +47,21 @@ class Contrastive(nn.Module):
 class Distillation(Contrastive):
     """The student's own loss, and the terms that compare the student with the teacher's cached embeddings.
 
-    ``widths`` are those of the student's tensors that feature distillation aligns (image, text), ``teacher_width`` and
-    ``teacher_logit_scale`` the width of the teacher's embeddings and its exp(logit_scale). Several teachers, whose
-    embeddings lie side by side, have one each.
+    ``widths`` are those of the student's tensors that feature distillation aligns (image, text).
     """
 
     def __init__(
-        self, config: DistillConfig, widths: tuple[int, int], teacher_width: ArrayLike, teacher_logit_scale: ArrayLike
+        self, config: DistillConfig, widths: tuple[int, int], teacher_width: int, teacher_logit_scale: float
     ) -> None:
         super().__init__(config)
-        self.teacher_widths = np.atleast_1d(teacher_width).tolist()
-        scales = np.atleast_1d(teacher_logit_scale).tolist()
-        # Embeddings that lie side by side were shortened to one unit vector, each cosine to its share.
-        self.teacher_logit_scales = [scale * len(scales) for scale in scales]
-        joined = sum(self.teacher_widths)
+        self.teacher_logit_scale = teacher_logit_scale
         if config.feature_weight:
-            fitting = ["identity" if width == joined else "mlp" for width in widths]
+            fitting = ["identity" if width == teacher_width else "mlp" for width in widths]
             kinds = fitting if config.aligner == "auto" else [config.aligner] * 2
-            self.image_aligner = losses.Aligner(widths[0], joined, kinds[0])
-            self.text_aligner = losses.Aligner(widths[1], joined, kinds[1])
-        remedy = f"the student's embedding {widths} must be as wide as the teacher's {joined}"
-        fits = config.feature_source == "penultimate" or widths == (joined,) * 2
+            self.image_aligner = losses.Aligner(widths[0], teacher_width, kinds[0])
+            self.text_aligner = losses.Aligner(widths[1], teacher_width, kinds[1])
+        remedy = f"the student's embedding {widths} must be as wide as the teacher's {teacher_width}"
+        fits = config.feature_source == "penultimate" or widths == (teacher_width,) * 2
         require(config.icl_weight == 0 or fits, "icl_weight", config.icl_weight, remedy)
 
     def student_tensors(self, output: Output) -> list[Tensor]:
@@ -81,8 +71,7 @@ class Distillation(Contrastive):
 
     def _feature(self, output: Output, batch: Batch, temperature: float) -> Tensor:
         form = self.config.feature_form
-        source = "penultimate" if self.config.feature_source == "penultimate" else "features"
-        image, text = embeddings(output, source)
+        image, text = embeddings(output, "penultimate" if self.config.feature_source == "penultimate" else "features")
         image, text = self.image_aligner(image), self.text_aligner(text)
         if form == "mse":
             image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
@@ -91,9 +80,8 @@ class Distillation(Contrastive):
         return self.config.img_distill_weight * image_loss + self.config.txt_distill_weight * text_loss
 
     def _response(self, output: Output, batch: Batch, temperature: float) -> Tensor:
-        teacher = [rows.split(self.teacher_widths, dim=1) for rows in (batch.teacher_image, batch.teacher_text)]
-        scales = output["logit_scale"], self.teacher_logit_scales
-        return losses.response(*embeddings(output), *teacher, *scales, temperature)
+        scales = output["logit_scale"], self.teacher_logit_scale
+        return losses.response(*embeddings(output), batch.teacher_image, batch.teacher_text, *scales, temperature)
 
     def _similarity(self, output: Output, batch: Batch, temperature: float) -> Tensor:
         return losses.similarity(*embeddings(output), batch.teacher_image, batch.teacher_text)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,10 +25,7 @@ READ_AHEAD = 2  # batches, besides the one in use
 
 
 def normalise(images: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 pictures (B, 3, H, W) -> standardised float (B, 3, size, size).
-
-    The shortest side is resized (bicubic) and the centre is cut out, as for PIL pictures. The aspect ratio stays.
-    """
+    """uint8 pictures (B, 3, H, W) -> the centre, shortest side resized, as standardised float (B, 3, size, size)."""
     height, width = images.shape[-2:]
     left, top, right, bottom = middle(width, height)
     pictures = images[..., top:bottom, left:right].float() / 255
@@ -42,26 +37,15 @@ def normalise(images: Tensor, size: int, mean: Sequence[float], std: Sequence[fl
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pictures with their captions.
+    """Pictures with their captions."""
 
-    Attributes:
-        images: (N, 3, S, S) uint8: an array, in memory or memory-mapped, or what decodes pictures when indexed.
-        captions: for each picture one caption or more.
-        key: changes when pictures or captions do; a teacher's cached targets are kept under it.
-        name: for messages and results files.
-        files: (N,) the file of each picture, so that a teacher can read it at its own size; None for scenes.
-        skipped: number of rows left out by ``on_error="skip"``.
-        paired: (N,) bool, whether a picture's captions are its own; None if all are. A picture without captions
-            stands beside sentences without pictures, and no loss takes the two for a pair.
-    """
-
-    images: Any
-    captions: Sequence[list[str]]
-    key: str
-    name: str
-    files: Sequence[str] | None = None
-    skipped: int = 0
-    paired: np.ndarray | None = None
+    images: Any  # (N, 3, S, S) uint8: an array, in memory or memory-mapped, or what decodes pictures when indexed
+    captions: Sequence[list[str]]  # for each picture one or more
+    key: str  # changes when pictures or captions do; a teacher's cached targets are kept under it
+    name: str  # for messages and results files
+    files: Sequence[str] | None = None  # of the pictures, so that a teacher can read them at its own size
+    skipped: int = 0  # rows left out by on_error="skip"
+    paired: np.ndarray | None = None  # (N,) bool: whether the captions are the picture's own; None if all are
 
     def __len__(self) -> int:
         return len(self.images)
@@ -96,16 +80,12 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Targets:
-    """A frozen teacher's embeddings of every picture (N, D) and every caption (M, D), and its logit scale.
+    """A frozen teacher's embeddings of every picture and every caption, and its logit scale."""
 
-    With ``crops``, ``images`` is (N, K, D), of the K views of each picture. ``key`` changes with the teacher's weights,
-    its view of the pictures and the data.
-    """
-
-    images: np.ndarray
-    texts: np.ndarray
+    images: np.ndarray  # (N, D); with crops (N, K, D), of the K views of each picture
+    texts: np.ndarray  # (M, D)
     logit_scale: float
-    key: str = ""
+    key: str = ""  # changes with the teacher's weights, its view of the pictures and the data
     crops: Crops | None = None
 
     @property
@@ -117,26 +97,7 @@ class Targets:
         """The embeddings (B, D) of these pictures, each in its view, and of these captions."""
         rows = self.images[pictures]
         rows = rows if self.crops is None else rows[np.arange(len(rows)), view]
-        return tuple(torch.from_numpy(np.asarray(found, np.float32)) for found in (rows, self.texts[captions]))
-
-
-@dataclass(frozen=True)
-class SideBySide:
-    """Several arrays, each (N, ..., D), as one of (N, ..., sum of D). Rows are joined when they are asked for."""
-
-    parts: Sequence[np.ndarray]
-
-    def __getitem__(self, rows: Any) -> np.ndarray:
-        return np.concatenate([part[rows] for part in self.parts], -1) / math.sqrt(len(self.parts))
-
-
-def join_targets(several: Sequence[Targets]) -> Targets:
-    """The targets of several teachers as one, of unit vectors whose cosines are the means of the teachers' cosines."""
-    if len(several) == 1:
-        return several[0]
-    images, texts = (SideBySide([getattr(targets, kind) for targets in several]) for kind in ("images", "texts"))
-    scale = math.prod(targets.logit_scale for targets in several) ** (1 / len(several))
-    return Targets(images, texts, scale, "+".join(targets.key for targets in several), several[0].crops)
+        return tuple(torch.from_numpy(np.asarray(side, np.float32)) for side in (rows, self.texts[captions]))
 
 
 @dataclass(frozen=True)
@@ -177,8 +138,7 @@ class BatchSource:
     """The batches of each epoch. They depend on (seed, epoch) alone, so that a resumed run sees the same ones.
 
     Every epoch visits each picture once, in a new order, with one of its captions chosen at random. The last,
-    incomplete batch is left out, because its pairs would have fewer in-batch negatives. The next batches are read
-    while one is used.
+    incomplete batch is left out, because its pairs would have fewer in-batch negatives.
     """
 
     pairs: Pairs
@@ -196,7 +156,6 @@ class BatchSource:
             pairs = int(self.batch_size * self.pairs.paired.mean())
             remedy = f"only {pairs} of them would be pairs, and each needs another as its negative; use a larger batch"
             require(pairs >= 2, "batch_size", self.batch_size, remedy)
-        self.first_caption = self.pairs.first_caption
 
     def __len__(self) -> int:
         return len(self.pairs) // self.batch_size
@@ -207,7 +166,7 @@ class BatchSource:
         order = rng.permutation(len(self.pairs))
         if self.pairs.paired is not None:
             order = spread(order, self.pairs.paired[order])
-        offset = (rng.random(len(order)) * np.diff(self.first_caption)[order]).astype(np.int64)
+        offset = (rng.random(len(order)) * np.diff(self.pairs.first_caption)[order]).astype(np.int64)
 
         def batch(number: int) -> Batch:
             whole = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
@@ -215,18 +174,18 @@ class BatchSource:
             return self._batch(order[rows], offset[rows], epoch)
 
         with ThreadPoolExecutor(1, "batches") as reader:
-            numbers, waiting = iter(range(start, len(self))), deque()
+            waiting = deque()
             try:
-                while True:
-                    waiting.extend(reader.submit(batch, n) for n in islice(numbers, READ_AHEAD + 1 - len(waiting)))
-                    if not waiting:
-                        return
-                    yield waiting.popleft().result()
+                for number in range(start, len(self) + READ_AHEAD):
+                    if number < len(self):
+                        waiting.append(reader.submit(batch, number))
+                    if number >= start + READ_AHEAD:
+                        yield waiting.popleft().result()
             finally:
                 reader.shutdown(wait=True, cancel_futures=True)
 
     def _batch(self, pictures: np.ndarray, offset: np.ndarray, epoch: int) -> Batch:
-        captions = self.first_caption[pictures] + offset
+        captions = self.pairs.first_caption[pictures] + offset
         view = image = text = None
         if self.crops is None:
             pixels = np.ascontiguousarray(self.pairs.images[pictures])

@@ -3,8 +3,6 @@
 Training, evaluation, ``mclip.load`` and the reader of exported students share :func:`as_rgb`.
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import math
@@ -30,8 +28,8 @@ from torchvision.transforms.v2 import functional as VF
 DECODING_VERSION = 3  # part of the keys of cached pictures; raised whenever as_rgb makes something else of a file
 UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow and :func:`as_rgb` raise for a picture that cannot be read."""
+# What the system answers where a name leads to no file. Any other number is trouble of the system itself.
 NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
-"""What the system answers where a name leads to no file. Any other number is trouble of the system itself."""
 LONGEST = 8  # a picture may be this many times as long as it is wide; of a longer one only the middle is used
 RATIOS = (3 / 4, 4 / 3)  # width to height of a crop, before it is made square
 COARSE_SHARE = 0.25  # of the views, where some are to be coarse
@@ -140,10 +138,10 @@ def read_picture(name: str) -> Tensor:
 
 
 def crop_box(seed: int, width: int, height: int, smallest: float) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the crop that ``seed`` decides, in pixels.
+    """Left, top, right and bottom of the crop that ``seed`` decides, in pixels (Szegedy et al. 2015, section 6).
 
-    Its share of the picture's area is uniform in [``smallest``, 1], its ratio of sides log-uniform in ``RATIOS``
-    (Szegedy et al. 2015, section 6), both to the nearest pixel; where ten draws do not fit, the largest central square.
+    Its area is uniform in [``smallest``, 1] of the picture's, its ratio of sides log-uniform in ``RATIOS``, both to the
+    nearest pixel; where ten draws do not fit, the largest central square.
     """
     low, high = math.log(RATIOS[0]), math.log(RATIOS[1])
     for share, log, left, top in np.random.default_rng(int(seed)).random((4, 10)).T:
@@ -179,15 +177,10 @@ def pool() -> ThreadPoolExecutor:
 
 @dataclass(frozen=True)
 class Crops:
-    """Random crops that keep at least the share ``smallest`` of a picture's area and can be cut again.
+    """Random crops that can be cut again."""
 
-    Each picture has ``views`` different ones, taken in turns; 0: a new one in each epoch. With ``mirrored`` half of
-    them are mirrored. With ``coarse`` a quarter are scaled down to between ``coarse`` and twice as many pixels a side
-    and up again, so that a model knows what an enlarged small picture looks like.
-    """
-
-    smallest: float
-    views: int
+    smallest: float  # share of the picture's area
+    views: int  # different ones of each picture, taken in turns; 0: a new one in each epoch
     seed: int
     mirrored: bool = False
     coarse: int = 0

@@ -3,13 +3,11 @@
 Notebooks and the command line call the same functions, so that equal settings give equal weights.
 """
 
-from __future__ import annotations
-
 import base64
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,25 +33,10 @@ from mclip.sources.loading import load_pairs
 from mclip.sources.unpaired import add_unpaired
 from mclip.sources.zero_shot import zero_shot_set
 from mclip.targets import get_crops, get_targets
-from mclip.teacher import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, load_open_clip, load_teacher, load_teachers
+from mclip.teacher import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, load_open_clip, load_teacher
 from mclip.train import TrainResult, train
 
-BASE = DistillConfig(feature_weight=0.0, response_weight=0.0)
-"""The student's own loss and nothing else."""
-CARD = """# {title}
-
-Parameters: {parameters:,}. Weights' SHA-256: `{sha256}`.
-
-Trained in {seconds:.0f} s on {device} by
-
-    {command}
-
-| set | metric | percent | 95 % interval | n |
-|---|---|---|---|---|
-{rows}
-
-Trained on drawn scenes alone: it knows their shapes, colours and words, and nothing of photographs.
-"""
+BASE = DistillConfig(feature_weight=0.0, response_weight=0.0)  # the student's own loss and nothing else
 
 
 def get_model_config(name_or_path: str) -> ModelConfig:
@@ -86,11 +69,9 @@ def load_data(
     seed: int = 0,
     **reading: Any,
 ) -> tuple[Pairs, Pairs]:
-    """Training and validation pairs: scenes of the profile's size where both paths are empty.
+    """Training and validation pairs, read as ``reading`` says; scenes of the profile's size where no path is given.
 
-    Pictures of ``unlabelled_data_path`` and sentences of ``unpaired_texts_path`` are added to the training pairs (see
-    :func:`~mclip.sources.unpaired.add_unpaired`). ``reading`` goes to :func:`~mclip.sources.loading.load_pairs`.
-    ConfigError where only one of the paths of pairs is given.
+    Pictures without captions and sentences without pictures are added to the training pairs (``add_unpaired``).
     """
     require_both(train_data_path, val_data_path)
     remedy = "sentences stand beside pictures without captions; give unlabelled_data_path too"
@@ -147,23 +128,21 @@ def train_student(
 ) -> TrainResult:
     """Train a student, from scratch or from ``base_checkpoint``; ``distill`` decides whether there is a teacher.
 
-    ``teacher_model`` and ``teacher_pretrained`` may name several teachers, separated by commas. ``run`` (``resume``,
-    ``on_record``) goes to :func:`~mclip.train.train`. The model is written to ``out_dir/model``.
+    ``run`` (``resume``, ``on_record``) goes to :func:`~mclip.train.train`. The model is written to ``out_dir/model``.
     """
     out_dir = Path(out_dir).expanduser()
     torch.manual_seed(settings.seed)
     model = MobileCLIP.from_pretrained(model_folder(base_checkpoint), config) if base_checkpoint else MobileCLIP(config)
     objective, targets, crops = Contrastive(distill), None, get_crops(settings, distill.online_teacher)
     if any((distill.feature_weight, distill.response_weight, distill.similarity_weight, distill.icl_weight)):
-        teachers = load_teachers(teacher_model, teacher_pretrained, device_for(settings.accelerator))
-        targets = get_targets(teachers, training, distill.online_teacher, crops, settings.progress)
+        teacher = load_teacher(teacher_model, teacher_pretrained, device_for(settings.accelerator))
+        targets = get_targets(teacher, training, distill.online_teacher, crops, settings.progress)
         penultimate = (model.image_encoder.features, model.text_encoder.features)
         widths = penultimate if distill.feature_source == "penultimate" else (config.embed_dim,) * 2
-        teacher_widths, scales = zip(*((teacher.embed_dim, teacher.logit_scale) for teacher in teachers), strict=True)
-        objective = Distillation(distill, widths, teacher_widths, scales)
+        objective = Distillation(distill, widths, teacher.embed_dim, teacher.logit_scale)
         if not base_checkpoint:
             # Where embeddings are to equal the teacher's, responses agree only at the teacher's scale.
-            nn.init.constant_(model.logit_scale, math.log(targets.logit_scale))
+            nn.init.constant_(model.logit_scale, math.log(teacher.logit_scale))
     source = settings.batch_size, settings.seed, targets, crops
     batches = BatchSource(training, model.tokenizer, student_prepare(config), *source)
     run |= {"out_dir": out_dir, "validate": retrieval_validation(model.tokenizer, validation)}
@@ -184,8 +163,7 @@ def train_open_clip(
     """Train an open_clip model from scratch with the contrastive loss: the plain CLIP, or a teacher.
 
     It has the architecture and the tokenizer of ``like``: "clip", a small Vision Transformer, "teacher", a ten-layer
-    ResNet, or another folder in open_clip's form. ``out_dir/model`` is such a folder too, in fp16; ``run`` as in
-    :func:`train_student`.
+    ResNet, or another folder in open_clip's form, as is ``out_dir/model``; ``run`` as in :func:`train_student`.
     """
     remedy = "a teacher or plain CLIP of this size is trained by one process; start it without torchrun"
     require(processes()[1] == 1, "WORLD_SIZE", processes()[1], remedy)
@@ -267,20 +245,6 @@ def evaluate_all(
     return records
 
 
-def write_card(
-    folder: str | Path, title: str, command: str, seconds: float, records: Sequence[Mapping[str, Any]]
-) -> None:
-    """Write a model's ``README.md``: a title, the ``command`` that trains it again, and its results."""
-    rows = []
-    for record in records:
-        if record["task"] == "zero_shot":
-            cells = "{value:.1f} | {low:.1f} to {high:.1f}".format(**record["metrics"]["top1"])
-            rows.append(f"| {record['dataset']} | top-1 | {cells} | {record['n']} |")
-    values = {**records[0]["model"], "title": title, "command": command, "seconds": seconds, "rows": "\n".join(rows)}
-    with atomic_path(Path(folder) / "README.md") as temporary:
-        temporary.write_text(CARD.format(**values, device=records[0]["device"]), encoding="utf-8")
-
-
 def correct_of(record: Mapping[str, Any]) -> np.ndarray:
     """Which pictures (N,) a zero-shot record counts as right; ResultError where it does not say."""
     if "correct" not in record.get("details", {}):
@@ -291,11 +255,8 @@ def correct_of(record: Mapping[str, Any]) -> np.ndarray:
 
 
 def mcnemar(first_only: int, second_only: int) -> float:
-    """Two-sided p-value of the exact test of McNemar (1947), from the pictures that one model alone got right.
-
-    If neither model is better, each of these is as likely to be the first one's as the second one's: their
-    number is binomial with probability 1/2.
-    """
+    """Two-sided p-value of the exact test of McNemar (1947), from the pictures that one model alone got right."""
+    # If neither model is better, each of these is as likely to be the one's as the other's.
     return min(1.0, 2 * float(bdtr(min(first_only, second_only), first_only + second_only, 0.5)))
 
 
@@ -304,7 +265,7 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
     Its metrics are ``difference``, first minus second in points of top-1 with the 95 % interval of a bootstrap over
     pictures; ``p_value`` of :func:`mcnemar`; and ``first_only`` and ``second_only``, the pictures that decide it.
-    All of this is about the pictures. It cannot say how far training with another seed would move either model.
+    It cannot say how far training with another seed would move either model.
     """
     start = time.perf_counter()
     hits, others = correct_of(first), correct_of(second)
@@ -315,9 +276,8 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
     if first["details"]["pictures"] != second["details"]["pictures"]:
         raise ResultError(f"{first['dataset']}: the two records are of other pictures, or in another order.")
     difference = bootstrap_interval(hits.astype(float) - others, first["seed"])
-    only = int((hits & ~others).sum()), int((others & ~hits).sum())
-    metrics = {"difference": percent(difference), "p_value": mcnemar(*only)}
-    metrics |= {"first_only": only[0], "second_only": only[1]}
+    only = {"first_only": int((hits & ~others).sum()), "second_only": int((others & ~hits).sum())}
+    metrics = {"difference": percent(difference), "p_value": mcnemar(*only.values()), **only}
     same = {key: first[key] for key in ("dataset", "split", "n", "model", "templates", "seed")}
     seconds, details = time.perf_counter() - start, {"against": second["model"]}
     return make_result("paired", metrics=metrics, seconds=seconds, details=details, **same)
@@ -327,5 +287,5 @@ def describe(record: Mapping[str, Any]) -> str:
     """A "paired" record in a line: "+70.3 points (68.2 to 72.4), p < 0.001, n=2000 (1412 against 6)"."""
     metrics, p = record["metrics"], record["metrics"]["p_value"]
     points = "{value:+.1f} points ({low:+.1f} to {high:+.1f})".format(**metrics["difference"])
-    shown = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-    return f"{points}, {shown}, n={record['n']} ({metrics['first_only']} against {metrics['second_only']})"
+    chance = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    return f"{points}, {chance}, n={record['n']} ({metrics['first_only']} against {metrics['second_only']})"

@@ -4,8 +4,6 @@ A record says what was measured, on what, with which weights, prompts, seed and 
 A measurement that failed is recorded as a failure (``"error"`` in place of ``"metrics"``), never as a number.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json
@@ -21,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import nn
 
 from mclip import __version__
 from mclip.config import ConfigError, from_mapping, require
-from mclip.files import PACKAGE, atomic_path
+from mclip.files import PACKAGE, atomic_path, lock
 
 Record = Mapping[str, Any]
 
@@ -41,9 +38,6 @@ class _Model:
     parameters: int
     sha256: str
 
-    def __post_init__(self) -> None:
-        require(len(self.sha256) == 64, "model.sha256", self.sha256, "give the 64 digits of weights_sha256(model)")
-
 
 @dataclass(frozen=True)
 class _Result:
@@ -56,18 +50,20 @@ class _Result:
     n: int | None
     model: _Model
     templates: tuple[str, ...]
-    seed: int
+    seed: int  # of the run that made the model, and of the bootstrap
     versions: dict
     device: str
     seconds: float
     git_commit: str | None
     created: str
     metrics: dict | None = None
-    error: str | None = None
+    error: str | None = None  # what failed, in place of metrics
     details: dict | None = None
 
     def __post_init__(self) -> None:
         require(self.schema == 1, "schema", self.schema, "this version of mclip reads schema 1")
+        digest = self.model.sha256
+        require(len(digest) == 64, "model.sha256", digest, "give the 64 digits of weights_sha256(model)")
         for key in ("task", "dataset", "split", "error"):
             value = getattr(self, key)
             require(value is None or value.strip() != "", key, value, "give a text that says it")
@@ -101,7 +97,7 @@ def validate_result(record: Record) -> None:
     """Raise :class:`ResultError`, naming key, value and remedy, unless ``record`` follows the schema."""
     try:
         from_mapping(_Result, record)
-    except (ConfigError, TypeError, AttributeError) as error:  # the last two: a field is missing, or no record at all
+    except (ConfigError, TypeError) as error:  # the latter: a field is missing
         raise ResultError(str(error)) from error
 
 
@@ -117,8 +113,7 @@ def weights_sha256(module: nn.Module) -> str:
 
 def describe_model(name: str, module: nn.Module) -> dict[str, Any]:
     """The ``model`` field of a record: name, number of parameters, and the weights' SHA-256."""
-    parameters = sum(parameter.numel() for parameter in module.parameters())
-    return {"name": name, "parameters": parameters, "sha256": weights_sha256(module)}
+    return {"name": name, "parameters": sum(p.numel() for p in module.parameters()), "sha256": weights_sha256(module)}
 
 
 def versions() -> dict[str, str]:
@@ -130,9 +125,9 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """The commit of the checkout that holds this package, or None when it is installed elsewhere."""
-    if (PACKAGE.parent / ".git").exists():
-        command = ["git", "-C", str(PACKAGE), "rev-parse", "HEAD"]
-        with suppress(OSError, subprocess.SubprocessError):
+    command = ["git", "-C", str(PACKAGE), "rev-parse", "HEAD"]
+    with suppress(OSError, subprocess.SubprocessError):
+        if (PACKAGE.parent / ".git").exists():
             return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     return None
 
@@ -144,9 +139,7 @@ def make_result(
 
     ``n`` is the number of samples (None in a failure) and ``model`` as :func:`describe_model` gives it. ``metrics``
     is a nested mapping of numbers and ``{"value", "low", "high"}``, in percent for "zero_shot" and "retrieval".
-
-    ``more`` may give ``templates``; ``seed``, of the run that made the model and of the bootstrap; ``seconds``;
-    ``device``, a torch device; ``details``, any mapping; and ``error``, what failed, in place of metrics.
+    ``more`` holds other fields of the schema, with ``device`` a torch device.
     """
     record = {"schema": 1, "task": task, "dataset": dataset, "split": split, "n": n, "model": dict(model)}
     record |= {"templates": [], "seed": 0, "versions": versions(), "device": "cpu", "seconds": 0.0}
@@ -163,15 +156,14 @@ def make_result(
 def save_result(path: str | Path, *records: Record, order: Callable[[Any], Any] | None = None) -> Path:
     """Add ``records`` to the list in the JSON file ``path``; one of the same task, data, seed and model is replaced.
 
-    ``order`` is a key that sorts the list. The file is never half written, and several processes may save at the same
-    time. ResultError for a record that breaks the schema and a file that cannot be written.
+    ``order`` is a key that sorts the list. Several processes may save at once. Raises: ResultError.
     """
     path = Path(path)
     for record in records:
         validate_result(record)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.parent / f".{path.name}.lock"), atomic_path(path) as temporary:
+        with lock(path), atomic_path(path) as temporary:
             kept = load_results(path) if path.exists() else []
             keys = operator.itemgetter("task", "dataset", "split", "seed")
             merged = list({(*keys(record), record["model"]["name"]): record for record in [*kept, *records]}.values())

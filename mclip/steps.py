@@ -1,13 +1,10 @@
 """One optimiser step in which every pair sees every other, however the batch is cut into pieces.
 
-Contrastive and distillation terms compare each pair with all others, so their gradient is not the mean of the gradients
-of parts. A step therefore embeds every piece, joins the embeddings of all pieces and processes, and takes one loss over
-all of them. Of several pieces no activations are kept: each is embedded again when the gradient comes back to it. That
-costs a second forward pass and needs the memory of one piece, as in GradCache (Gao et al. 2021). Only BatchNorm still
-sees a piece alone.
+The terms compare each pair with all others, so their gradient is not the mean of the gradients of parts. A step
+therefore joins the embeddings of all pieces and processes, and takes one loss over all of them. Of several pieces no
+activations are kept: each is embedded again when the gradient comes back to it. That costs a second forward pass and
+needs the memory of one piece, as in GradCache (Gao et al. 2021). Only BatchNorm still sees a piece alone.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
@@ -55,10 +52,7 @@ class Student(nn.Module):
 
 @dataclass
 class Stepper:
-    """All that an optimiser step needs; ``student`` and ``optimizer`` as Fabric has set them up.
-
-    ``scaler`` keeps small gradients of 16-bit floats from becoming 0; other precisions have none.
-    """
+    """All that an optimiser step needs; ``student`` and ``optimizer`` as Fabric has set them up."""
 
     fabric: Fabric
     student: nn.Module
@@ -72,8 +66,7 @@ class Stepper:
     def take(self, pieces: list[Batch], step: int, rate: float) -> Record:
         """Take one step at the learning rate ``rate`` over the pairs of all ``pieces``, on all processes.
 
-        Returns the record of its terms, weights and temperature. In 16-bit floats a gradient may overflow: then the
-        weights stay as they are, and the record says "skipped". TrainError if a term or the gradient is not finite.
+        Returns the record of its terms, weights and temperature. TrainError if a term or the gradient is not finite.
         """
         self.student.train()
         outputs = []
@@ -83,7 +76,16 @@ class Stepper:
         output, batch = self._join(outputs, pieces)
         loss, record = self._loss(output, batch, step)
         self.fabric.backward(loss)
-        self._update(record, rate)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate
+        bound = {"max_norm": self.config.clip_grad_norm, "error_if_nonfinite": False}
+        if not self.fabric.clip_gradients(self.student, self.optimizer, **bound).isfinite():
+            # Without a scale above 1 it is not the scale that has made the gradient too large.
+            if self.scaler is None or self.scaler.get_scale() <= 1:
+                raise TrainError(f"step {step}: the gradient of {' + '.join(record['terms'])} is not finite")
+            record["skipped"] = True  # by the scaler, which lowers its scale for the next step
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return record
 
     def _seed(self, *place: int) -> int:
@@ -132,19 +134,6 @@ class Stepper:
         # DDP waits for a gradient of every output, used or not.
         unused = sum(value.sum() for value in output.values()) if self.fabric.world_size > 1 else 0
         return loss + 0 * unused, record
-
-    def _update(self, record: Record, rate: float) -> None:
-        """Clip the gradient and move the weights, unless a scaled gradient has overflowed."""
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = rate
-        bound = {"max_norm": self.config.clip_grad_norm, "error_if_nonfinite": False}
-        if not torch.isfinite(self.fabric.clip_gradients(self.student, self.optimizer, **bound)):
-            # Without a scale above 1 it is not the scale that has made the gradient too large.
-            if self.scaler is None or self.scaler.get_scale() <= 1:
-                raise TrainError(f"step {record['step']}: the gradient of {' + '.join(record['terms'])} is not finite")
-            record["skipped"] = True  # by the scaler, which lowers its scale for the next step
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
 
 @contextmanager

@@ -1,13 +1,9 @@
 """What a student learns from: the teacher's embedding of every picture and caption, computed once and cached.
 
 The cache is a folder of two arrays in fp16, memory-mapped, that are filled shard by shard. A finished shard leaves a
-marker, so that a killed run goes on with the next one. Several processes share the work: each takes shards that no
-other has.
+marker, so that a killed run goes on with the next one.
 """
 
-from __future__ import annotations
-
-import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -18,16 +14,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
-from torch import Tensor, nn
+from filelock import FileLock
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from mclip.config import TrainConfig, require
+from mclip.evaluate import embed_texts, evaluating
 from mclip.files import atomic_path, cache_dir, content_key
-from mclip.pairs import Pairs, Targets, join_targets
+from mclip.pairs import Pairs, Targets
 from mclip.pictures import DECODING_VERSION, Crops, pool, split_name
 from mclip.results import weights_sha256
-from mclip.teacher import Teacher, TeacherError, Trunk
+from mclip.teacher import Teacher, TeacherError
 
 PICTURES_IN_SHARD, CAPTIONS_IN_SHARD, BATCH = 8192, 65536, 256
 
@@ -35,9 +32,8 @@ PICTURES_IN_SHARD, CAPTIONS_IN_SHARD, BATCH = 8192, 65536, 256
 def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True, crops: Crops | None = None) -> Targets:
     """The teacher's embeddings of every picture and every caption of ``pairs``, from the cache where they are.
 
-    The key of the cache covers the teacher's layers, weights and tokens, the data, and the teacher's own preparation of
-    pictures. Targets of another teacher or of edited data are therefore never used. With ``crops``, each picture has K
-    views (dataset reinforcement, Faghri et al. 2023). TeacherError as in :func:`check_targets`, or for a damaged file.
+    Their key covers the teacher's layers, weights, tokens and preparation of pictures, and the data. With ``crops``,
+    each picture has K views (dataset reinforcement, Faghri et al. 2023). TeacherError as in :func:`check_targets`.
     """
     view = (teacher.image_size, teacher.mean, teacher.std, crops)
     # Layers without weights (activations) and the tokenizer's merges show in neither the weights nor the data.
@@ -46,12 +42,10 @@ def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True, crops
     folder = cache_dir() / "targets" / content_key("targets", identity, pairs.key, view)
     each = (crops.views, teacher.embed_dim) if crops else (teacher.embed_dim,)
 
-    def pictures(rows: range) -> np.ndarray:
-        if teacher.locked:
-            head, features = teacher.model.visual.head, trunk_features(teacher, pairs, progress, crops)
-            return embed(teacher, partial(embed_features, head), [torch.from_numpy(features[rows.start : rows.stop])])
-        return embed_views(teacher, pairs, rows, crops)
-
+    pictures = partial(embed_views, teacher, pairs, crops=crops)
+    if teacher.trunk:
+        features = trunk_features(teacher, pairs, progress, crops)
+        pictures = lambda rows: embed_features(teacher, features[rows.start : rows.stop])  # noqa: E731
     shape, captions = (int(pairs.first_caption[-1]), teacher.embed_dim), partial(embed_captions, teacher, pairs)
     texts = fill(folder / "texts.npy", shape, CAPTIONS_IN_SHARD, captions, progress)
     images = fill(folder / "images.npy", (len(pairs), *each), PICTURES_IN_SHARD, pictures, progress)
@@ -65,20 +59,21 @@ def trunk_features(teacher: Teacher, pairs: Pairs, progress: bool = True, crops:
 
     They are the same for all teachers on that trunk, and for pictures with any captions.
     """
-    trunk = replace(teacher, model=Trunk(teacher.model.visual.trunk))
+    trunk = replace(teacher, model=teacher.trunk)
     pictures = [(file, os.path.getsize(split_name(file)[0])) for file in map(str, pairs.files)]
     view = (teacher.image_size, teacher.mean, teacher.std, crops)
     folder = cache_dir() / "features" / content_key(weights_sha256(trunk.model), pictures, DECODING_VERSION, view)
-    width = teacher.model.visual.trunk.num_features
+    width = teacher.trunk.features
     shape = (len(pairs), crops.views, width) if crops else (len(pairs), width)
     compute = partial(embed_views, trunk, pairs, crops=crops)
     return fill(folder / "features.npy", shape, PICTURES_IN_SHARD // 4, compute, progress)
 
 
-def embed_features(head: nn.Module, features: Tensor, normalize: bool) -> Tensor:
-    """Embeddings (..., D) of features (..., F) of a trunk."""
-    embedding = head(features.float())
-    return F.normalize(embedding, dim=-1) if normalize else embedding
+def embed_features(teacher: Teacher, features: np.ndarray) -> np.ndarray:
+    """Normalised embeddings (..., D) fp16 of features (..., F) of the teacher's trunk."""
+    with evaluating(teacher.model) as device:
+        embedding = teacher.model.visual.head(torch.from_numpy(np.array(features, np.float32)).to(device))
+    return F.normalize(embedding, dim=-1).half().cpu().numpy()
 
 
 def fill(
@@ -86,49 +81,36 @@ def fill(
 ) -> np.ndarray:
     """The fp16 array of ``shape`` in ``file``, memory-mapped; of its shards of ``size`` rows, the missing are computed.
 
-    ``progress`` shows a bar, then the pace. TeacherError for a file that is damaged or holds something else.
+    One process computes while others wait; if it is killed, the next one takes over. ``progress`` shows a bar, then the
+    pace. TeacherError for a file that is damaged or holds something else.
     """
-    array, rows, done, begun = _mapped(file, shape), shape[0], 0, time.perf_counter()
-    with tqdm(total=rows, desc=f"teacher {file.stem}", disable=not progress, leave=False) as bar:
-        for patience in (0, -1):  # first the shards that no process works on; then wait for those of the others
-            for number, start in enumerate(range(0, rows, size)):
-                marker = file.with_name(f"{file.stem}-{number:05}.done")
-                here = range(start, min(rows, start + size))
-                try:
-                    with FileLock(file.with_name(f".{marker.name}.lock"), timeout=patience):
-                        if marker.exists():
-                            continue
-                        values = compute(here)
-                        # Not through the map: two machines would overwrite each other's part of a shared page.
-                        with file.open("r+b") as handle:
-                            handle.seek(array.offset + start * values[0].nbytes)
-                            handle.write(values.tobytes())
-                        marker.touch()
-                except Timeout:
-                    continue
-                done += len(here)
-                bar.update(len(here))
-    if progress:
-        pace = f", {done / (time.perf_counter() - begun):.0f} a second" if done else ""
-        print(f"{file.stem}: {rows - done} were there, {done} computed{pace}; {array[0].nbytes} bytes each")
-    return array
-
-
-def _mapped(file: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The array in ``file``, created without a finished shard where it is missing; TeacherError if it is another."""
+    rows, done, begun = shape[0], 0, time.perf_counter()
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_name(f".{file.name}.lock")):
+    bar = tqdm(total=rows, desc=f"teacher {file.stem}", disable=not progress, leave=False)
+    with bar, FileLock(file.with_name(f".{file.name}.lock")):
         if not file.exists():
             for marker in file.parent.glob(f"{file.stem}-*.done"):  # of an array that somebody deleted
                 marker.unlink()
             with atomic_path(file) as temporary:
                 np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
-    try:
-        array = np.load(file, mmap_mode="r")  # never unpickles
-        if array.shape != shape or array.dtype != np.float16:
-            raise ValueError(f"{array.dtype} of shape {array.shape}, not float16 of {shape}")
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        raise TeacherError(f"{file}: damaged ({error}); delete it, and it is computed again.") from error
+        try:
+            array = np.load(file, mmap_mode="r")  # never unpickles; "r+" would lengthen a file that was cut
+            if array.shape != shape or array.dtype != np.float16:
+                raise ValueError(f"{array.dtype} of shape {array.shape}, not float16 of {shape}")
+        except (OSError, ValueError, EOFError, SyntaxError) as error:
+            raise TeacherError(f"{file}: damaged ({error}); delete it, and it is computed again.") from error
+        writable = np.load(file, mmap_mode="r+")
+        for number, start in enumerate(range(0, rows, size)):
+            marker, shard = file.with_name(f"{file.stem}-{number:05}.done"), range(rows)[start : start + size]
+            if not marker.exists():
+                writable[start : shard.stop] = compute(shard)
+                writable.flush()
+                marker.touch()
+                done += len(shard)
+            bar.update(len(shard))
+    if progress:
+        pace = f", {done / (time.perf_counter() - begun):.0f} a second" if done else ""
+        print(f"{file.stem}: {rows - done} were there, {done} computed{pace}; {array[0].nbytes} bytes each")
     return array
 
 
@@ -136,9 +118,9 @@ def embed_captions(teacher: Teacher, pairs: Pairs, rows: Iterable[int]) -> np.nd
     """(N, D) fp16: the teacher's normalised embeddings of captions by number; equal ones are embedded once."""
     captions = pairs.captions_at(rows)
     texts = sorted(set(captions))
-    place = {text: row for row, text in enumerate(texts)}
-    inputs = (teacher.tokenize(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH))
-    return embed(teacher, teacher.model.encode_text, inputs)[[place[text] for text in captions]]
+    row_of = {text: row for row, text in enumerate(texts)}
+    embeddings = embed_texts(teacher.model, teacher.tokenize, texts, BATCH).half().numpy()
+    return embeddings[[row_of[text] for text in captions]]
 
 
 def embed_pictures(
@@ -156,8 +138,12 @@ def embed_pictures(
             return teacher.prepare(torch.from_numpy(np.array(pairs.images[rows[here]])))
         return torch.stack(list(pool().map(read, rows[here], seeds[here])))
 
-    inputs = (batch(slice(start, start + BATCH)) for start in range(0, len(rows), BATCH))
-    return embed(teacher, teacher.model.encode_image, inputs)
+    embeddings = []
+    with evaluating(teacher.model) as device:
+        for start in range(0, len(rows), BATCH):
+            images = batch(slice(start, start + BATCH)).to(device)
+            embeddings.append(teacher.model.encode_image(images, normalize=True).half().cpu())
+    return torch.cat(embeddings).numpy()
 
 
 def embed_views(teacher: Teacher, pairs: Pairs, rows: range, crops: Crops | None) -> np.ndarray:
@@ -167,46 +153,30 @@ def embed_views(teacher: Teacher, pairs: Pairs, rows: range, crops: Crops | None
     return embedded.reshape(len(rows), views, -1) if crops else embedded
 
 
-def embed(teacher: Teacher, encode: Callable[..., Tensor], inputs: Iterable[Tensor]) -> np.ndarray:
-    """Normalised embeddings (N, D) of all batches of ``inputs``, in fp16."""
-    device = next(teacher.model.parameters()).device
-    teacher.model.eval()
-    with torch.inference_mode():
-        return np.concatenate([encode(each.to(device), normalize=True).half().cpu().numpy() for each in inputs])
-
-
 @dataclass(frozen=True)
 class OnlineTargets:
-    """Like :class:`~mclip.pairs.Targets`, but the teachers embed each batch anew, so that every crop can be new."""
+    """Like :class:`~mclip.pairs.Targets`, but the teacher embeds each batch anew, so that every crop can be new."""
 
-    teachers: list[Teacher]
+    teacher: Teacher
     pairs: Pairs
     crops: Crops | None = None
 
     @property
-    def logit_scale(self) -> float:
-        return math.prod(teacher.logit_scale for teacher in self.teachers) ** (1 / len(self.teachers))
-
-    @property
     def key(self) -> str:
-        return "online " + "+".join(weights_sha256(teacher.model)[:16] for teacher in self.teachers)
+        return f"online {weights_sha256(self.teacher.model)[:16]}"
 
     def of(self, pictures: np.ndarray, captions: np.ndarray, view: np.ndarray | None) -> tuple[Tensor, Tensor]:
-        words = self.pairs.captions_at(captions)
-        images = [embed_pictures(teacher, self.pairs, pictures, self.crops, view) for teacher in self.teachers]
-        texts = [embed(teacher, teacher.model.encode_text, [teacher.tokenize(words)]) for teacher in self.teachers]
-        sides = (np.concatenate(parts, 1).astype(np.float32) for parts in (images, texts))
-        return tuple(torch.from_numpy(side) / math.sqrt(len(self.teachers)) for side in sides)
+        images = embed_pictures(self.teacher, self.pairs, pictures, self.crops, view)
+        texts = embed_captions(self.teacher, self.pairs, captions)
+        return torch.from_numpy(images).float(), torch.from_numpy(texts).float()
 
 
 def check_targets(targets: Targets) -> None:
     """TeacherError unless the text targets differ from caption to caption: equal ones teach nothing."""
     sample = torch.from_numpy(targets.texts[:: max(1, len(targets.texts) // 512)].astype(np.float32))
     if len(sample) > 1 and (sample - sample[0]).abs().max() < 1e-3:
-        raise TeacherError(
-            "the teacher's embeddings of all captions are equal, so they hold nothing to distil: "
-            "it must be given the captions of the data, not one constant text."
-        )
+        equal = "the teacher's embeddings of all captions are equal, so they hold nothing to distil"
+        raise TeacherError(f"{equal}: it must be given the captions of the data, not one constant text.")
 
 
 def get_crops(settings: TrainConfig, online: bool = False) -> Crops | None:
@@ -218,11 +188,11 @@ def get_crops(settings: TrainConfig, online: bool = False) -> Crops | None:
 
 
 def get_targets(
-    teachers: list[Teacher], pairs: Pairs, online: bool, crops: Crops | None, progress: bool
+    teacher: Teacher, pairs: Pairs, online: bool, crops: Crops | None, progress: bool
 ) -> Targets | OnlineTargets:
-    """What ``teachers`` say of ``pairs``: from the cache, which is filled if need be, or batch by batch."""
+    """What ``teacher`` says of ``pairs``: from the cache, which is filled if need be, or batch by batch."""
     if online:
-        return OnlineTargets(teachers, pairs, crops)
+        return OnlineTargets(teacher, pairs, crops)
     remedy = "cached targets are of a number of crops; give one, for example 4, or online_teacher=True"
     require(crops is None or crops.views > 0, "views", 0, remedy)
-    return join_targets([teacher_targets(teacher, pairs, progress, crops) for teacher in teachers])
+    return teacher_targets(teacher, pairs, progress, crops)

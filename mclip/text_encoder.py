@@ -4,8 +4,6 @@ Each block sends half of the channels through attention, which sees the whole ca
 convolution along time, which sees the neighbours (Wu et al. 2020, https://arxiv.org/abs/2004.11886).
 """
 
-from __future__ import annotations
-
 import unicodedata
 from functools import cache
 
@@ -18,7 +16,6 @@ from mclip.config import TextConfig
 
 _byte_pairs = cache(SimpleTokenizer)  # built at the first caption, not at import
 END_TOKEN = 49407
-TOEPLITZ_MAX_LENGTH = 128  # the matrix grows with the square of the length; beyond this the convolution wins
 
 
 def clean_caption(text: str) -> str:
@@ -35,19 +32,14 @@ def clean_caption(text: str) -> str:
 class Tokenizer:
     """CLIP's byte-pair tokenizer (Radford et al. 2021, through open_clip) behind :func:`clean_caption`.
 
-    ``padded`` makes every row ``context_length`` long, as open_clip's tokenizers do. It costs next to nothing, because
-    the text encoder drops columns that are padding in all rows.
+    ``padded`` makes every row ``context_length`` long, as open_clip's tokenizers do; else the longest caption decides.
     """
 
     def __init__(self, context_length: int, padded: bool = False) -> None:
         self.context_length, self.padded = context_length, padded
 
     def __call__(self, texts: str | list[str]) -> Tensor:
-        """Captions, one or more -> token ids (B, T), int64, T the longest caption of the call unless ``padded``.
-
-        Rows start with 49406, end with 49407 and are padded on the right with 0. A caption that is too long
-        is cut and keeps its end token.
-        """
+        """Captions, one or more -> token ids (B, T): 49406, the words, 49407 (also after a cut), and 0 as padding."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise ValueError("no captions to tokenise: give at least one.")
@@ -56,19 +48,13 @@ class Tokenizer:
 
 
 def padding_mask(tokens: Tensor) -> Tensor:
-    """True where a token is padding, (B, T): everything after the first end token.
-
-    The end token decides, because CLIP pads with 0 and 0 is also the token "!".
-    """
+    """True where a token is padding, (B, T): after the first end token, since CLIP's pad, 0, is also the token "!"."""
     end = (tokens == END_TOKEN).int()
     return end.cumsum(1) > end
 
 
 def toeplitz(kernel: Tensor, length: int) -> Tensor:
-    """The banded matrices (H, T, T) that apply ``kernel`` (H, K), K odd, along ``length`` = T steps.
-
-    Row t holds the kernel centred on t; what would reach beyond the ends is cut off, like zero padding.
-    """
+    """The banded matrices (H, T, T) that apply ``kernel`` (H, K), K odd, along T steps: row t is centred on t."""
     taps = kernel.shape[1]
     step = torch.arange(length, device=kernel.device)
     tap = step[None, :] - step[:, None] + taps // 2
@@ -76,10 +62,8 @@ def toeplitz(kernel: Tensor, length: int) -> Tensor:
 
 
 def mix_steps(matrices: Tensor, x: Tensor) -> Tensor:
-    """Each of the ``matrices`` (H, T, T) applied along time to its C/H channels in a row of x (B, T, C) -> (B, T, C).
-
-    One matrix product per head covers the batch: about four times as fast as conv1d on captions of up to 32 tokens.
-    """
+    """Each of the ``matrices`` (H, T, T) applied along time to its C/H channels in a row of x (B, T, C) -> the same."""
+    # One matrix product per head covers the batch: about four times as fast as conv1d on captions of up to 32 tokens.
     (batch, length, channels), heads = x.shape, len(matrices)
     x = x.view(batch, length, heads, -1).permute(2, 1, 0, 3).reshape(heads, length, -1)
     return (matrices @ x).view(heads, length, batch, -1).permute(2, 1, 0, 3).reshape(batch, length, channels)
@@ -93,10 +77,7 @@ def light_conv_reference(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 class LightConv(nn.Module):
-    """Depthwise convolution along time (Wu et al. 2019, https://arxiv.org/abs/1901.10430).
-
-    The kernel is softmax-normalised and shared by the channels of a head.
-    """
+    """Depthwise convolution along time; a head's channels share a softmax-normalised kernel (Wu et al. 2019)."""
 
     def __init__(self, channels: int, heads: int, kernel_size: int) -> None:
         super().__init__()
@@ -104,19 +85,13 @@ class LightConv(nn.Module):
         nn.init.xavier_uniform_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """(B, T, C) -> the same."""
         kernel = self.weight.softmax(1).to(x.dtype)
-        if (length := x.shape[1]) > TOEPLITZ_MAX_LENGTH:
-            return light_conv_reference(x, kernel)
-        return mix_steps(toeplitz(kernel, length), x)
+        return mix_steps(toeplitz(kernel, x.shape[1]), x)
 
 
 class LSRABlock(nn.Module):
-    """Pre-norm Lite Transformer block (Wu et al. 2020, Figure 3).
-
-    The first half of the channels goes to attention, the second through Linear -> GLU -> LightConv -> Linear; then
-    comes a feed-forward layer.
-    """
+    """Pre-norm Lite Transformer block (Wu et al. 2020, Figure 3): LSRA, then a feed-forward layer."""
 
     def __init__(self, width: int, heads: int, kernel_size: int, feed_forward: int, dropout: float) -> None:
         super().__init__()
@@ -131,10 +106,8 @@ class LSRABlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def attend(self, x: Tensor, padding: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Long range: left half (B, T, d/2), normalised -> the same shape; weights (B, H, T, T) if asked for.
-
-        The mask is boolean: a float mask would be added to the scores, which leaves weight on the pads.
-        """
+        """Long range: left half (B, T, d/2), normalised -> the same shape; weights (B, H, T, T) if asked for."""
+        # The mask is boolean: a float mask would be added to the scores, which leaves weight on the pads.
         return self.attention(x, x, x, key_padding_mask=padding, need_weights=need_weights, average_attn_weights=False)
 
     def convolve(self, x: Tensor, padding: Tensor) -> Tensor:
@@ -151,7 +124,7 @@ class LSRABlock(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids -> features at the end token. ``features`` is their width, ``blocks`` the LSRA blocks."""
+    """Token ids -> features at the end token."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()

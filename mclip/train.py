@@ -5,8 +5,6 @@ balancer -> one scalar -> step. Lightning Fabric moves it to the device and the 
 processes that torchrun has started.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import math
@@ -38,15 +36,14 @@ GO_ON, SAVE, STOP = range(3)  # what a process may wish after a step, from the w
 
 @dataclass
 class TrainResult:
-    """What a run leaves: the trained model, its log (one record a step, and one a validation), steps and seconds."""
+    """What a run leaves."""
 
     model: nn.Module
-    log: list[Record]
+    log: list[Record]  # one record a step, and one a validation
     seconds: float
     steps: int
 
     def validations(self) -> list[Record]:
-        """The records of the evaluations."""
         return [record for record in self.log if "validation" in record]
 
 
@@ -64,20 +61,21 @@ def train(
     """Train ``model`` on ``batches`` with the terms of ``objective``; write log and checkpoints to ``out_dir``.
 
     Several processes share each batch: the run is the same, whatever their number. Ctrl-C lets the step end and
-    writes a checkpoint. With ``resume`` the run goes on from the newest checkpoint in ``out_dir``.
+    writes a checkpoint. With ``resume`` the run goes on from the newest checkpoint in ``out_dir``. ConfigError if that
+    has other settings; TrainError for a term that is not finite.
 
     Args:
         model: anything whose ``forward(images, tokens)`` returns open_clip's dict of features and scale.
-        validate: from the model to metrics in percent; higher ``r1`` is better. Called every ``validate_every`` epochs.
-            It drives the balancer and early stopping.
+        validate: from the model to metrics in percent; higher ``r1`` is better. It drives balancer and early stopping.
         on_record: called with each record of the log, for live curves.
-
-    Raises:
-        TrainError: a term is not finite. ConfigError: the checkpoint has other settings. OSError: no writing there.
     """
     keep_freed_memory()
     fabric, begun = make_fabric(config), time.perf_counter()
-    per_epoch = steps_per_epoch(batches, config, fabric.world_size)
+    per_epoch = len(batches) // config.accumulate_grad_batches
+    remedy = f"an epoch has only {len(batches)} batches"
+    require(per_epoch > 0, "accumulate_grad_batches", config.accumulate_grad_batches, remedy)
+    remedy = f"each of the {fabric.world_size} processes needs a pair of every batch"
+    require(config.batch_size >= fabric.world_size, "batch_size", config.batch_size, remedy)
     total = per_epoch * config.max_epochs
     identity = run_identity(model, batches, config, objective.config)
     stepper, parts = set_up(fabric, model, objective, config, total)
@@ -108,7 +106,7 @@ def train(
             if validate and rest == 0 and (last or epochs % config.validate_every == 0):
                 metrics = validate(average.module if average else model) if fabric.is_global_zero else None
                 metrics = fabric.broadcast(metrics)
-                run.observe(metrics["r1"])
+                run.best, run.stale = (metrics["r1"], 0) if metrics["r1"] > run.best else (run.best, run.stale + 1)
                 switched = stepper.balancer.observe(metrics["r1"])
                 run.record({"step": run.step, "epoch": epochs - 1, "validation": metrics, "switched": switched})
             patience = config.early_stopping_patience
@@ -150,7 +148,7 @@ def set_up(
     if config.ema_decay:
         update = get_ema_multi_avg_fn(config.ema_decay)
         parts["average"] = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
-    if scaler := getattr(fabric.strategy.precision, "scaler", None):
+    if scaler := getattr(fabric.strategy.precision, "scaler", None):  # of 16-bit floats
         parts["scaler"] = scaler
     student, optimizer = fabric.setup_module(Student(model)), fabric.setup_optimizers(parts["optimizer"])
     schedule = Schedule(objective.config, total)
@@ -171,19 +169,9 @@ def make_optimizer(modules: nn.Module, config: TrainConfig) -> torch.optim.AdamW
     decayed = [p for p in modules.parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in modules.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    # The fused form takes about a quarter of the time on a CPU. With a gradient scaler it would unscale the gradient
-    # itself, after the clipping.
+    # The fused form takes about a quarter of the time on a CPU, but would undo a scaler's scale after the clipping.
     fused = config.precision != "16-mixed"
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=fused)
-
-
-def steps_per_epoch(batches: BatchSource, config: TrainConfig, processes: int) -> int:
-    """Optimiser steps of an epoch; ConfigError if it has none, or if batches are too small for the processes."""
-    steps, remedy = len(batches) // config.accumulate_grad_batches, f"an epoch has only {len(batches)} batches"
-    require(steps > 0, "accumulate_grad_batches", config.accumulate_grad_batches, remedy)
-    remedy = f"each of the {processes} processes needs a pair of every batch"
-    require(config.batch_size >= processes, "batch_size", config.batch_size, remedy)
-    return steps
 
 
 def pieces_of_steps(
@@ -218,10 +206,9 @@ def interruptible() -> Iterator[list[int]]:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's allocator to keep what is freed for the next step; other systems have no such setting.
+    """Tell glibc's allocator to keep what is freed; other systems have no such setting.
 
-    The largest activations would otherwise be mapped anew, page by page, in every step: at 224 pixels that takes as
-    long as the arithmetic.
+    Mapping the largest activations anew in every step takes as long as the arithmetic at 224 pixels.
     """
     allocator = ctypes.CDLL(None)
     if hasattr(allocator, "mallopt"):

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from bad_server import CONTENT, fails
 
-from mclip.sources import downloads
 from mclip.sources.downloads import extract
 
 
@@ -26,45 +25,42 @@ def zipped(files: dict[str, bytes], path: Path, mode: int = 0) -> Path:
 HONEST = {"top/a.txt": b"a" * 50, "top/deep/b.txt": CONTENT[:500], "__MACOSX/top/._a.txt": b"fork"}
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("MCLIP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 def test_archives_unpack_whole_and_once(tmp_path):
-    archive = zipped(HONEST, tmp_path / "x.zip")
-    found = extract(archive, tmp_path / "all")
-    assert {str(p.relative_to(found)): p.read_bytes() for p in found.rglob("*") if p.is_file()} == HONEST
-    part = extract(archive, tmp_path / "top", only="top")
+    archive, whole, part = zipped(HONEST, tmp_path / "x.zip"), tmp_path / "all", tmp_path / "top"
+    extract(archive, whole)
+    assert {str(p.relative_to(whole)): p.read_bytes() for p in whole.rglob("*") if p.is_file()} == HONEST
+    extract(archive, part)
     assert sorted(path.name for path in part.iterdir()) == ["a.txt", "deep"]
     (part / "mine").touch()
     archive.unlink()
-    assert extract(archive, part) == part  # what is there is left alone
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".") == ["all", "top"]
+    extract(archive, part)  # what is there is left alone
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "top"]
 
 
 def refused(archive: Path, *words: str) -> None:
     """``archive`` is named with ``words``, and nothing is left of it, inside its folder or outside."""
     folder = archive.parent / "inside" / "folder"
     fails(lambda: extract(archive, folder), str(archive), *words)
-    assert [path.name for path in folder.parent.iterdir()] == [".folder.lock"]
+    assert not list(folder.parent.iterdir())
     assert sorted(path.name for path in archive.parent.iterdir()) == sorted(["inside", archive.name])
 
 
-@pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a/../../../evil", "..\\evil"])
-def test_names_that_lead_outside_are_refused(tmp_path, name):
-    refused(zipped({"good": b"1", name: b"2"}, tmp_path / "x.zip"), repr(name), "outside")
+@pytest.mark.parametrize("name", ["../evil", "/evil", "a/../../../evil"])
+def test_no_member_is_written_outside(tmp_path, name):
+    extract(zipped({"good": b"1", name: b"2"}, tmp_path / "x.zip"), tmp_path / "inside" / "folder")
+    assert {path.name for path in tmp_path.iterdir()} == {"x.zip", "inside"}
+    assert [path.name for path in (tmp_path / "inside").iterdir()] == ["folder"]
 
 
 def test_a_link_is_a_text(tmp_path):
-    archive = zipped({"link": b"../evil"}, tmp_path / "x.zip", stat.S_IFLNK | 0o777)
-    link = extract(archive, tmp_path / "zip") / "link"
-    assert not link.is_symlink()
-    assert link.read_bytes() == b"../evil"
-
-
-def test_bombs_are_refused(tmp_path, monkeypatch):
-    archive = zipped({"zeros": bytes(10**6)}, tmp_path / "x.zip")
-    refused(archive, "1.00MB would come out")
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda _: usage._replace(free=100))
-    shutil.rmtree(tmp_path / "inside")
-    refused(archive, "1.00MB would come out of it, more than the 100B")
+    extract(zipped({"link": b"../evil"}, tmp_path / "x.zip", stat.S_IFLNK | 0o777), tmp_path / "zip")
+    assert not (tmp_path / "zip" / "link").is_symlink()
+    assert (tmp_path / "zip" / "link").read_bytes() == b"../evil"
 
 
 def test_damaged_archives_are_named(tmp_path):
@@ -79,8 +75,3 @@ def test_damaged_archives_are_named(tmp_path):
         refused(archive, words)
         shutil.rmtree(tmp_path / "inside")
     fails(lambda: extract(tmp_path / "none.zip", tmp_path / "none"), "none.zip")
-
-
-def test_a_folder_that_the_archive_lacks_is_named(tmp_path):
-    archive = zipped(HONEST, tmp_path / "x.zip")
-    fails(lambda: extract(archive, tmp_path / "train", only="train2017"), "holds no folder train2017")

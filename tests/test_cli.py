@@ -22,7 +22,7 @@ def test_flags_of_the_existing_implementation_are_understood(tmp_path):
     assert settings["terms"].phases == (1000, 2000, 3000)
     assert settings["terms"].txt_distill_weight == 0.1
     assert settings["distill_temperature"] == 4.0
-    assert settings["teacher"].teacher_model == "ViT-B-32"
+    assert settings["teacher_model"] == "ViT-B-32"
     assert not settings["run"].use_swa
     _, settings = parse("evaluate", THEIR_EVALUATION.split())
     assert (settings["dataset"], settings["root_dir"]) == ("cifar10", "data")
@@ -65,7 +65,7 @@ def test_a_switch_may_stand_alone(words, expected):
         (["train", "--profile", "huge"], "Expected one of 'smoke', 'cpu', 'gpu'. Got value: huge"),
         (["evaluate", "--profile", "huge"], "Expected one of 'smoke', 'cpu', 'gpu'. Got value: huge"),
         (["evaluate", "--model_checkpoint", "kd", "--seed", "1.5"], "Expected int. Got value: 1.5"),
-        (["distill", "--auto_kd_config", "missing.yaml"], "missing.yaml: no such file"),
+        (["distill", "--auto_kd_config", "missing.yaml"], "--config: File does not exist"),
     ],
 )
 def test_a_wrong_option_is_one_line(arguments, message, capsys):
@@ -97,9 +97,11 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     assert settings["run"].checkpoint_dir == str(tmp_path / "runs")
 
 
-def test_help_names_the_folder_of_the_cache(capsys):
+def test_help_names_the_folder_of_the_cache_and_ends_its_line(capsys):
     assert main(["--help"]) == 0
-    assert "MCLIP_CACHE" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "MCLIP_CACHE" in text
+    assert text.endswith(".\n")
 
 
 def test_pairs_to_train_a_teacher_on_need_pairs_to_validate_with(tmp_path, capsys):

@@ -68,7 +68,7 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path, text):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match="No such file"):
         from_yaml(TrainConfig, tmp_path / "missing.yaml")
 
 

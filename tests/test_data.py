@@ -177,6 +177,7 @@ def test_defect_13_a_batch_never_walks_the_table():
     pairs = toy(64)
     watched = Pairs(pairs.images, Watched(pairs.captions), "toy", "toy")
     batches = source(watched, 8)
+    assert len(watched.first_caption) == 65  # counted once, and kept
     prepared = Watched.walks
     for _ in batches.epoch(0):
         pass

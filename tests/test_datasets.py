@@ -33,7 +33,7 @@ OTHER_NAMES = {
     "stanford_cars": "cars",
     "imagenet": "imagenet1k",
 }
-OWN_PROMPTS = {"pcam", "clevr_counts", "caltech256"}  # clip_benchmark has prompts of its own, or none
+OWN_PROMPTS = {"pcam", "clevr_counts", "caltech256", "imagenette"}  # clip_benchmark has prompts of its own, or none
 
 
 def picture(path: Path) -> None:

@@ -21,6 +21,7 @@ from mclip.config import ConfigError
 from mclip.deploy import cost
 from mclip.deploy.cost import candidate, latency, multiply_adds, parameter_parts, random_model, stage_times, threads
 from mclip.deploy.fused import fold_batch_norm, fused
+from mclip.deploy.reader import session
 from mclip.files import DATA
 from mclip.image_encoder import stage_names
 from mclip.recipes import load_model
@@ -157,13 +158,13 @@ def test_graphs_are_the_deployed_student(graphs):
     deployed = candidate("course")
     images, tokens = torch.randn(3, 3, 64, 64), deployed.tokenizer(["a red star on grass", "a blue heart"])
     for form, tolerance in (("ONNX", 1e-5), ("int8", 0.2)):
-        model = graphs[form].model
+        image, text = (session(graph, 1) for graph in graphs[form].graphs)
         with torch.inference_mode():
             for ours, theirs in (
-                (model.encode_text(tokens), deployed.model.encode_text(tokens, normalize=True)),
-                (model.encode_image(images), deployed.model.encode_image(images, normalize=True)),
+                (text.run(None, {"tokens": tokens.numpy()}), deployed.model.encode_text(tokens, normalize=True)),
+                (image.run(None, {"images": images.numpy()}), deployed.model.encode_image(images, normalize=True)),
             ):
-                assert (ours * theirs).sum(1).min() > 1 - tolerance
+                assert (torch.from_numpy(ours[0]) * theirs).sum(1).min() > 1 - tolerance
         assert graphs[form].name == f"course, {form}"
         assert graphs[form].parameters == deployed.parameters
         assert graphs[form].multiply_adds() == {}
@@ -174,18 +175,17 @@ def test_graphs_are_the_deployed_student(graphs):
 def test_graphs_compute_with_as_many_threads_as_pytorch(graphs, monkeypatch):
     opened, original = [], cost.session
     monkeypatch.setattr(cost, "session", lambda file, count: opened.append(count) or original(file, count))
-    for count in (3, 2, 3):
-        with threads(count), torch.inference_mode():
+    for count in (3, 2):
+        with threads(count):
             for call in graphs["ONNX"].calls().values():
-                assert call().shape == (1, 256)
-    assert opened == [3, 3, 2, 2], "both graphs, once for each number"
+                assert call()[0].shape == (1, 256)
+    assert opened == [3, 3, 2, 2]
 
 
 def test_latency_is_of_turns_and_knows_its_percentiles(monkeypatch):
     now, order = [0.0], []
     clock = {"a": iter(range(1, 100)), "b": iter([2.0] * 99)}
     monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(cost.time, "process_time", lambda: now[0] / 2)
 
     def call(name):
         def work():
@@ -199,7 +199,7 @@ def test_latency_is_of_turns_and_knows_its_percentiles(monkeypatch):
     kept = [2, 3, 5, 6, 8, 9]  # the first of each turn warms up
     assert found["a"]["median"] == pytest.approx(1000 * np.median(kept))
     assert found["a"]["p95"] == pytest.approx(1000 * np.quantile(kept, 0.95))
-    assert found["b"] == pytest.approx({"median": 2000, "p95": 2000, "cpu": 1000})
+    assert found["b"] == pytest.approx({"median": 2000, "p95": 2000})
 
 
 def test_stages_are_named_layer_by_layer():

@@ -332,8 +332,8 @@ def test_missing_files_say_where_they_go(name, tmp_path):
     with pytest.raises(ConfigError) as raised:
         torchvision_set(name, tmp_path)
     assert name in str(raised.value)
-    assert str(tmp_path / zero_shot._SOURCES[name].layout) in str(raised.value)
-    assert ("download=True" in str(raised.value)) == zero_shot._SOURCES[name].downloads
+    assert str(tmp_path / zero_shot._SETS[name]["layout"]) in str(raised.value)
+    assert ("download=True" in str(raised.value)) == zero_shot._SETS[name].get("downloads", True)
 
 
 def test_a_failed_download_is_a_clear_error(tmp_path, monkeypatch):

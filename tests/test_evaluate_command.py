@@ -47,8 +47,8 @@ def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     ("options", "message"),
     [
         (("--dataset", "scenes", "--prompt", "a"), "prompt='a' cannot work: the scenes sets have prompts of their own"),
-        (("--dataset", "relation", "--prompt", "a"), "prompt='a' cannot work: the set relation is a choice between"),
-        (("--dataset", "a.csv", "--prompt", "a"), "prompt='a' cannot work: retrieval reads the captions of the file"),
+        (("--dataset", "relation", "--prompt", "a"), "prompt='a' cannot work: this set has captions of its own"),
+        (("--dataset", "a.csv", "--prompt", "a"), "prompt='a' cannot work: this set has captions of its own"),
         (("--dataset", "A.TSV", "--compare_with", "base"), "compare_with='base' cannot work: only answers of a class"),
         (("--dataset", "shape", "--seed", "-1"), "seed=-1 cannot work: give a whole number from 0"),
         (("--dataset", ""), "dataset='' cannot work: known names: "),

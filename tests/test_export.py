@@ -312,7 +312,7 @@ def test_wrong_forms_pictures_and_manifests_are_refused(copied, reader, tmp_path
     with pytest.raises(DeployError, match=r"image-int8\.onnx: not among the exported files"):
         Deployed(copied, "int8")
     (copied / "manifest.json").write_text("[]")
-    with pytest.raises(DeployError, match=r"manifest\.json: holds no mapping"):
+    with pytest.raises(DeployError, match=r"manifest\.json: not JSON that holds a mapping"):
         Deployed(copied)
     (copied / "manifest.json").write_text(json.dumps(manifest | {"version": 1}))
     with pytest.raises(

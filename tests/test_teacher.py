@@ -8,14 +8,12 @@ import open_clip
 import pytest
 import torch
 
-from mclip.config import ConfigError, DistillConfig
 from mclip.files import DATA
 from mclip.losses import response
-from mclip.objectives import Distillation
-from mclip.pairs import Batch, Pairs, join_targets
+from mclip.pairs import Pairs
 from mclip.recipes import save_weights, write_untrained
 from mclip.targets import check_targets, teacher_targets
-from mclip.teacher import TeacherError, load_open_clip, load_teacher, load_teachers
+from mclip.teacher import TeacherError, load_open_clip, load_teacher
 
 
 @pytest.fixture(scope="module")
@@ -153,42 +151,3 @@ def test_what_ships_is_small_and_loads_in_plain_open_clip():
     open_clip.create_model(f"local-dir:{folder}")
     shipped = sum(f.stat().st_size for f in DATA.rglob("*") if f.is_file() and "cache" not in f.parts)
     assert shipped < 32e6
-
-
-def test_several_teachers_are_averaged_in_responses_and_side_by_side_in_features(folder, tmp_path):
-    write_untrained(tmp_path / "other", "teacher", seed=1)
-    teachers = load_teachers(f"{folder}, {tmp_path / 'other'}")
-    data = pairs()
-    single = [teacher_targets(teacher, data, progress=False) for teacher in teachers]
-    joined = join_targets(single)
-    np.testing.assert_allclose(np.linalg.norm(joined.images[:], axis=1), 1, atol=1e-3)
-    U, V = (
-        torch.from_numpy(a[rows].astype(np.float32))
-        for a, rows in ((joined.images, slice(None)), (joined.texts, slice(0, 12, 2)))
-    )
-    parts = [
-        [torch.from_numpy(a[r].astype(np.float32)) for a, r in ((t.images, slice(None)), (t.texts, slice(0, 12, 2)))]
-        for t in single
-    ]
-    mean = sum(u @ v.T for u, v in parts) / 2
-    torch.testing.assert_close(U @ V.T, mean, atol=1e-3, rtol=0)
-
-    generator = torch.Generator().manual_seed(0)
-    u, v = torch.nn.functional.normalize(torch.randn(2, 6, 512, generator=generator), dim=-1)
-    objective = Distillation(DistillConfig(), (512, 512), [t.embed_dim for t in teachers], [20.0, 10.0])
-    output = {"image_features": u, "text_features": v, "logit_scale": torch.tensor(15.0)}
-    terms = objective(output, Batch(u, v, torch.arange(6), U, V), ("feature", "response"), 4.0)
-    logits = [scale * a @ b.T / 4 for (a, b), scale in zip(parts, (20.0, 10.0), strict=True)]
-    expected = 0.0
-    for turn in (lambda x: x, torch.t):
-        target = sum(turn(x).softmax(1) for x in logits) / 2
-        ours = turn(15.0 * u @ v.T / 4).softmax(1)
-        expected += 16 * (target * (target.log() - ours.log())).sum(1).mean() / 2
-    torch.testing.assert_close(terms["response"], expected, rtol=1e-2, atol=1e-4)
-    one = response(u, v, [U, U], [V, V], 15.0, [20.0, 20.0], 4.0)
-    torch.testing.assert_close(one, response(u, v, U, V, 15.0, 20.0, 4.0))
-
-
-def test_weights_are_given_for_each_teacher(folder):
-    with pytest.raises(ConfigError, match="one tag or file for each of the 1 teachers"):
-        load_teachers(str(folder), "a,b")

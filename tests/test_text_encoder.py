@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from mclip.config import TextConfig
 from mclip.text_encoder import (
     END_TOKEN,
-    TOEPLITZ_MAX_LENGTH,
     LightConv,
     LSRABlock,
     TextEncoder,
@@ -139,7 +138,7 @@ def test_light_conv_equals_the_definition_and_conv1d(batch, length, heads, each,
         torch.testing.assert_close(light_conv_reference(x, kernel), conv(x), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [TOEPLITZ_MAX_LENGTH, TOEPLITZ_MAX_LENGTH + 1])
+@pytest.mark.parametrize("length", [8, 129])
 def test_both_forms_of_light_conv_agree_where_they_meet(length):
     torch.manual_seed(0)
     conv, x = LightConv(8, 2, 31), torch.randn(2, length, 8, requires_grad=True)

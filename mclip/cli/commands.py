@@ -9,15 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mclip.config import DistillConfig, ModelConfig, TrainConfig, get_profile, require
-from mclip.files import cache_dir, processes
+from mclip.config import DistillConfig, TrainConfig, get_profile, require
+from mclip.files import processes
 from mclip.locked_image import tune, write_sentences
 from mclip.model import MobileCLIP
-from mclip.pairs import Pairs
 from mclip.recipes import (
     BASE,
-    device_for,
-    evaluate_all,
     get_model_config,
     load_data,
     load_model,
@@ -25,12 +22,9 @@ from mclip.recipes import (
     require_both,
     train_open_clip,
     train_student,
-    write_card,
 )
 from mclip.scenes.world import SceneConfig
 from mclip.sources.loading import Decoding, load_pairs
-from mclip.targets import get_crops, get_targets
-from mclip.teacher import load_teachers
 
 ProfileName = Literal["smoke", "cpu", "gpu"]
 SWA_DECAY = 0.999
@@ -91,32 +85,10 @@ class RunOptions:
     use_swa: bool = False
 
 
-@dataclass(frozen=True)
-class TeacherOptions:
-    """The teacher of a distillation.
-
-    Attributes:
-        teacher_model: scenes, a teacher's folder, or an open_clip architecture; the profile's if empty.
-        teacher_pretrained: the architecture's weights: an open_clip tag or a file.
-    """
-
-    teacher_model: str = ""
-    teacher_pretrained: str | None = None
-
-    def or_of(self, profile: str) -> TeacherOptions:
-        """These options, or where no teacher is named the teacher of ``profile``."""
-        default = get_profile(profile)
-        return self if self.teacher_model else TeacherOptions(default.teacher, default.teacher_pretrained)
-
-
-def _student_data(data: DataOptions, run: RunOptions, settings: TrainConfig) -> tuple[ModelConfig, Pairs, Pairs]:
+def _train(data: DataOptions, run: RunOptions, settings: TrainConfig, name: str, **options: Any) -> None:
     config = get_model_config(run.config_path or get_profile(run.profile).preset)
     drawing = {"seed": settings.seed, "progress": settings.progress}
-    return config, *load_data(run.profile, config.image.image_size, **drawing, **data.reading())
-
-
-def _train(data: DataOptions, run: RunOptions, settings: TrainConfig, name: str, **options: Any) -> None:
-    config, training, validation = _student_data(data, run, settings)
+    training, validation = load_data(run.profile, config.image.image_size, **drawing, **data.reading())
     if run.use_swa and settings.ema_decay is None:
         settings = replace(settings, ema_decay=SWA_DECAY)
     folder = Path(run.checkpoint_dir) / (run.checkpoint_filename or name)
@@ -146,30 +118,26 @@ def distill(
     run: RunOptions,
     settings: TrainConfig,
     terms: DistillConfig,
-    teacher: TeacherOptions,
+    teacher_model: str = "",
+    teacher_pretrained: str | None = None,
     base_checkpoint: str = "",
     distill_temperature: float | None = None,
 ) -> None:
     """Distil a student from a teacher in three phases.
 
     Args:
+        teacher_model: scenes, a teacher's folder, or an open_clip architecture; the profile's if empty.
+        teacher_pretrained: the architecture's weights: an open_clip tag or a file.
         base_checkpoint: base, kd, or a model folder to start from; empty starts from random weights.
         distill_temperature: one temperature for the whole run, in place of max_temperature and min_temperature.
     """
     if distill_temperature is not None:
         terms = replace(terms, max_temperature=distill_temperature, min_temperature=distill_temperature)
-    chosen = vars(teacher.or_of(run.profile))
-    _train(data, run, settings, "kd", distill=terms, base_checkpoint=base_checkpoint, **chosen)
-
-
-def cache(data: DataOptions, run: RunOptions, settings: TrainConfig, teacher: TeacherOptions) -> None:
-    """Compute what the teacher says of every picture and caption; distill with the same options finds it there."""
-    data = replace(data, val_data_path=data.val_data_path or data.train_data_path)
-    _, training, _ = _student_data(data, run, settings)
-    chosen = teacher.or_of(run.profile)
-    for each in load_teachers(chosen.teacher_model, chosen.teacher_pretrained, device_for(settings.accelerator)):
-        targets = get_targets([each], training, False, get_crops(settings), settings.progress)
-        print(f"{each.name}: {cache_dir() / 'targets' / targets.key}")
+    if not teacher_model:
+        profile = get_profile(run.profile)
+        teacher_model, teacher_pretrained = profile.teacher, profile.teacher_pretrained
+    options = {"teacher_model": teacher_model, "teacher_pretrained": teacher_pretrained}
+    _train(data, run, settings, "kd", distill=terms, base_checkpoint=base_checkpoint, **options)
 
 
 def teacher(
@@ -193,20 +161,14 @@ def teacher(
         return
     size = open_clip_config("teacher")["model_cfg"]["vision_cfg"]["image_size"]
     reading = data.reading() | {"progress": settings.progress}
-    paths, data_size = [reading.pop(f"{split}_data_path") for split in ("train", "val")], reading.pop("data_size")
+    train_path, val_path = reading.pop("train_data_path"), reading.pop("val_data_path")
     scenes = SceneConfig(pictures, size, "teacher", two_objects=0.1, captions="clean")
-    training = load_pairs(paths[0], size, scenes=scenes, data_size=data_size, **reading)
+    training = load_pairs(train_path, size, scenes=scenes, **reading)
     scenes = SceneConfig(500, size, "val", captions="clean")
-    validation = load_pairs(paths[1], size, split="val", scenes=scenes, **reading)
+    validation = load_pairs(val_path, size, split="val", scenes=scenes, **reading | {"data_size": 1.0})
     result = train_open_clip("teacher", training, validation, settings, out_dir)
     folder, metrics = Path(out_dir) / "model", result.validations()[-1]["validation"]
     print(f"{folder}: {result.steps} steps in {result.seconds:.0f} s, validation {metrics}")
-    if not data.train_data_path:
-        shown = ("max_epochs", "batch_size", "seed", "learning_rate", "weight_decay")
-        options = " ".join(f"--{key} {getattr(settings, key)}" for key in shown)
-        command = f"python -m mclip teacher --pictures {pictures} {options}"
-        records = evaluate_all({"teacher": load_model(folder)})
-        write_card(folder, "The teacher of the course", command, result.seconds, records)
 
 
 def tune_teacher(data: DataOptions, settings: TrainConfig, out_dir: str) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from mclip.config import ConfigError, closest, require
 from mclip.files import write_json
+from mclip.results import load_results
 from mclip.show.parameters import check_parameter
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
@@ -31,7 +31,7 @@ TYPES: dict[str, type] = {kind.__name__: kind for kind in (bool, int, float, str
 OPTIONS = {"profile": "--profile", "out_dir": "--out"}
 """Parameters that the command line sets by an option of their own."""
 AFTER: dict[str, tuple[str, ...]] = {"08": ("04",), "09": ("04", "08")}
-"""Notebooks that read what others of the same run have trained; every other one runs at any time."""
+"""Notebooks that wait for earlier ones of the same run, whose models they read."""
 ADDED = {"injected-parameters", "papermill-error-cell-tag"}
 """Tags of the cells that papermill adds to a copy."""
 PYTHON = {"kernel_name": "python3", "language": "python"}  # tells papermill how to write parameters down
@@ -73,7 +73,6 @@ def course(
         parameters: a parameter for every notebook that declares NAME; may be repeated.
         only: numbers of the notebooks to run, such as 04 08; all by default.
         jobs: notebooks at a time, each with its share of the cores: 2 by default, 1 on a GPU or a single core.
-            With 1 they run in the order of their numbers; else those that others wait for come first.
         prepare: write the copies with their parameters, those of the solutions too, and run nothing.
     """
     require(jobs is None or jobs >= 1, "jobs", jobs, "use 1 or more notebooks at a time")
@@ -92,10 +91,10 @@ def course(
         return
     start = time.perf_counter()
     jobs = jobs or (1 if profile == "gpu" else min(2, os.cpu_count() or 1))
-    timings, peak = run_notebooks(planned, folder / "notebooks", jobs)
-    summary = summarise(folder, profile, round(time.perf_counter() - start, 1), timings, peak)
-    print(f"{len(timings)} notebooks in {summary['seconds']:.0f} s, {peak:,} MB of memory")
-    print(f"summary: {folder / 'summary.json'}")
+    timings = run_notebooks(planned, folder / "notebooks", jobs)
+    seconds = round(time.perf_counter() - start, 1)
+    summarise(folder, profile, seconds, timings)
+    print(f"{len(timings)} notebooks in {seconds:.0f} s; summary: {folder / 'summary.json'}")
 
 
 def select(only: list[str], solutions: bool = False) -> list[Path]:
@@ -142,57 +141,39 @@ def plan(notebooks: list[Path], given: Mapping[str, str], common: Mapping[str, A
     return planned
 
 
-def run_notebooks(planned: dict[Path, dict[str, Any]], folder: Path, jobs: int) -> tuple[dict[str, float], int]:
-    """Execute the notebooks of ``planned`` (path: parameters), ``jobs`` at a time, with a progress bar.
+def run_notebooks(planned: dict[Path, dict[str, Any]], folder: Path, jobs: int) -> dict[str, float]:
+    """Execute the notebooks of ``planned`` (path: parameters) in their order, ``jobs`` at a time, with a progress bar.
 
-    A thread waits for each kernel. Each kernel gets its share of the processor's cores, and all of them if it starts
-    when no other is left. The copies go to ``folder``. Returns the seconds of each notebook by name, and the largest
-    memory that all processes held at once, in MB. Raises :class:`NotebookError` for the first that fails, and ends
-    the others; so does Ctrl-C. Where this process is killed, its kernels notice and end themselves.
+    A thread waits for each kernel, which gets its share of the processor's cores. The copies go to ``folder``. Returns
+    the seconds of each notebook by name. Raises :class:`NotebookError` for the first that fails, and ends the others;
+    so does Ctrl-C. Where this process is killed, its kernels notice and end themselves.
     """
-    waiting, seconds, peak = in_turn(planned, jobs), {}, 0
-    running: dict[Future[float], Path] = {}
     others = psutil.Process().children(recursive=True)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    runs: dict[Path, Future[float]] = {}
+
+    def run(path: Path) -> float:
+        for earlier, work in list(runs.items()):
+            if work.done() or earlier.name[:2] in AFTER.get(path.name[:2], ()):
+                work.result()  # raises if it failed, and so does this one
+        bar.set_postfix_str(f"running {path.stem}")
+        return execute(path, folder / path.name, planned[path], threads)
+
     with tqdm(total=len(planned), unit="notebook") as bar, ThreadPoolExecutor(jobs) as pool:
         try:
-            while waiting or running:
-                while len(running) < jobs and (path := _next(waiting, running.values())):
-                    waiting.remove(path)
-                    threads = max(1, (os.cpu_count() or 1) // (jobs if waiting or running else 1))
-                    running[pool.submit(execute, path, folder / path.name, planned[path], threads)] = path
-                bar.set_postfix_str("running " + ", ".join(path.name[:2] for path in running.values()))
-                ended, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
-                peak = max(peak, memory_mb())
-                for work in ended:
-                    seconds[running.pop(work).stem] = work.result()
-                    bar.update()
+            for path in planned:
+                runs[path] = pool.submit(run, path)
+            for work in as_completed(runs.values()):
+                work.result()
+                bar.update()
         finally:
-            while not all(work.done() for work in running):  # a thread ends when its kernel has gone
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(work.done() for work in runs.values()):  # a thread ends when its kernel has gone
                 for kernel in set(psutil.Process().children(recursive=True)).difference(others):
                     with suppress(psutil.NoSuchProcess):
                         kernel.kill()
-                wait(running, timeout=0.2)
-    return dict(sorted(seconds.items())), peak
-
-
-def in_turn(notebooks: Iterable[Path], jobs: int) -> list[Path]:
-    """By number; several at a time, those that others wait for come first."""
-    awaited = {number for numbers in AFTER.values() for number in numbers}
-    return sorted(notebooks, key=lambda path: (jobs > 1 and path.name[:2] not in awaited, path.name))
-
-
-def _next(waiting: list[Path], running: Iterable[Path]) -> Path | None:
-    unfinished = {path.name[:2] for path in [*waiting, *running]}
-    return next((path for path in waiting if unfinished.isdisjoint(AFTER.get(path.name[:2], ()))), None)
-
-
-def memory_mb() -> int:
-    """Resident memory of this process and all under it, in MB; pages that several share count several times."""
-    total, me = 0, psutil.Process()
-    for process in [me, *me.children(recursive=True)]:
-        with suppress(psutil.NoSuchProcess):
-            total += process.memory_info().rss
-    return round(total / 2**20)
+                wait(runs.values(), timeout=0.2)
+    return {path.stem: work.result() for path, work in runs.items()}
 
 
 def execute(notebook: Path, copy: Path, parameters: dict[str, Any], threads: int) -> float:
@@ -221,30 +202,23 @@ def execute(notebook: Path, copy: Path, parameters: dict[str, Any], threads: int
     )
 
 
-def summarise(folder: Path, profile: str, seconds: float, timings: dict[str, float], peak_mb: int) -> dict[str, Any]:
-    """Collect ``folder``/results into ``folder``/summary.json, and return it.
+def summarise(folder: Path, profile: str, seconds: float, timings: dict[str, float]) -> None:
+    """Collect the records in ``folder``/results into ``folder``/summary.json.
 
     Parameter counts are the metrics {model: {part: count}} of records of the task "parameters". Scores in percent
     with their 95 % interval come from the task "zero_shot". Of two records of the same, the one whose file name
-    comes last counts. Raises :class:`ConfigError` naming a file that is no record.
+    comes last counts. Raises :class:`~mclip.results.ResultError` naming a file that holds no records.
     """
     counts: dict[str, dict[str, int]] = {}
     scores: dict[str, dict[str, Any]] = {}
-    for path in sorted((folder / "results").glob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            for record in content if isinstance(content, list) else [content]:
-                if record["task"] == "parameters":
-                    for model, parts in record["metrics"].items():
-                        counts.setdefault(model, {}).update(parts)
-                elif record["task"] == "zero_shot" and "error" not in record:
-                    top1 = record["metrics"]["top1"]
-                    score = {"top1": top1["value"], "low": top1["low"], "high": top1["high"], "n": record["n"]}
-                    scores.setdefault(record["dataset"], {})[record["model"]["name"]] = score
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{path}: not a results record ({type(error).__name__}: {error}).") from error
+    for record in load_results(folder / "results"):
+        if record["task"] == "parameters":
+            for model, parts in record["metrics"].items():
+                counts.setdefault(model, {}).update(parts)
+        elif record["task"] == "zero_shot" and "error" not in record:
+            top1 = record["metrics"]["top1"]
+            score = {"top1": top1["value"], "low": top1["low"], "high": top1["high"], "n": record["n"]}
+            scores.setdefault(record["dataset"], {})[record["model"]["name"]] = score
     notebooks = [{"name": name, "seconds": own} for name, own in timings.items()]
-    summary = {"schema": 1, "profile": profile, "seconds": seconds, "peak_rss_mb": peak_mb, "notebooks": notebooks}
-    summary |= {"parameters": counts, "zero_shot": scores}
-    write_json(folder / "summary.json", summary)
-    return summary
+    summary = {"schema": 1, "profile": profile, "seconds": seconds, "notebooks": notebooks}
+    write_json(folder / "summary.json", summary | {"parameters": counts, "zero_shot": scores})

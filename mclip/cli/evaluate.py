@@ -15,6 +15,7 @@ from mclip.sources.loading import SCENES, load_pairs
 from mclip.sources.zero_shot import TORCHVISION_SETS, zero_shot_set
 
 CAPTIONS = (".csv", ".tsv", ".json")
+OWN_CAPTIONS = "this set has captions of its own; leave the prompt out"
 
 
 def evaluate(
@@ -79,24 +80,19 @@ def _require_dataset(dataset: str, retrieval: bool, prompt: str) -> None:
     remedy = f"{closest(dataset, known)} (or name a folder of pictures, or a {', '.join(CAPTIONS)} file of captions)"
     there = dataset in known or retrieval or (dataset != "" and Path(dataset).expanduser().is_dir())
     require(there, "dataset", dataset, remedy)
-    own_prompts = {
-        SCENES: "the scenes sets have prompts of their own; name one set",
-        RELATION: "the set relation is a choice between two captions of its own; leave the prompt out",
-    }
-    remedy = "retrieval reads the captions of the file; leave the prompt out" if retrieval else own_prompts.get(dataset)
-    require(not (prompt and remedy), "prompt", prompt, str(remedy))
+    own = {SCENES: "the scenes sets have prompts of their own; name one set", RELATION: OWN_CAPTIONS}
+    remedy = OWN_CAPTIONS if retrieval else own.get(dataset, "")
+    require(not (prompt and remedy), "prompt", prompt, remedy)
 
 
 def _print_scores(record: dict[str, Any], name: str) -> None:
-    words = {"top1": "top-1", "mean_per_class_recall": "mean per-class recall"}
     rows = record["metrics"]
     if record["task"] != "retrieval":
         keys = dict.fromkeys(("top1", record["details"]["metric"]))
         rows = {record["dataset"]: {key: rows[key] for key in keys}}
-    for title, scores in rows.items():
-        parts = [(words.get(key, key.upper().replace("R", "R@")), v) for key, v in scores.items()]
-        shown = "  ".join(f"{key} {v['value']:5.1f} % [{v['low']:.1f}, {v['high']:.1f}]" for key, v in parts)
-        print(f"{name:10} {title.replace('_', ' '):14} {shown}  n={record['n']}")
+    for title, metrics in rows.items():
+        scores = [f"{key} {v['value']:5.1f} % [{v['low']:.1f}, {v['high']:.1f}]" for key, v in metrics.items()]
+        print(f"{name:10} {title:14} {'  '.join(scores)}  n={record['n']}".replace("_", " "))
 
 
 def _save(record: dict[str, Any], folder: str, name: str) -> None:

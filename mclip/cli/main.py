@@ -14,16 +14,15 @@ from inspect import Parameter
 from typing import Any, get_args, get_type_hints
 
 from docstring_parser import parse as parse_docstring
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser
 
 from mclip import __version__
-from mclip.config import ConfigError, DistillConfig, TrainConfig, closest, from_yaml, get_profile
+from mclip.config import ConfigError, TrainConfig, closest, get_profile
 
 COMMANDS = {
     "train": ("mclip.cli.commands:train", "train a student on pairs alone"),
     "distill": ("mclip.cli.commands:distill", "distil a student from a teacher in three phases"),
     "teacher": ("mclip.cli.commands:teacher", "train a small teacher from scratch"),
-    "cache": ("mclip.cli.commands:cache", "compute and keep what the teacher says of all pictures and captions"),
     "evaluate": ("mclip.cli.evaluate:evaluate", "classify pictures zero-shot"),
     "export": ("mclip.cli.commands:export_student", "write a student into a folder that an app can carry"),
     "download": ("mclip.sources.caption_sets:download", "fetch captions or a test set; resumes"),
@@ -50,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command. Exit status: 0, 2 for wrong usage, 1 for a failed notebook, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        make_parser().print_help()
+        print(make_parser().format_help().rstrip())
         return 0 if arguments else 2
     command, *rest = arguments
     try:
@@ -87,7 +86,7 @@ def parse(command: str, arguments: list[str]) -> tuple[Callable[..., None], dict
     """The function of ``command`` and its keyword arguments; ConfigError or ArgumentError if one is wrong.
 
     Each field of a dataclass among the function's parameters is an option of its own. What is written on the command
-    line wins over the file ``--config``, which wins over the file ``--auto_kd_config``, the profile and the defaults.
+    line or in a file wins over the profile, which wins over the defaults.
     """
     if command not in COMMANDS:
         raise ConfigError(f"no command {command!r}; {closest(command, COMMANDS)}")
@@ -102,38 +101,31 @@ def parse(command: str, arguments: list[str]) -> tuple[Callable[..., None], dict
     words = _with_values(arguments, {f"--{key}" for key, kind in types.items() if kind is bool})
     try:
         # Without the defaults, what remains is what was written.
-        written = parser.parse_args(words, defaults=False).as_dict()
+        written = parser.parse_args([word for word in words if not word.startswith("--print_config")], defaults=False)
+        for group in groups.values():
+            parser.set_defaults(vars(_defaults(group, written.get("profile", "cpu"))))
+        values = parser.parse_args(words).as_dict()
     except ArgumentError as error:
-        raise _in_plain_words(error, command, {*types, "config", "auto_kd_config"}) from None
-    written = {key: os.path.expanduser(value) if isinstance(value, str) else value for key, value in written.items()}
-    terms, profile = written.pop("auto_kd_config", ""), written.get("profile", "cpu")
-    print_config = written.pop("print_config", False)
-    written.pop("config", None)
-    settings = {}
+        raise _in_plain_words(error, command, {*types, "config"}) from None
+    values = {key: os.path.expanduser(value) if isinstance(value, str) else value for key, value in values.items()}
+    settings = {key: value for key, value in values.items() if key in parameters}
     for key, group in groups.items():
-        config = _before_options(group, profile, terms)
-        own = {name: written.pop(name) for name in vars(config).keys() & written}
-        settings[key] = dataclasses.replace(config, **own)
-    if print_config:
-        everything = parser.get_defaults().as_dict() | written | {"config": None, "print_config": None}
-        for config in settings.values():
-            everything |= vars(config)
-        print(parser.dump(Namespace(everything), skip_none=True))
-        raise SystemExit(0)
-    return function, settings | written
+        fields = dataclasses.fields(group.annotation)
+        settings[key] = group.annotation(**{field.name: values[field.name] for field in fields})
+    return function, settings
 
 
 def _options(command: str, function: Callable[..., None], parameters: Mapping[str, Parameter]) -> ArgumentParser:
     about = {"prog": f"python -m mclip {command}", "description": COMMANDS[command][1]}
-    options = ArgumentParser(**about, exit_on_error=False, allow_abbrev=False, print_config=None)
-    options.add_argument("--config", action="config", help="YAML file of options; those written after it win")
-    options.add_argument("--print_config", action="store_true", help="print all options as such a file, and exit")
+    options = ArgumentParser(**about, exit_on_error=False, allow_abbrev=False)
+    helps = "YAML file of options; those written after it win"
+    options.add_argument("--config", "--auto_kd_config", action="config", help=helps)
     documented = {each.arg_name: each.description for each in parse_docstring(function.__doc__ or "").params}
     skip = set()
     for key, parameter in parameters.items():
         if dataclasses.is_dataclass(parameter.annotation):
             options.add_class_arguments(parameter.annotation)
-            options.set_defaults(vars(_before_options(parameter, "cpu", "")))
+            options.set_defaults(vars(_defaults(parameter, "cpu")))
         elif kinds := SEVERAL.keys() & {parameter.annotation, *get_args(parameter.annotation)}:
             form, names = SEVERAL[kinds.pop()], ["-p", f"--{key}"] if key == "parameters" else [f"--{key}"]
             if key == POSITIONAL.get(command):
@@ -142,22 +134,15 @@ def _options(command: str, function: Callable[..., None], parameters: Mapping[st
         else:
             continue
         skip.add(key)
-    if any(parameter.annotation is DistillConfig for parameter in parameters.values()):
-        helps = "YAML file of phases, weights, temperatures and balancers; single options win over it"
-        options.add_argument("--auto_kd_config", type=str, default="", help=helps)
     options.add_function_arguments(function, as_positional=command in POSITIONAL, skip=skip, fail_untyped=True)
     return options
 
 
-def _before_options(group: Parameter, profile: str, terms: str) -> Any:
-    """The settings of one dataclass before single options change them: the command's own, the file's, the profile's."""
+def _defaults(group: Parameter, profile: str) -> Any:
+    """The settings of one dataclass before any option changes them: the command's own, or those of the profile."""
     if group.default is not group.empty:
         return group.default
-    if group.annotation is TrainConfig:
-        return get_profile(profile).training()
-    if group.annotation is DistillConfig and terms:
-        return from_yaml(DistillConfig, terms)
-    return group.annotation()
+    return get_profile(profile).training() if group.annotation is TrainConfig else group.annotation()
 
 
 def _with_values(arguments: list[str], switches: set[str]) -> list[str]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -39,80 +40,53 @@ Form = Literal["deployed", "trained", "ONNX", "int8"]
 Call = Callable[[], Any]
 
 
-class Graphs:
-    """The two graphs of an exported student, with the encoders of open_clip and as many threads as PyTorch has.
-
-    ``megabytes`` is the size of both files, in MB of 10^6 bytes. The ranges of int8 mean nothing, because the
-    calibration pictures are noise.
-    """
-
-    def __init__(self, model: MobileCLIP, form: str) -> None:
-        size = model.config.image.image_size
-        noise = torch.rand(8, 3, size, size)
-        with TemporaryDirectory() as name:
-            write_graphs(model, folder := Path(name))
-            if form == "int8":
-                write_int8(folder, noise.numpy())
-            self._files = [(folder / graph).read_bytes() for graph in GRAPHS["int8" if form == "int8" else "float32"]]
-        self.megabytes = sum(map(len, self._files)) / 1e6
-        self._sessions: dict[int, list[Any]] = {}
-        self.encode_image(noise[:1])  # opens the graphs, which is no part of a call that is measured
-
-    def _run(self, half: int, inputs: Tensor) -> Tensor:
-        count = torch.get_num_threads()
-        if count not in self._sessions:
-            self._sessions[count] = [session(file, count) for file in self._files]
-        graph = self._sessions[count][half]
-        return torch.from_numpy(graph.run(None, {graph.get_inputs()[0].name: inputs.numpy()})[0])
-
-    def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
-        """Prepared pictures (B, 3, S, S) -> embeddings (B, d), always of length 1."""
-        return self._run(0, images)
-
-    def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
-        """Token ids (B, T) -> embeddings (B, d), always of length 1."""
-        return self._run(1, tokens)
-
-
 @dataclass(frozen=True)
 class Candidate:
-    """A model to be measured, in evaluation mode, with the numbers of parameters that it has as trained, by part."""
+    """A model to be measured, in evaluation mode, with the numbers of parameters that it has as trained, by part.
+
+    With ``graphs``, these are measured in place of the model.
+    """
 
     name: str
-    model: nn.Module | Graphs
+    model: nn.Module
     image_size: int
     tokenizer: Callable[[list[str]], Tensor]
     parameters: dict[str, int]
-
-    def calls(self, batch: int = 1) -> dict[str, Call]:
-        """What is timed: ``batch`` pictures of noise, and ``batch`` times the caption, to normalised embeddings."""
-        images = torch.rand(batch, 3, self.image_size, self.image_size)
-        tokens = self.tokenizer([CAPTION] * batch)
-        return {
-            "image": lambda: self.model.encode_image(images, normalize=True),
-            "text": lambda: self.model.encode_text(tokens, normalize=True),
-        }
+    graphs: tuple[bytes, ...] = ()
 
     @property
     def megabytes(self) -> float:
         """Size of the weights, or of the graphs, in files, in MB of 10^6 bytes."""
-        if isinstance(self.model, Graphs):
-            return self.model.megabytes
-        file = io.BytesIO()
-        torch.save(self.model.state_dict(), file)
-        return file.tell() / 1e6
+        file = io.BytesIO(b"".join(self.graphs))
+        if not self.graphs:
+            torch.save(self.model.state_dict(), file)
+        return len(file.getbuffer()) / 1e6
+
+    def calls(self, batch: int = 1) -> dict[str, Call]:
+        """What is timed: ``batch`` random pictures, and ``batch`` times the caption, to normalised embeddings.
+
+        Graphs are opened here, to compute with as many threads as PyTorch has now.
+        """
+        images = torch.rand(batch, 3, self.image_size, self.image_size)
+        tokens = self.tokenizer([CAPTION] * batch)
+        if self.graphs:
+            image, text = (session(graph, torch.get_num_threads()) for graph in self.graphs)
+            inputs = ({"images": images.numpy()}, {"tokens": tokens.numpy()})
+            return {"image": partial(image.run, None, inputs[0]), "text": partial(text.run, None, inputs[1])}
+        image, text = (partial(encode, normalize=True) for encode in (self.model.encode_image, self.model.encode_text))
+        return {"image": partial(image, images), "text": partial(text, tokens)}
 
     def multiply_adds(self) -> dict[str, int]:
-        """Multiply-adds of each half, for one sample; empty for graphs, whose operations PyTorch does not see."""
-        calls = {} if isinstance(self.model, Graphs) else self.calls()
-        return {half: multiply_adds(call) for half, call in calls.items()}
+        """Multiply-adds of each half, for one sample; empty for graphs."""
+        return {} if self.graphs else {half: multiply_adds(call) for half, call in self.calls().items()}
 
 
 def candidate(name: str, form: Form = "deployed") -> Candidate:
     """The preset or open_clip architecture ``name`` with random weights.
 
     Deployed: BatchNorm folded into convolutions, parallel branches added up (``reparameterize_model`` of timm), the
-    student fused. Trained: as training leaves it. ONNX and int8: the deployed student in ONNX Runtime.
+    student fused. Trained: as training leaves it. ONNX and int8: the deployed student in ONNX Runtime. The ranges of
+    int8 mean nothing, because random pictures calibrate it.
     """
     require(name in PRESETS or name in open_clip.list_models(), "model", name, closest(name, [*PRESETS, *RIVALS]))
     ours, exported = name in PRESETS, form in ("ONNX", "int8")
@@ -126,12 +100,17 @@ def candidate(name: str, form: Form = "deployed") -> Candidate:
             model, tokenizer = open_clip.create_model(name), open_clip.get_tokenizer(name)
         size = model.visual.image_size
         size = size if isinstance(size, int) else size[0]
-    counts = parameter_parts(model.eval())
+    counts, graphs = parameter_parts(model.eval()), ()
     if exported:
-        model = Graphs(model, form)
+        with TemporaryDirectory() as folder:
+            write_graphs(model, Path(folder))
+            if form == "int8":
+                write_int8(Path(folder), torch.rand(8, 3, size, size).numpy())
+            files = GRAPHS["int8" if form == "int8" else "float32"]
+            graphs = tuple((Path(folder) / file).read_bytes() for file in files)
     elif form == "deployed":
         model = fused(model) if ours else fold_batch_norm(reparameterize_model(model))
-    return Candidate(candidate_name(name, form), model, size, tokenizer, counts)
+    return Candidate(candidate_name(name, form), model, size, tokenizer, counts, graphs)
 
 
 def candidate_name(name: str, form: Form) -> str:
@@ -186,29 +165,24 @@ def threads(count: int) -> Iterator[None]:
 
 
 def latency(calls: Mapping[str, Call], rounds: int = 20, repeats: int = 3) -> dict[str, dict[str, float]]:
-    """Milliseconds of each call, warmed up, without gradients.
+    """Milliseconds of each call, warmed up, without gradients: the ``median`` and the 95th percentile ``p95``.
 
     All calls are timed in turns, so that what disturbs the machine disturbs all alike. A turn is one call that is not
     timed, for the caches, and ``repeats`` that are.
-
-    Returns:
-        For each name the ``median`` and 95th percentile ``p95`` of the clock on the wall, and ``cpu``, the median of
-        the processor's time. With one thread and nothing else running, median and cpu agree.
     """
-    clock: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    clock: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
         for _ in range(rounds):
             for name, call in calls.items():
                 call()
                 for _ in range(repeats):
-                    begun, worked = time.perf_counter(), time.process_time()
+                    begun = time.perf_counter()
                     call()
-                    clock[name].append((time.perf_counter() - begun, time.process_time() - worked))
+                    clock[name].append(1000 * (time.perf_counter() - begun))
     summary = {}
-    for name, pairs in clock.items():
-        wall, cpu = 1000 * np.array(pairs).T
-        median, p95 = np.quantile(wall, [0.5, 0.95]).tolist()
-        summary[name] = {"median": median, "p95": p95, "cpu": float(np.median(cpu))}
+    for name, times in clock.items():
+        median, p95 = np.quantile(times, [0.5, 0.95]).tolist()
+        summary[name] = {"median": median, "p95": p95}
     return summary
 
 
@@ -216,14 +190,13 @@ def stage_times(preset: str = "mobile-256", rounds: int = 20) -> dict[str, float
     """Median milliseconds of one picture in each stage of the deployed image encoder, on one thread."""
     measured = candidate(preset)
     x = torch.rand(1, 3, measured.image_size, measured.image_size).contiguous(memory_format=torch.channels_last)
-    calls = {}
+    calls, stages = {}, dict.fromkeys(stage_names(), 0.0)
     with torch.inference_mode():
         for number, layer in enumerate(measured.model.image_encoder.trunk):
             calls[number] = lambda layer=layer, x=x: layer(x)
             x = layer(x)
     with threads(1):
         clock = latency(calls, rounds)
-    stages = dict.fromkeys(stage_names(), 0.0)
     for number, name in enumerate(stage_names()):
         stages[name] += clock[number]["median"]
     return stages

@@ -48,6 +48,21 @@ GOLDEN_TEXTS = (
 """What a tokenizer that was written anew gets wrong first: case, punctuation, white space, accents, numbers, length."""
 
 
+CARD = """# {model[name]}, for a device
+
+Parameters: {model[parameters]:,}. Weights' SHA-256: `{model[sha256]}`.
+Embeddings of {embed_dim} numbers; captions of at most {context_length} tokens.
+
+`mclip/deploy/reader.py` reads this folder with numpy, Pillow, onnxruntime and tokenizers. An app in another language
+computes the examples of `golden.npz` first. For each file named under `pictures`, the prepared picture and the
+embedding have to agree; for each text, the tokens and the embedding.
+
+| file | bytes | SHA-256 |
+|---|---|---|
+{rows}
+"""
+
+
 class Half(nn.Module):
     """One half of ``model`` as a graph: ``encode`` is "encode_image" or "encode_text"."""
 
@@ -181,46 +196,35 @@ def export(
     some = calibration is None or len(calibration) > 0
     require(some, "calibration", "no pictures", "give some pictures of the training set")
     model = copy.deepcopy(model).eval().cpu()
-    size, context, mean, std = model.config.image.image_size, model.config.text.context_length, model.MEAN, model.STD
+    size, context = model.config.image.image_size, model.config.text.context_length
     steps = {"size": size, "crop": "shortest side resized, then the centre", "interpolation": "bicubic"}
     forms = ["float32"] if calibration is None else ["float32", "int8"]
     with atomic_folder(folder) as new:
         write_graphs(model, new)
         if calibration is not None:
-            prepared = normalise(torch.tensor(np.asarray(calibration)), size, mean, std)
+            prepared = normalise(torch.tensor(np.asarray(calibration)), size, model.MEAN, model.STD)
             write_int8(new, prepared.contiguous().numpy())
         portable_tokenizer(context).save(str(new / TOKENIZER), pretty=False)
-        write_json(new / PREPROCESS, steps | {"channels": "RGB", "mean": mean, "std": std})
+        write_json(new / PREPROCESS, steps | {"channels": "RGB", "mean": model.MEAN, "std": model.STD})
         np.savez_compressed(new / GOLDEN, **golden(model))
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)[path.name]} for path in new.iterdir()
+        hashes = {path.name: file_hash(path)[path.name] for path in sorted(new.iterdir())}
+        manifest = {
+            "kind": KIND,
+            "version": VERSION,
+            "model": describe_model(name, model),
+            "forms": forms,
+            "embed_dim": model.config.embed_dim,
+            "context_length": context,
+            "logit_scale": model.logit_scale.exp().item(),
+            "files": {file: {"bytes": (new / file).stat().st_size, "sha256": sha} for file, sha in hashes.items()},
+            "versions": versions() | {"onnx": onnx.__version__},
         }
-        described = {"kind": KIND, "version": VERSION, "model": describe_model(name, model), "forms": forms}
-        sizes = {"embed_dim": model.config.embed_dim, "context_length": context}
-        manifest = described | sizes | {"logit_scale": model.logit_scale.exp().item()}
-        manifest |= {"files": dict(sorted(files.items())), "versions": versions() | {"onnx": onnx.__version__}}
         write_json(new / MANIFEST, manifest)
-        (new / "README.md").write_text(_card(manifest), encoding="utf-8")
+        rows = [f"| `{file}` | {about['bytes']:,} | `{about['sha256']}` |" for file, about in manifest["files"].items()]
+        (new / "README.md").write_text(CARD.format(**manifest, rows="\n".join(rows)), encoding="utf-8")
         for form in forms:
             Deployed(new, form)
     return manifest
-
-
-def _card(manifest: dict[str, Any]) -> str:
-    model = manifest["model"]
-    rows = [f"| `{name}` | {file['bytes']:,} | `{file['sha256']}` |" for name, file in manifest["files"].items()]
-    files = "\n".join(["| file | bytes | SHA-256 |", "|---|---|---|", *rows])
-    return f"""# {model["name"]}, for a device
-
-Parameters: {model["parameters"]:,}. Weights' SHA-256: `{model["sha256"]}`.
-Embeddings of {manifest["embed_dim"]} numbers; captions of at most {manifest["context_length"]} tokens.
-
-`mclip/deploy/reader.py` reads this folder with numpy, Pillow, onnxruntime and tokenizers. An app in another language
-computes the examples of `golden.npz` first. For each file named under `pictures`, the prepared picture and the
-embedding have to agree; for each text, the tokens and the embedding.
-
-{files}
-"""
 
 
 def evaluate_deployed(reader: Deployed, dataset: ZeroShotSet, name: str, *, seed: int = 0) -> dict[str, Any]:
@@ -234,5 +238,6 @@ def evaluate_deployed(reader: Deployed, dataset: ZeroShotSet, name: str, *, seed
     embeddings = torch.from_numpy(reader.encode_images(np.asarray(dataset.images).transpose(0, 2, 3, 1)))
     graphs = "".join(reader.manifest["files"][graph]["sha256"] for graph in reader.graphs)
     described = {**reader.manifest["model"], "name": name, "sha256": hashlib.sha256(graphs.encode()).hexdigest()}
-    more = {"templates": templates, "seed": seed}
-    return zero_shot_record(dataset, described, embeddings, classifier, dataset.labels, start, **more)
+    return zero_shot_record(
+        dataset, described, embeddings, classifier, dataset.labels, start, templates=templates, seed=seed
+    )

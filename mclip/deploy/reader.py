@@ -142,39 +142,34 @@ class Deployed:
         self.manifest = self._read_json(MANIFEST)
         kind, version = self.manifest.get("kind"), self.manifest.get("version")
         if (kind, version) != (KIND, VERSION):
-            raise DeployError(
-                f"{self.folder / MANIFEST}: written by version {version} of {kind}, and this reader reads version "
-                f"{VERSION} of {KIND}; export again, or use the reader of that version."
-            )
+            text = f"written by version {version} of {kind}, and this reader reads version {VERSION} of {KIND}"
+            raise self._error(MANIFEST, f"{text}; export again, or use the reader of that version.")
         for name in (*self.graphs, TOKENIZER, PREPROCESS, GOLDEN):
-            self._require_whole(name)
+            if name not in self.manifest["files"]:
+                raise self._error(name, f"not among the exported files; export again, with form {form}.")
+            if hashlib.sha256(self._read(name)).hexdigest() != self.manifest["files"][name]["sha256"]:
+                raise self._error(name, "not the file that was exported (its SHA-256 differs); copy the folder again.")
         self.settings = self._read_json(PREPROCESS)
         self.tokenizer = Tokenizer.from_file(str(self.folder / TOKENIZER))
         self._image, self._text = (session(self.folder / name, threads) for name in self.graphs)
         if check:
             self.check()
 
+    def _error(self, name: str, text: str) -> DeployError:
+        return DeployError(f"{self.folder / name}: {text}")
+
     def _read(self, name: str) -> bytes:
         try:
             return (self.folder / name).read_bytes()
         except OSError as error:
-            raise DeployError(f"{self.folder / name}: not readable ({error}); copy the folder again.") from error
+            raise self._error(name, f"not readable ({error}); copy the folder again.") from error
 
     def _read_json(self, name: str) -> dict[str, Any]:
+        content = self._read(name)
         try:
-            found = json.loads(self._read(name))
-        except ValueError as error:
-            raise DeployError(f"{self.folder / name}: not JSON ({error}); copy the folder again.") from error
-        if not isinstance(found, dict):
-            raise DeployError(f"{self.folder / name}: holds no mapping; copy the folder again.")
-        return found
-
-    def _require_whole(self, name: str) -> None:
-        path, files = self.folder / name, self.manifest["files"]
-        if name not in files:
-            raise DeployError(f"{path}: not among the exported files; export again, with form {self.form}.")
-        if hashlib.sha256(self._read(name)).hexdigest() != files[name]["sha256"]:
-            raise DeployError(f"{path}: not the file that was exported (its SHA-256 differs); copy the folder again.")
+            return dict(**json.loads(content))
+        except (ValueError, TypeError) as error:  # TypeError: JSON of another shape
+            raise self._error(name, f"not JSON that holds a mapping ({error}); copy the folder again.") from error
 
     def prepare(self, pictures: Sequence[Picture]) -> np.ndarray:
         """Pictures -> (N, 3, S, S) float32, by :func:`prepare`."""
@@ -224,22 +219,21 @@ class Deployed:
         Raises: DeployError for the first step that gives something else than when exported. It names the file that
             decides the step.
         """
+        trust = "; do not trust this folder on this device."
         with np.load(self.folder / GOLDEN, allow_pickle=False) as golden:
             grey = 1 / (255 * min(self.settings["std"])) + 2e-3  # one level, and the rounding of the stored numbers
             inputs = golden["prepared"].astype(np.float32)
             for name, expected in zip(golden["pictures"].tolist(), inputs, strict=True):
                 off = np.abs(prepare(Image.open(io.BytesIO(golden[name].tobytes())), self.settings) - expected).max()
-                text = f"the picture {name} is off by up to {off:.1f} standard deviations"
-                self._require_same(off <= grey, PREPROCESS, text)
+                if not off <= grey:
+                    text = f"the picture {name} is off by up to {off:.1f} standard deviations"
+                    raise self._error(PREPROCESS, text + trust)
             tokens = self.tokenize(golden["texts"].tolist())
-            self._require_same(np.array_equal(tokens, golden["tokens"]), TOKENIZER, "a text has other tokens")
+            if not np.array_equal(tokens, golden["tokens"]):
+                raise self._error(TOKENIZER, "a text has other tokens" + trust)
             images = self.encode_prepared(inputs) * golden["image_embeddings"]
             texts = self.encode_tokens(tokens) * golden["text_embeddings"]
             for name, products in zip(self.graphs, (images, texts), strict=True):
                 cosine = products.sum(1).min()
-                near = cosine > 1 - (0.1 if "int8" in name else 1e-4)  # not-a-number is not near
-                self._require_same(near, name, f"an embedding has cosine {cosine:.4f} with the exported one")
-
-    def _require_same(self, holds: bool, name: str, text: str) -> None:
-        if not holds:
-            raise DeployError(f"{self.folder / name}: {text}; do not trust this folder on this device.")
+                if not cosine > 1 - (0.1 if "int8" in name else 1e-4):  # not-a-number is not near
+                    raise self._error(name, f"an embedding has cosine {cosine:.4f} with the exported one" + trust)

@@ -4,61 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from mclip.scenes.drawing import BACKGROUNDS, COLOURS, SHAPES, TEXTURES
+from mclip.scenes.drawing import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, WORDS
 
 SHAPE_NAMES, COLOUR_NAMES, BACKGROUND_NAMES = tuple(SHAPES), tuple(COLOURS), tuple(BACKGROUNDS)
 RELATIONS = ("to the left of", "to the right of", "above", "below")
-Table = dict[str, np.ndarray]
-SHAPE_WORDS = {
-    "circle": ("disc", "round shape"),
-    "square": ("box",),
-    "star": ("five-pointed star",),
-    "cross": ("plus sign",),
-    "ring": ("hoop",),
-    "moon": ("crescent",),
-    "drop": ("teardrop",),
-    "flower": ("blossom",),
-}
-COLOUR_WORDS = {
-    "red": ("crimson", "scarlet"),
-    "yellow": ("golden",),
-    "blue": ("navy",),
-    "purple": ("violet",),
-    "pink": ("rosy",),
-    "black": ("dark",),
-    "green": ("emerald",),
-    "brown": ("chocolate",),
-}
-TEXTURE_WORDS = {"striped": ("stripy",), "dotted": ("spotted",), "checkered": ("chequered",)}
-BACKGROUND_PHRASES = {
-    "grass": ("on grass", "in the grass", "on a lawn"),
-    "sand": ("on sand", "on the beach"),
-    "water": ("on water", "in the sea"),
-    "snow": ("on snow", "in the snow"),
-    "bricks": ("on bricks", "on a brick wall"),
-    "wood": ("on wood", "on a wooden table"),
-    "paper": ("on paper", "on a white page"),
-    "night sky": ("in the night sky", "among the stars at night"),
-}
-ONE_OBJECT = ("{a} {where}", "a picture of {a} {where}", "{a} {where}, seen from above", "there is {a} {where}", "{a}")
-TWO_OBJECTS = (
-    "{a} {relation} {b} {where}",
-    "{a} {relation} {b}",
-    "a picture of {a} {relation} {b}",
-    "{a} and {b} {where}",
-)
-CAPTION_STYLES: dict[str, tuple[dict[str, float], float, float]] = {
-    "human": ({"size": 0.25, "texture": 0.35, "colour": 0.75, "shape": 0.6}, 0.25, 0.5),
-    "clean": ({"size": 0.2, "texture": 0.5, "colour": 0.65, "shape": 1.0}, 0.2, 0.4),
-}
+SHAPE_WORDS, COLOUR_WORDS, TEXTURE_WORDS = (WORDS[f"{kind}_words"] for kind in ("shape", "colour", "texture"))
+BACKGROUND_PHRASES: dict[str, list[str]] = WORDS["background_phrases"]
+CAPTION_STYLES: dict[str, list] = WORDS["caption_styles"]
 """Of each style: the chance that an attribute is named, that a paraphrase is used, that the background is named."""
+Table = dict[str, np.ndarray]
 
 
 def _noun_phrase(rng: np.random.Generator, table: Table, row: int, slot: int, style: str) -> str:
     """One object, such as "a small striped red star"."""
     chances, paraphrase, _ = CAPTION_STYLES[style]
 
-    def word(name: str, paraphrases: dict[str, tuple[str, ...]]) -> str:
+    def word(name: str, paraphrases: dict[str, list[str]]) -> str:
         options = paraphrases.get(name, ())
         return options[rng.integers(len(options))] if options and rng.uniform() < paraphrase else name
 
@@ -79,7 +40,7 @@ def _caption(rng: np.random.Generator, table: Table, row: int, style: str) -> st
     phrases = BACKGROUND_PHRASES[BACKGROUND_NAMES[table["background"][row]]]
     where = phrases[rng.integers(len(phrases))] if rng.uniform() < CAPTION_STYLES[style][2] else ""
     two = table["relation"][row] >= 0
-    templates = TWO_OBJECTS if two else ONE_OBJECT
+    templates = WORDS["two_objects" if two else "one_object"]
     template = templates[rng.integers(len(templates))]
     a = _noun_phrase(rng, table, row, 0, style)
     b = _noun_phrase(rng, table, row, 1, style) if two else ""

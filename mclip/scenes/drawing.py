@@ -10,11 +10,13 @@ Coordinates: a picture spans [0, 1] x [0, 1], y downwards; a shape lives in its 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 
 Array = np.ndarray
-Distances = tuple[Array, Array, Array]
 
 
 def _box(x: Array, y: Array, w: float, h: float) -> Array:
@@ -65,31 +67,10 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
     "flower": lambda x, y: 0.8 * (np.hypot(x, y) - 0.72 - 0.24 * np.cos(6 * np.arctan2(y, x))),
 }
 
-COLOURS: dict[str, tuple[float, float, float]] = {
-    "red": (0.86, 0.12, 0.14),
-    "orange": (0.97, 0.53, 0.08),
-    "yellow": (0.98, 0.86, 0.16),
-    "green": (0.13, 0.62, 0.25),
-    "blue": (0.13, 0.33, 0.82),
-    "purple": (0.51, 0.20, 0.68),
-    "pink": (0.98, 0.53, 0.71),
-    "brown": (0.45, 0.26, 0.13),
-    "black": (0.09, 0.09, 0.11),
-    "white": (0.96, 0.96, 0.95),
-}
-
 TEXTURES = ("plain", "striped", "dotted", "checkered")
-
-BACKGROUNDS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
-    "grass": ((0.47, 0.68, 0.33), (0.26, 0.49, 0.20)),
-    "sand": ((0.93, 0.84, 0.64), (0.84, 0.70, 0.46)),
-    "water": ((0.46, 0.76, 0.84), (0.17, 0.47, 0.63)),
-    "snow": ((0.93, 0.95, 0.98), (0.80, 0.86, 0.93)),
-    "bricks": ((0.72, 0.39, 0.31), (0.60, 0.29, 0.23)),
-    "wood": ((0.75, 0.55, 0.36), (0.58, 0.39, 0.23)),
-    "paper": ((0.97, 0.95, 0.90), (0.92, 0.89, 0.82)),
-    "night sky": ((0.05, 0.06, 0.17), (0.15, 0.12, 0.32)),
-}
+WORDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
+COLOURS: dict[str, list[float]] = WORDS["colours"]
+BACKGROUNDS: dict[str, list[list[float]]] = WORDS["backgrounds"]
 
 
 def _texture(kind: int, x: Array, y: Array, softness: Array) -> Array:
@@ -165,7 +146,9 @@ def draw_clutter(picture: Array, rng: np.random.Generator) -> None:
         picture += cover[..., None] * (tone - picture)
 
 
-def object_distance(shape: int, cx: Array, cy: Array, radius: Array, angle: Array, size: int) -> Distances:
+def object_distance(
+    shape: int, cx: Array, cy: Array, radius: Array, angle: Array, size: int
+) -> tuple[Array, Array, Array]:
     """Distance (in picture units) and the shape's own coordinates, each (N, size, size), for N objects of one shape."""
     y, x = (np.mgrid[0:size, 0:size].astype(np.float32) + 0.5) / size
     cx, cy, radius, angle = (v.astype(np.float32)[:, None, None] for v in (cx, cy, radius, angle))

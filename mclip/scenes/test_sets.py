@@ -29,8 +29,7 @@ def _pair_name(shape: int, colour: int) -> str:
 
 def _object_names(table: Table, row: int) -> list[str]:
     """What the two objects of a picture are called: "a red star", "a blue circle"."""
-    pairs = zip(table["shape"][row], table["colour"][row], strict=True)
-    return [f"a {_pair_name(shape, colour)}" for shape, colour in pairs]
+    return [f"a {_pair_name(table['shape'][row, slot], table['colour'][row, slot])}" for slot in (0, 1)]
 
 
 def _test_scenes(image_size: int, count: int, seed: int, **settings: Any) -> Scenes:
@@ -48,25 +47,25 @@ def scene_sets(image_size: int = 64, count: int = 2000, seed: int = 0) -> dict[s
     unseen = _test_scenes(image_size, count, seed, two_objects=0.0, pairs="held-out")
     # Sets of the same pictures share one tensor, so that an evaluation of all sets can embed it once.
     pictures, unseen_pictures = (torch.from_numpy(scenes.images.copy()) for scenes in (seen, unseen))
-    labels = {key: torch.from_numpy(seen.table[key][:, 0]).long() for key in ("shape", "colour", "texture")}
-    background = torch.from_numpy(seen.table["background"]).long()
-
-    def set_of_pairs(name: str, images: Tensor, table: Table, pairs: list[tuple[int, int]]) -> ZeroShotSet:
-        drawn = zip(table["shape"][:, 0], table["colour"][:, 0], strict=True)
-        numbers = torch.tensor([pairs.index(pair) for pair in drawn])
-        return ZeroShotSet(name, images, numbers, [_pair_name(*pair) for pair in pairs], noun)
-
-    allowed = [pair for pair in PAIRS if pair not in HELD_OUT]
+    columns = {key: seen.table[key][:, 0] for key in ("shape", "colour", "texture")}
+    columns["background"] = seen.table["background"]
+    labels = {key: torch.from_numpy(column).long() for key, column in columns.items()}
     phrases = [BACKGROUND_PHRASES[name][0] for name in BACKGROUNDS]
     noun, adjective = ["a {}", "a picture of a {}"], ["a {} shape", "a picture of a {} thing"]
-    sets = (
+    sets = [
         ZeroShotSet("shape", pictures, labels["shape"], list(SHAPE_NAMES), noun),
         ZeroShotSet("colour", pictures, labels["colour"], list(COLOUR_NAMES), adjective),
         ZeroShotSet("texture", pictures, labels["texture"], list(TEXTURES), adjective),
-        ZeroShotSet("background", pictures, background, phrases, ["a shape {}", "a picture of a thing {}"]),
-        set_of_pairs("colour-shape", pictures, seen.table, allowed),
-        set_of_pairs("held-out", unseen_pictures, unseen.table, PAIRS),
-    )
+        ZeroShotSet("background", pictures, labels["background"], phrases, ["a shape {}", "a picture of a thing {}"]),
+    ]
+    allowed = [pair for pair in PAIRS if pair not in HELD_OUT]
+    for name, images, table, pairs in (
+        ("colour-shape", pictures, seen.table, allowed),
+        ("held-out", unseen_pictures, unseen.table, PAIRS),
+    ):
+        drawn = zip(table["shape"][:, 0], table["colour"][:, 0], strict=True)
+        numbers = torch.tensor([pairs.index(pair) for pair in drawn])
+        sets.append(ZeroShotSet(name, images, numbers, [_pair_name(*pair) for pair in pairs], noun))
     return {each.name: each for each in sets}
 
 

@@ -33,27 +33,16 @@ HELD_OUT = frozenset((shape, (3 * shape + 1) % len(COLOURS)) for shape in range(
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """All that decides a set of scenes.
+    """All that decides a set of scenes. No two splits share a picture, and another seed gives other pictures."""
 
-    Attributes:
-        size: number of pictures.
-        image_size: side in pixels.
-        split: "train", "val", "test" or "teacher"; no two splits share a picture.
-        seed: another seed gives other pictures.
-        two_objects: share of pictures with two objects and a spatial relation.
-        noise: share of captions that belong to another picture.
-        captions: "human" captions often leave the shape out; "clean" ones always name it, and paraphrase less.
-        pairs: "seen" leaves the held-out colour-shape pairs out; "held-out" draws nothing else.
-    """
-
-    size: int = 10_000
-    image_size: int = 64
+    size: int = 10_000  # number of pictures
+    image_size: int = 64  # side in pixels
     split: Split = "train"
     seed: int = 0
-    two_objects: float = 0.3
-    noise: float = 0.0
-    captions: Literal["human", "clean"] = "human"
-    pairs: Literal["seen", "held-out"] = "seen"
+    two_objects: float = 0.3  # share of pictures with two objects and a spatial relation
+    noise: float = 0.0  # share of captions that belong to another picture
+    captions: Literal["human", "clean"] = "human"  # human ones often leave the shape out, clean ones always name it
+    pairs: Literal["seen", "held-out"] = "seen"  # of colour and shape: without those held out, or nothing else
 
     def __post_init__(self) -> None:
         require(self.size >= 1, "size", self.size, "draw at least one picture")
@@ -97,14 +86,14 @@ def sample_table(config: SceneConfig) -> Table:
     large = rng.uniform(size=(count, 2)) < 0.5
     radius = np.where(large, rng.uniform(0.32, 0.4, (count, 2)), rng.uniform(0.22, 0.27, (count, 2)))
     radius = np.where(two[:, None], 0.18 + 0.25 * (radius - 0.22), radius)
-    place = rng.uniform(0, 1, (count, 2, 2)) * (1 - 2.2 * radius[..., None]) + 1.1 * radius[..., None]
+    centre = rng.uniform(0, 1, (count, 2, 2)) * (1 - 2.2 * radius[..., None]) + 1.1 * radius[..., None]
     # Two objects stand on opposite sides along the relation's axis, with a little play along the other.
     along = np.stack([rng.uniform(0.24, 0.3, count), rng.uniform(0.7, 0.76, count)], 1)
     along = np.where(np.isin(relation, (0, 2))[:, None], along, along[:, ::-1])
     across = rng.uniform(0.3, 0.7, (count, 2))
     horizontal = (relation < 2)[:, None]
     apart = np.stack([np.where(horizontal, along, across), np.where(horizontal, across, along)], -1)
-    place = np.where(two[:, None, None], apart, place)
+    centre = np.where(two[:, None, None], apart, centre)
     shape = np.where(np.stack([np.ones(count, bool), two], 1), chosen[..., 0], -1)
     return {
         "background": rng.integers(len(BACKGROUNDS), size=count),
@@ -113,8 +102,8 @@ def sample_table(config: SceneConfig) -> Table:
         "colour": chosen[..., 1],
         "texture": rng.integers(len(TEXTURES), size=(count, 2)),
         "large": large,
-        "cx": place[..., 0],
-        "cy": place[..., 1],
+        "cx": centre[..., 0],
+        "cy": centre[..., 1],
         "radius": radius,
         "angle": rng.uniform(-0.3, 0.3, (count, 2)),
         "light": rng.uniform(0.82, 1.08, count),
@@ -173,14 +162,14 @@ def make_scenes(config: SceneConfig, progress: bool = True) -> Scenes:
     return Scenes(config, np.load(folder / "images.npy", mmap_mode="r"), captions, table)
 
 
-def export_scenes(scenes: Scenes, folder: str | Path, quality: int = 95) -> None:
+def export_scenes(scenes: Scenes, folder: str | Path) -> None:
     """Write JPEGs, ``captions.csv`` (file_name,image_path,caption) and ``captions.json`` (COCO Captions)."""
     with atomic_folder(folder) as temporary:
         (temporary / "images").mkdir()
         rows, pictures, annotations = ["file_name,image_path,caption"], [], []
         for index, (image, captions) in enumerate(zip(scenes.images, scenes.captions, strict=True)):
             name = f"{index:06d}.jpg"
-            Image.fromarray(image.transpose(1, 2, 0)).save(temporary / "images" / name, quality=quality)
+            Image.fromarray(image.transpose(1, 2, 0)).save(temporary / "images" / name, quality=95)
             pictures.append({"id": index, "file_name": name, "width": image.shape[2], "height": image.shape[1]})
             for caption in captions:
                 rows.append(f'{name},images,"{caption}"')

@@ -7,11 +7,8 @@ Few enough pictures are decoded once and kept memory-mapped in the cache; more a
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,65 +132,59 @@ def load_pairs(
 
 def pairs_of(path: Path, table: Table, image_size: int, on_error: OnError, decoding: Decoding, progress: bool) -> Pairs:
     """The pairs of a table, decoded once or whenever they are needed; errors as in :func:`load_pairs`."""
-    names, whole = table.pictures, len(table.captions.texts)
-    key = content_key("pictures", DECODING_VERSION, _digest(names), fingerprint(names), on_error)
-    once = decoding == "once" or (decoding == "auto" and len(names) * 3 * image_size**2 <= DECODE_ONCE)
+    captions_read = len(table.captions.texts)
+    key = content_key("pictures", DECODING_VERSION, _digest(table.pictures), fingerprint(table.pictures), on_error)
+    fits = len(table.pictures) * 3 * image_size**2 <= DECODE_ONCE
+    once = decoding == "once" or (decoding == "auto" and fits)
     images = None
     if once or on_error == "skip":
-        kept, images = _tried(
-            table, content_key(key, image_size) if once else key, image_size, once, on_error, progress
-        )
+        kept, images = _read_all(table, key, image_size, once, on_error, progress)
         table = table.take(kept)
     captions = table.captions
     key = content_key(key, _digest(captions.texts), hashlib.sha256(captions.first.tobytes()).hexdigest())
-    if skipped := table.skipped + whole - len(captions.texts):
+    if skipped := table.skipped + captions_read - len(captions.texts):
         print(f"{path}: {skipped} rows left out (on_error='skip').")
     images = Pictures(table.pictures, image_size) if images is None else images
     return Pairs(images, captions, key, path.stem, table.pictures, skipped)
 
 
-def _tried(
+def _read_all(
     table: Table, key: str, size: int, once: bool, on_error: OnError, progress: bool
 ) -> tuple[list[int], np.ndarray | None]:
     """The numbers of the pictures that can be read, and their pixels (N, 3, size, size) if they are decoded ``once``.
 
-    All are tried once. The answer is kept in the cache, the pixels memory-mapped.
+    All are tried, by all threads. The answer is kept in the cache, the pixels memory-mapped.
     """
-    folder, images = cache_dir() / ("pixels" if once else "readable") / key, None
+    names = table.pictures
+    folder = cache_dir() / ("pixels" if once else "readable") / (content_key(key, size) if once else key)
+
+    def attempt(name: str) -> np.ndarray | PictureError:
+        try:
+            return decode(name, size if once else 32)
+        except PictureError as error:
+            return error
+
     with missing_folder(folder) as temporary:
         if temporary:
             kept: list[int] = []
             if once:
-                shape = (len(table.pictures), 3, size, size)
-                images = np.lib.format.open_memmap(temporary / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
-            for number, picture in enumerate(_decoded(table.pictures, size if once else 32, progress)):
-                if isinstance(picture, PictureError):
-                    reject(f"{table.where} {table.rows[number]}: {picture}", on_error)
-                    continue
-                if once:
-                    images[len(kept)] = picture
-                kept.append(number)
+                file, shape = temporary / "images.npy", (len(names), 3, size, size)
+                images = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
+            chunks = range(0, len(names), 64)
+            for start in tqdm(chunks, "reading pictures", disable=not progress, leave=False):
+                pictures = pool().map(attempt, names[start : start + 64])
+                for number, picture in enumerate(pictures, start):
+                    if isinstance(picture, PictureError):
+                        reject(f"{table.where} {table.rows[number]}: {picture}", on_error)
+                        continue
+                    if once:
+                        images[len(kept)] = picture
+                    kept.append(number)
             if once:
                 images.flush()
             write_json(temporary / "kept.json", kept)
     kept = read_json(folder / "kept.json")
     return kept, np.load(folder / "images.npy", mmap_mode="r")[: len(kept)] if once else None
-
-
-def _decoded(names: Sequence[str] | np.ndarray, size: int, progress: bool) -> Iterator[np.ndarray | PictureError]:
-    """The pixels of each picture in order, or what is wrong with it. All threads decode, at most 64 pictures ahead."""
-
-    def attempt(name: str) -> np.ndarray | PictureError:
-        try:
-            return decode(name, size)
-        except PictureError as error:
-            return error
-
-    waiting: deque[Future] = deque()
-    upcoming = iter(names)
-    for _ in tqdm(range(len(names)), "reading pictures", disable=not progress, leave=False):
-        waiting.extend(pool().submit(attempt, name) for name in islice(upcoming, 64 - len(waiting)))
-        yield waiting.popleft().result()
 
 
 def _random_rows(count: int, data_size: float, seed: int) -> np.ndarray:

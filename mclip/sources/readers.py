@@ -13,14 +13,12 @@ import math
 import os
 import re
 from array import array
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import numpy as np
 
@@ -57,10 +55,10 @@ class CaptionLists(Sequence[list[str]]):
     def __len__(self) -> int:
         return len(self.first) - 1
 
-    def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return [self[row] for row in range(*place.indices(len(self)))]
-        row = range(len(self))[place]
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        row = range(len(self))[index]
         return self.texts[self.first[row] : self.first[row + 1]].tolist()
 
     def __eq__(self, other: object) -> bool:
@@ -195,74 +193,65 @@ def read_csv(path: Path, image_key: str, caption_key: str, separator: str = "") 
         utf_16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     # A byte that is not UTF-8 becomes a lone surrogate, so that its row can be named.
     coding = {"encoding": "utf-16"} if utf_16 else {"encoding": "utf-8-sig", "errors": "surrogateescape"}
-    find = picture_finder()
-    folder_of = cache(lambda folder: str(path.parent / os.path.expanduser(folder)))
-    with path.open(newline="", **coding) as handle:
-        try:
-            records = _records(handle, separator)
-            _, header, problem = next(records, (0, [], "the file is empty; its first line must name columns"))
-            if problem:
-                raise DataError(f"{path}: {problem}, such as file_name,image_path,caption.")
-            columns = _columns(path, header, image_key, caption_key)
-            name, caption = columns.index("name"), columns.index("caption")
-            place = columns.index("folder") if "folder" in columns else None
-            for line, cells, problem in records:
-                if problem or len(cells) != len(header):
-                    quotes = f"a text with {separator!r} needs double quotes around it"
-                    yield line, None, problem or f"{len(cells)} fields, but the header has {len(header)}; {quotes}"
-                    continue
-                folder = folder_of("" if place is None else cells[place])
-                picture = find(cells[name], [folder])
-                yield line, picture, cells[caption] if picture else f"no picture at {os.path.join(folder, cells[name])}"
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not readable as UTF-16 ({error}); save it as UTF-8 text.") from error
+    try:
+        with path.open(newline="", **coding) as handle:
+            records = _records(list(handle), separator)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not readable as UTF-16 ({error}); save it as UTF-8 text.") from error
+    _, header, problem = next(records, (0, [], "the file is empty; its first line must name columns"))
+    if problem:
+        raise DataError(f"{path}: {problem}, such as file_name,image_path,caption.")
+    name, caption = _columns(path, header, image_key, caption_key)
+    folder_column = header.index("image_path") if "image_path" in header else None
+    folder_of, find = cache(lambda folder: str(path.parent / os.path.expanduser(folder))), picture_finder()
+    for line, cells, problem in records:
+        if problem or len(cells) != len(header):
+            quotes = f"a text with {separator!r} needs double quotes around it"
+            yield line, None, problem or f"{len(cells)} fields, but the header has {len(header)}; {quotes}"
+            continue
+        folder = folder_of("" if folder_column is None else cells[folder_column])
+        picture = find(cells[name], [folder])
+        yield line, picture, cells[caption] if picture else f"no picture at {os.path.join(folder, cells[name])}"
 
 
-def _records(handle: TextIO, separator: str) -> Iterator[tuple[int, list[str], str]]:
+def _records(lines: list[str], separator: str) -> Iterator[tuple[int, list[str], str]]:
     """For each record: its first line, its fields, and what is wrong. After a bad one reading goes on at the next line.
 
     Only lines with a quote need the csv module. In a TSV a quote that is not closed on its line is a character like
     any other.
     """
-    number, taken = 1, []
-    ahead: deque[str] = deque()
-
-    def lines() -> Iterator[str]:
-        while line := ahead.popleft() if ahead else handle.readline():
-            taken.append(line)
-            yield line
-
-    for text in lines():
-        problem, line = "", text.rstrip("\r\n")
+    start = 0
+    while start < len(lines):
+        text, problem, count = lines[start], "", 1
         if '"' not in text:
-            cells = line.split(separator)
+            cells = text.rstrip("\r\n").split(separator)
         elif separator == "\t":
-            cells = [quoted.replace('""', '"') or plain for quoted, plain in _TSV_FIELD.findall(line)]
+            fields = _TSV_FIELD.findall(text.rstrip("\r\n"))
+            cells = [quoted.replace('""', '"') or plain for quoted, plain in fields]
         else:
+            rest = (lines[number] for number in range(start, len(lines)))
+            reader = csv.reader(rest, delimiter=separator, strict=True)
             try:
-                cells = next(csv.reader(chain([text], lines()), delimiter=separator, strict=True))
-                text = "".join(taken)
+                cells = next(reader)
+                count = reader.line_num
+                text = "".join(lines[start : start + count])
             except csv.Error as error:
                 cells, problem = [], f"a double quote is not closed, or not doubled inside a quoted text ({error})"
-                ahead.extendleft(reversed(taken[1:]))
-                del taken[1:]
         if "\0" in text or (not text.isascii() and _SURROGATE.search(text)):
             problem = "not UTF-8 text; save the file as UTF-8"
         if len(cells) > 1 or text.strip(" \r\n"):
-            yield number, cells, problem
-        number += len(taken)
-        taken.clear()
+            yield start + 1, cells, problem
+        start += count
 
 
-def _columns(path: Path, names: list[str], image_key: str, caption_key: str) -> list[str]:
-    """What each column is: "name", "caption", "folder" or "". DataError with the likely cause if one is missing."""
-    keys = {image_key: "name", caption_key: "caption"}
-    if [*keys] == ["file_name", "caption"] and not {*keys} & {*names} and {"filepath", "title"} <= {*names}:
-        keys = {"filepath": "name", "title": "caption"}  # open_clip's names
-    for key, what in keys.items():
+def _columns(path: Path, names: list[str], image_key: str, caption_key: str) -> tuple[int, int]:
+    """The columns of the pictures' names and of the captions. DataError with the likely cause if one is missing."""
+    keys = (image_key, caption_key)
+    if keys == ("file_name", "caption") and not {*keys} & {*names} and {"filepath", "title"} <= {*names}:
+        keys = ("filepath", "title")  # open_clip's names
+    for key, option in zip(keys, ("image_key (--csv_img_key)", "caption_key (--csv_caption_key)"), strict=True):
         if names.count(key) == 1:
             continue
-        option = "image_key (--csv_img_key)" if what == "name" else "caption_key (--csv_caption_key)"
         spaced = [name for name in names if name.strip() == key]
         others = [other for other in ",;\t|" if len(names) == 1 and other in names[0]]
         if key in names:
@@ -276,7 +265,7 @@ def _columns(path: Path, names: list[str], image_key: str, caption_key: str) -> 
         else:
             cause = f"{closest(key, names)} Name another column with {option}"
         raise DataError(f"{path}: no column {key!r}; the columns are {', '.join(names)}. {cause}.")
-    return [keys.get(name) or ("folder" if name == "image_path" else "") for name in names]
+    return names.index(keys[0]), names.index(keys[1])
 
 
 def read_annotations(path: Path, split: str) -> Iterator[Row]:
@@ -309,8 +298,8 @@ def _coco(images: list[dict], annotations: list[Any]) -> Iterator[Row]:
         entry = annotation if isinstance(annotation, dict) else {}
         key = entry.get("image_id")
         name = names.get(key) if isinstance(key, Hashable) else None
-        found = isinstance(name, str)
-        yield number, name if found else None, entry.get("caption") if found else f"no image with id {key}"
+        known = isinstance(name, str)
+        yield number, name if known else None, entry.get("caption") if known else f"no image with id {key}"
 
 
 def _karpathy(path: Path, images: list[dict], split: str) -> Iterator[Row]:

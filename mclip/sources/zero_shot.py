@@ -11,7 +11,6 @@ import json
 import operator
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,75 +23,60 @@ from mclip.evaluate import ZeroShotSet
 from mclip.files import cache_dir
 from mclip.sources.folders import VisibleFolder
 
-
-@dataclass(frozen=True)
-class _Source:
-    """How torchvision builds a set, where below ``root_dir`` it looks, how its class names become words.
-
-    A set without ``settings`` has no official split: all of it is the test set.
-    """
-
-    dataset: str
-    layout: str
-    settings: Mapping[str, Any]
-    rename: Sequence[tuple[str, str]] = (("_", " "),)
-    downloads: bool = True
-    folder: str = ""
-    first_label: int = 0
-
-
 _STORED = json.loads(Path(__file__).with_name("zero_shot_sets.json").read_text(encoding="utf-8"))
-_SOURCES = {name: _Source(**entry) for name, entry in _STORED["sets"].items()}
-TORCHVISION_SETS = tuple(_SOURCES)
+_SETS: dict[str, dict[str, Any]] = _STORED["sets"]
+TORCHVISION_SETS = tuple(_SETS)
 
 
 def torchvision_set(name: str, root_dir: str | Path | None = None, download: bool = False) -> ZeroShotSet:
-    """The test split of one of ``TORCHVISION_SETS`` (all of a set that has no splits).
+    """The test split of one of ``TORCHVISION_SETS``; all of a set that has no official splits.
 
     ``root_dir`` (default: the cache folder) is looked at first. With ``download`` torchvision fetches what is missing,
     and compares its checksums.
 
     Raises: ConfigError for an unknown name, and for missing or damaged files; it says where the files go.
     """
-    require(name in _SOURCES, "dataset", name, closest(name, _SOURCES))
-    source, root = _SOURCES[name], Path(root_dir or cache_dir()).expanduser()
-    settings = {**source.settings, **({"download": download} if source.downloads else {})}
-    if source.first_label:
-        settings["target_transform"] = partial(operator.add, -source.first_label)
+    require(name in _SETS, "dataset", name, closest(name, _SETS))
+    source, root = _SETS[name], Path(root_dir or cache_dir()).expanduser()
+    settings, layout, downloads = source["settings"], root / source["layout"], source.get("downloads", True)
+    options = settings | ({"download": download} if downloads else {})
+    if "first_label" in source:
+        options["target_transform"] = partial(operator.add, -source["first_label"])
     try:
-        data: Any = getattr(datasets, source.dataset)(str(root / source.folder), **settings)
+        data: Any = getattr(datasets, source["dataset"])(str(root / source.get("folder", "")), **options)
         _, label = data[0]  # a library that is missing, or labels, would show only now
     except ModuleNotFoundError as error:
         library = str(error.name).split(".")[0]
         raise ConfigError(f"dataset={name!r} needs {library}: pip install {library}.") from error
     except (RuntimeError, OSError, IndexError) as error:
-        fetched = "let it be downloaded (download=True; in a command, --download true), or "
-        advice = fetched if source.downloads and not download else ""
-        advice += "" if source.downloads else "it cannot be downloaded from here: "
+        advice = "" if download else "let it be downloaded (download=True; in a command, --download true), or "
+        advice = advice if downloads else "it cannot be downloaded from here: "
         raise ConfigError(
             f"dataset={name!r} cannot be read below root_dir={str(root)!r} ({error}); "
-            f"{advice}place its files there so that {root / source.layout} exists."
+            f"{advice}place its files there so that {layout} exists."
         ) from error
-    require(label is not None, "dataset", name, f"these files have no labels; place {root / source.layout} there")
+    require(label is not None, "dataset", name, f"these files have no labels; place {layout} there")
     classes = getattr(data, "classes", None) or getattr(data, "categories", None) or ()
-    names = [each if isinstance(each, str) else each[0] for each in classes]  # Imagenette's have synonyms
-    class_names, templates = published_words(name, names)
-    count, expected = len(names or class_names), len(class_names)
-    remedy = f"{root / source.layout} holds {count} classes, not {expected}; place the files there again"
-    require(count == expected, "dataset", name, remedy)
-    split = source.settings.get("split", "test") if source.settings else "all"
+    own_names = [each if isinstance(each, str) else each[0] for each in classes]  # Imagenette's have synonyms
+    class_names, templates = published_words(name, own_names)
+    right = not own_names or len(own_names) == len(class_names)
+    remedy = f"{layout} holds {len(own_names)} classes, not {len(class_names)}; place the files there again"
+    require(right, "dataset", name, remedy)
     metric = "mean_per_class_recall" if name in _STORED["mean_per_class_recall"] else "top1"
+    split = settings.get("split", "test") if settings else "all"
     return ZeroShotSet(name, data, None, class_names, templates, split, metric)
 
 
-def published_words(name: str, class_names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The class names and the templates published with CLIP for a set; without published names ``class_names``."""
-    published = {**_STORED["class_names"], "imagenet": list(IMAGENET_CLASSNAMES)}
-    words = published.get(name) or list(class_names)
-    for pattern, replacement in () if name in published else _SOURCES[name].rename:
-        words = [re.sub(pattern, replacement, each) for each in words]
-    imagenet = [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES]
-    return words, imagenet if name == "imagenet" else _STORED["templates"][name]
+def published_words(name: str, own_names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The class names and the templates published with CLIP for a set; where there are no such names, its own."""
+    if name == "imagenet":
+        return list(IMAGENET_CLASSNAMES), [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES]
+    class_names = _STORED["class_names"].get(name)
+    if not class_names:
+        class_names = list(own_names)
+        for pattern, replacement in _SETS[name].get("rename", [("_", " ")]):
+            class_names = [re.sub(pattern, replacement, each) for each in class_names]
+    return class_names, _STORED["templates"][name]
 
 
 def image_folder_set(path: str | Path) -> ZeroShotSet:
@@ -117,8 +101,8 @@ def zero_shot_set(
     """The set that ``name`` means: one of ``embedded``, one of torchvision's, or a folder of pictures."""
     if embedded and name in embedded:
         return embedded[str(name)]
-    if str(name) in _SOURCES:
+    if str(name) in _SETS:
         return torchvision_set(str(name), root_dir, download)
-    remedy = f"{closest(str(name), [*(embedded or ()), *_SOURCES])} (or name a folder of pictures)"
+    remedy = f"{closest(str(name), [*(embedded or ()), *_SETS])} (or name a folder of pictures)"
     require(str(name) != "" and Path(name).expanduser().is_dir(), "dataset", str(name), remedy)
     return image_folder_set(name)

@@ -171,7 +171,7 @@ def teacher_in_the_loop(batch_size: int = 16, count: int = 10) -> Iterator[Row]:
     pairs, teacher = random_pairs(batch_size * count, 224), random_teacher()
     for name in ("mobile-512", "ViT-B-32"):
         paces = []
-        for targets in (random_targets(len(pairs)), OnlineTargets([teacher], pairs)):
+        for targets in (random_targets(len(pairs)), OnlineTargets(teacher, pairs)):
             if name == "ViT-B-32":
                 model, tokenizer = open_clip.create_model(name, output_dict=True), open_clip.get_tokenizer(name)
                 source = BatchSource(pairs, tokenizer, teacher.prepare, batch_size, 0, targets)
@@ -203,7 +203,7 @@ def views(count: int = 24) -> Iterator[Row]:
     paces = []
     for crops, online in ((Crops(0.6, 4, 0), False), (Crops(0.6, 0, 0), True)):
         model, config = random_model("course")
-        source = batches(model, pairs, 64, get_targets([teacher], pairs, online, crops, False), crops)
+        source = batches(model, pairs, 64, get_targets(teacher, pairs, online, crops, False), crops)
         settings = one_epoch(64, crop_scale=0.6, views=4)
         paces.append(pairs_per_second(model, source, config.embed_dim, settings, teacher.embed_dim))
     yield row("steps on four cached crops against an online teacher, course, scenes", paces[0] / paces[1], paces=paces)

@@ -44,8 +44,8 @@ def models(rounds: int = 6) -> dict[str, Any]:
         measured[each.name] = costs | ({"multiply_adds": adds} if adds else {})
     for count in (1, 2):
         for batch, turns, repeats in ((1, rounds, 3), (32, max(2, rounds // 5), 1)):
-            calls = {(each.name, half): call for each in candidates for half, call in each.calls(batch).items()}
             with threads(count):
+                calls = {(each.name, half): call for each in candidates for half, call in each.calls(batch).items()}
                 clock = latency(calls, turns, repeats)
             setting = f"{count} thread{'s' * (count > 1)}, batch {batch}"
             for (name, half), numbers in clock.items():
