@@ -125,7 +125,7 @@ class Balancer(nn.Module):
         the student's tensors that the terms are computed from. ValueError for an active term that was not delivered.
         """
         if missing := sorted(active.keys() - terms.keys()):
-            raise ValueError(f"{missing} are active, but the objective delivered only {sorted(terms)}")
+            raise ValueError(f"term {missing[0]!r} is active, but the objective delivered only {sorted(terms)}")
         if len(active) == 1:
             return dict.fromkeys(active, 1.0)
         for name in active:

@@ -309,7 +309,7 @@ def test_the_next_strategy_takes_over_on_a_plateau():
 def check_missing_terms_are_noticed(combine):
     embedding = torch.ones(3, requires_grad=True)
     delivered = dict.fromkeys(("original", "kd_feature", "kd_response"), embedding.sum())
-    with pytest.raises(ValueError, match=r"'feature'.* are active, but .* delivered only .*'kd_feature'"):
+    with pytest.raises(ValueError, match=r"'feature' is active, but .* delivered only .*'kd_feature'"):
         combine(delivered, WHOLE, 0, [embedding])
 
 
