@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from mclip.config import TrainConfig
 from mclip.evaluate import embed_texts, evaluating
 from mclip.files import atomic_folder, atomic_path, file_hash, read_json, write_json
+from mclip.losses import cosines
 from mclip.metrics import first_hit_ranks
 from mclip.objectives import Contrastive, Output
 from mclip.pairs import Batch, BatchSource, Pairs
@@ -64,6 +65,7 @@ TEMPLATES = (
     "a good photo of a {}",
     "there is a {}",
 )
+TEXTS_AT_ONCE = 128
 FEATURE_DROPOUT = 0.1
 SCATTER = 0.5  # share of the spread of known photographs around their class's mean that a drawn class gets
 CONFIDENT = 0.4  # probability from which on the classifier's answer for a photograph counts
@@ -132,9 +134,20 @@ class LockedImage(nn.Module):
         return F.normalize(embedding, dim=-1) if normalize else embedding
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
-        """Token ids (B, T) -> embeddings (B, D)."""
-        embedding = self.text(tokens)
+        """Token ids (B, T) -> embeddings (B, D); captions of like length together, so that few columns are padding."""
+        lengths = (tokens != 0).sum(1)
+        order, parts = lengths.argsort(), []
+        for rows in order.split(TEXTS_AT_ONCE):
+            parts.append(self._encode(tokens[rows, : lengths[rows].max()]))
+        embedding = torch.cat(parts)[order.argsort()]
         return F.normalize(embedding, dim=-1) if normalize else embedding
+
+    def _encode(self, tokens: Tensor) -> Tensor:
+        """As open_clip's text tower, which always computes the whole context, on as many columns as there are."""
+        tower, length = self.text, tokens.shape[1]
+        x = tower.token_embedding(tokens) + tower.positional_embedding[:length]
+        x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length]))
+        return x[torch.arange(len(x)), tokens.argmax(1)] @ tower.text_projection
 
     def forward(self, features: Tensor, tokens: Tensor) -> Output:
         """Normalised embeddings, and the scale of their similarities."""
@@ -147,7 +160,7 @@ class ClassContrastive(Contrastive):
     """The contrastive loss, where rows of one class (equal ``index``) are not each other's negatives."""
 
     def _original(self, output: Output, batch: Batch, temperature: float) -> Tensor:
-        logits = output["logit_scale"] * output["image_features"] @ output["text_features"].T
+        logits = output["logit_scale"] * cosines(output["image_features"], output["text_features"])
         same = (batch.index[:, None] == batch.index) & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
         logits, target = logits.masked_fill(same, -torch.inf), torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
