@@ -141,7 +141,8 @@ def _on_trunk(folder: Path, trunk: Mapping[str, str]) -> nn.Module:
     model = open_clip.CustomTextCLIP(**config, output_dict=True)
     weights = {f"visual.trunk.{key}": value for key, value in load_trunk(trunk).items() if "classifier" not in key}
     model.load_state_dict(weights | load_file(folder / WEIGHTS_FILE))
-    open_clip.model.set_model_preprocess_cfg(model, settings["preprocess_cfg"])
+    size = config["vision_cfg"]["image_size"]
+    open_clip.model.set_model_preprocess_cfg(model, settings["preprocess_cfg"] | {"size": size})
     model.shared_trunk = trunk["timm_name"]
     return model
 

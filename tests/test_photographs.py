@@ -3,6 +3,8 @@
 import hashlib
 import math
 import random
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +13,15 @@ from PIL import Image
 
 import mclip.locked_image as locked
 import mclip.teacher as teachers
+from mclip.cli import photo
+from mclip.cli.main import main
 from mclip.config import ConfigError, TrainConfig
 from mclip.files import read_json, write_json
 from mclip.locked_image import ClassSentences, class_means, tune
 from mclip.pairs import Batch
 from mclip.pictures import Crops
 from mclip.recipes import BASE
+from mclip.results import load_results
 from mclip.sources.loading import load_pairs
 from mclip.sources.photographs import EXCERPTS, photograph_set
 from mclip.sources.unpaired import add_unpaired
@@ -126,6 +131,7 @@ def test_a_tuned_teacher_teaches_and_its_folder_holds_no_trunk(pictures, tmp_pat
     assert sum(file.stat().st_size for file in folder.iterdir()) < 10e6
     teacher = load_teacher(str(folder))
     assert teacher.trunk is not None
+    assert (teacher.image_size, teacher.transform(training.picture(0)).shape) == (64, (3, 64, 64))
     crops = Crops(0.6, 2, 0, coarse=16)
     targets = teacher_targets(teacher, training, False, crops)
     view = crops.cut(training.picture(9), 64, int(targets.seeds[9, 1]))
@@ -155,6 +161,51 @@ def test_what_features_tell_of_the_pictures_is_learnt(pictures, tmp_path, monkey
     settings = TrainConfig(max_epochs=30, batch_size=8, learning_rate=3e-3, crop_scale=0.6, views=2, progress=False)
     result = tune(training, validation, settings, tmp_path / "run", image_size=64)
     assert result.validations()[-1]["validation"]["r1"] > 60  # of eight
+
+
+def test_short_captions_are_encoded_as_open_clip_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(locked, "LITE2", fake_wheel(tmp_path, monkeypatch)[0])
+    locked.write_untuned(tmp_path / "teacher", 64, 0)
+    teacher = load_teacher(str(tmp_path / "teacher"))
+    captions = ["a dog", "two men ride brown horses along the beach", "a " * 60] * 60
+    tokens = teacher.tokenize(captions)
+    with torch.inference_mode():
+        ours = locked.LockedImage(teacher.model).encode_text(tokens, normalize=True)
+        theirs = teacher.model.encode_text(tokens, normalize=True)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_the_command_makes_teacher_and_student_and_goes_on(pictures, tmp_path, monkeypatch, capsys):
+    """The whole way on a few pictures, laid out as the archives unpack."""
+    monkeypatch.setattr(locked, "LITE2", fake_wheel(tmp_path, monkeypatch)[0])
+    monkeypatch.setattr(locked, "CONFIDENT", 0.0)
+    monkeypatch.setattr(photo, "TEACHER", replace(photo.TEACHER, max_epochs=1, batch_size=4, validate_every=1))
+    monkeypatch.setattr(photo, "STUDENT", replace(photo.STUDENT, batch_size=8))
+    monkeypatch.setattr(photo, "PRESET", "course")
+    root = tmp_path / "root"
+    (root / "flickr8k" / "images").mkdir(parents=True)
+    for number in range(8):
+        (root / "flickr8k" / "images" / f"{number}.png").write_bytes((pictures / f"{number}.png").read_bytes())
+    table = "\n".join(["file_name,image_path,caption"] + [f"{n}.png,images,a caption of {n}" for n in range(8)])
+    for split in ("train", "val", "test"):
+        (root / "flickr8k" / f"{split}.csv").write_text(table + "\n", encoding="utf-8")
+    shutil.copytree(pictures / "others", root / "unlabelled")
+    for excerpt in EXCERPTS.values():
+        for name in ("cat", "dog"):
+            (root / excerpt.folder / name).mkdir(parents=True)
+            for number in range(8):
+                Image.new("RGB", (32, 32), (30 * number, 0, 0)).save(root / excerpt.folder / name / f"{number}.png")
+    monkeypatch.setattr(photo, "EXCERPTS", {name: EXCERPTS[name] for name in ("cifar10", "imagenette")})
+    arguments = ["photo", "--root_dir", str(root), "--out_dir", str(tmp_path / "out"), "--epochs", "1"]
+    arguments += ["--progress", "false"]
+    assert main(arguments) == 0
+    records = load_results(tmp_path / "out" / "results" / "photo.json")
+    assert {record["task"] for record in records} == {"zero_shot", "retrieval"}
+    assert all(record["split"].startswith(("test", "val")) for record in records)
+    before = (tmp_path / "out" / "photo" / "model" / "model.safetensors").read_bytes()
+    assert main(arguments) == 0
+    assert (tmp_path / "out" / "photo" / "model" / "model.safetensors").read_bytes() == before
+    assert "photo-teacher" in capsys.readouterr().out
 
 
 def test_a_folder_of_a_teacher_without_its_trunk_is_named(pictures, tmp_path, monkeypatch):
