@@ -66,24 +66,27 @@ TEMPLATES = (
     "there is a {}",
 )
 TEXTS_AT_ONCE = 128
-FEATURE_DROPOUT = 0.1
+FEATURE_DROPOUT = 0.2
 SCATTER = 0.5  # share of the spread of known photographs around their class's mean that a drawn class gets
+MEMBERS = 10  # known photographs from which on their mean counts as that of their class
 CONFIDENT = 0.4  # probability from which on the classifier's answer for a photograph counts
-CLASS_SHARES = (0.25, 0.5)  # of known photographs, and of means of classes, for each captioned picture of a batch
+CLASS_SHARES = (0.5, 2.0)  # of known photographs, and of means of classes, for each captioned picture of a batch
 _WORD = re.compile(r"[a-z]{3,}")
 
 
-def class_means(features: Tensor, rows: Tensor) -> Tensor:
-    """Where the features (N, F) of each class lie on average, from a linear classifier's rows (C, F) alone: (C, F).
+def class_means(features: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+    """Where the features (N, F) of each class lie on average, from a linear classifier's rows (C, F): (C, F).
 
     Linear discriminant analysis read backwards. For classes that are normally distributed with one covariance S around
     means m_c, the best rows are w_c = S^-1 (m_c - m); so m_c = m + a S (w_c - mean of w). ``features`` of photographs
-    without labels give m and S; the factor a puts the means as far from m as features lie from it on average.
+    give m and S, and those of the classes that have ``MEMBERS`` of ``labels`` (N,) or more, -1 for none, the length a.
     """
     middle = features.mean(0)
     centred = features - middle
     directions = (rows - rows.mean(0)) @ (centred.T @ centred / len(features))
-    return middle + directions * (centred.norm(dim=1).mean() / directions.norm(dim=1).mean())
+    counts = torch.bincount(labels[labels >= 0], minlength=len(rows))
+    ratios = [centred[labels == c].mean(0).norm() / directions[c].norm() for c in (counts >= MEMBERS).nonzero()[:, 0]]
+    return middle + directions * torch.stack(ratios).mean()
 
 
 class ClassSentences:
@@ -106,11 +109,11 @@ class ClassSentences:
     def draw(self, number: int, rng: random.Random) -> str:
         """A sentence about class ``number``."""
         kind, name = rng.random(), rng.choice(self.names[number])
-        if kind < 0.55:
+        if kind < 0.6:
             return rng.choice(TEMPLATES).format(name)
-        if kind < 0.7:
+        if kind < 0.65:
             return self.definitions[number]
-        if kind < 0.85:
+        if kind < 0.72:
             return f"{name}, {self.definitions[number]}"
         return rng.choice(TEMPLATES).format(rng.choice(self.words[number] or [name]))
 
@@ -122,15 +125,30 @@ class ClassSentences:
 
 
 class LockedImage(nn.Module):
-    """What is trained: a linear projection of the trunk's features, and open_clip's text tower."""
+    """What is trained: a linear projection of the trunk's features, and open_clip's text tower.
 
-    def __init__(self, model: nn.Module) -> None:
+    While they are trained the features are standardised, by their ``mean`` and ``spread`` (F,); :meth:`fold` moves
+    that into the projection.
+    """
+
+    def __init__(self, model: nn.Module, mean: Tensor, spread: Tensor) -> None:
         super().__init__()
         self.projection, self.text, self.logit_scale = model.visual.head, model.text, model.logit_scale
+        self.register_buffer("mean", mean)
+        self.register_buffer("spread", spread)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Let the projection read features as the trunk makes them."""
+        linear = self.projection.proj
+        linear.weight.div_(self.spread)
+        linear.bias.sub_(linear.weight @ self.mean)
+        self.mean.zero_()
+        self.spread.fill_(1)
 
     def encode_image(self, features: Tensor, normalize: bool = False) -> Tensor:
         """Features of the trunk (B, F) -> embeddings (B, D)."""
-        embedding = self.projection(features)
+        embedding = self.projection((features - self.mean) / self.spread)
         return F.normalize(embedding, dim=-1) if normalize else embedding
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
@@ -249,19 +267,21 @@ def tune(
     rows, bias = (load_trunk(LITE2)[f"classifier.{kind}"].float() for kind in ("weight", "bias"))
     pairs = training if training.paired is None else captioned(training)
     everything = torch.from_numpy(np.array(features)).float()
-    means = class_means(everything.flatten(0, 1), rows)
-    others = everything[len(pairs) :]
-    chances, labels = (others @ rows.T + bias).softmax(-1).mean(1).max(-1)
+    chances, labels = (everything[len(pairs) :] @ rows.T + bias).softmax(-1).mean(1).max(-1)
     sure = chances > CONFIDENT
-    model = LockedImage(teacher.model.requires_grad_(True))
-    with torch.no_grad():  # features are positive: embeddings begin around their middle
-        model.projection.proj.bias.copy_(-model.projection.proj.weight @ everything.mean((0, 1)))
+    known, labels = everything[len(pairs) :][sure], labels[sure]
+    views = everything.flatten(0, 1)
+    of_views = torch.full((len(everything), everything.shape[1]), -1)
+    of_views[len(pairs) :][sure] = labels[:, None]
+    means = class_means(views, rows, of_views.flatten())
+    model = LockedImage(teacher.model.requires_grad_(True), views.mean(0), views.std(0) + 1e-6)
     extra = tuple(round(share * settings.batch_size) for share in CLASS_SHARES)
     source = pairs, teacher.tokenize, torch.nn.Identity(), settings.batch_size, settings.seed
-    batches = FeatureBatches(*source, None, None, features[: len(pairs)], others[sure], labels[sure], means, extra)
+    batches = FeatureBatches(*source, None, None, features[: len(pairs)], known, labels, means, extra)
     whole = torch.from_numpy(np.array(trunk_features(teacher, validation, settings.progress))).float()
     run |= {"out_dir": folder.parent, "validate": retrieval_of(whole, validation, teacher.tokenize)}
     result = train(model, batches, settings, objective=ClassContrastive(BASE), **run)
+    model.fold()
     save_tuned(teacher.model, folder)
     return result
 

@@ -56,9 +56,13 @@ def test_means_of_classes_from_a_classifier_alone():
     noise = torch.randn(40, 500, 12, generator=draw, dtype=torch.float64) @ mixing
     features = (true_means[:, None] + noise).flatten(0, 1)
     rows = torch.linalg.solve(mixing.T @ mixing, true_means.T).T
-    found, middle = class_means(features, rows), features.mean(0)
+    labels = torch.arange(40).repeat_interleave(500).where(torch.arange(20_000) % 25 == 0, torch.tensor(-1))
+    found, middle = class_means(features, rows, labels), features.mean(0)
     cosines = torch.nn.functional.cosine_similarity(found - middle, true_means - true_means.mean(0), dim=1)
     plain = torch.nn.functional.cosine_similarity(rows - rows.mean(0), true_means - true_means.mean(0), dim=1)
+    assert (found - middle).norm(dim=1).mean() == pytest.approx(
+        noise.flatten(0, 1).mean(0).norm() + 0.1 * math.sqrt(12), rel=0.6
+    )
     assert cosines.mean() > 0.95 > plain.mean() + 0.3
 
 
@@ -123,6 +127,7 @@ def test_a_wheel_with_other_weights_is_refused(tmp_path, monkeypatch):
 def test_a_tuned_teacher_teaches_and_its_folder_holds_no_trunk(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(locked, "LITE2", fake_wheel(tmp_path, monkeypatch)[0])
     monkeypatch.setattr(locked, "CONFIDENT", 0.0)
+    monkeypatch.setattr(locked, "MEMBERS", 1)
     validation = load_pairs(pictures / "data.csv", 32, progress=False)
     training = add_unpaired(validation, pictures / "others", image_size=32, progress=False)
     settings = TrainConfig(max_epochs=3, batch_size=4, crop_scale=0.6, views=2, coarse=16, progress=False)
@@ -155,6 +160,7 @@ def test_what_features_tell_of_the_pictures_is_learnt(pictures, tmp_path, monkey
 
     monkeypatch.setattr(locked, "LITE2", fake_wheel(tmp_path, monkeypatch)[0])
     monkeypatch.setattr(locked, "CONFIDENT", 0.0)
+    monkeypatch.setattr(locked, "MEMBERS", 1)
     monkeypatch.setattr(locked, "trunk_features", features)
     validation = load_pairs(pictures / "data.csv", 32, progress=False)
     training = add_unpaired(validation, pictures / "others", image_size=32, progress=False)
@@ -170,7 +176,9 @@ def test_short_captions_are_encoded_as_open_clip_does(tmp_path, monkeypatch):
     captions = ["a dog", "two men ride brown horses along the beach", "a " * 60] * 60
     tokens = teacher.tokenize(captions)
     with torch.inference_mode():
-        ours = locked.LockedImage(teacher.model).encode_text(tokens, normalize=True)
+        ours = locked.LockedImage(teacher.model, torch.zeros(1280), torch.ones(1280)).encode_text(
+            tokens, normalize=True
+        )
         theirs = teacher.model.encode_text(tokens, normalize=True)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
@@ -179,6 +187,7 @@ def test_the_command_makes_teacher_and_student_and_goes_on(pictures, tmp_path, m
     """The whole way on a few pictures, laid out as the archives unpack."""
     monkeypatch.setattr(locked, "LITE2", fake_wheel(tmp_path, monkeypatch)[0])
     monkeypatch.setattr(locked, "CONFIDENT", 0.0)
+    monkeypatch.setattr(locked, "MEMBERS", 1)
     monkeypatch.setattr(photo, "TEACHER", replace(photo.TEACHER, max_epochs=1, batch_size=4, validate_every=1))
     monkeypatch.setattr(photo, "STUDENT", replace(photo.STUDENT, batch_size=8))
     monkeypatch.setattr(photo, "PRESET", "course")

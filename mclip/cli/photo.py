@@ -19,7 +19,7 @@ from mclip.sources.photographs import EXCERPTS, flickr8k, photograph_set
 
 VIEWS = {"crop_scale": 0.5, "views": 2, "mirrored": True, "coarse": 32}
 TEACHER = TrainConfig(
-    max_epochs=60, batch_size=512, weight_decay=0.2, validate_every=10, precision="bf16-mixed", **VIEWS
+    max_epochs=40, batch_size=256, weight_decay=0.2, validate_every=10, precision="bf16-mixed", **VIEWS
 )
 STUDENT = TrainConfig(max_epochs=12, batch_size=128, learning_rate=2e-3, **VIEWS)
 PRESET = "pocket-256"
