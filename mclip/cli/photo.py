@@ -97,11 +97,11 @@ def photo(
         names = {"teacher_model": str(out / "teacher" / "model")}
         size = PRESETS[PRESET].image.image_size
         tune(*load_data("cpu", size, **paths), replace(TEACHER, seed=seed, progress=progress), out / "teacher")
-        judge(out / "teacher" / "model", "photo-teacher", out / "results", root_dir, download)
+        judge(out / "teacher" / "model", "photo-teacher", out / "results" / "photo.json", root_dir, download)
     config, settings = PRESETS[PRESET], replace(STUDENT, max_epochs=epochs, seed=seed, progress=progress)
     pairs = load_data("cpu", config.image.image_size, **paths, unpaired_texts_path=str(out / "class_sentences.txt"))
     train_student(config, *pairs, settings, out / "photo", distill=TERMS, **names)
-    judge(out / "photo" / "model", "photo", out / "results", root_dir, download)
+    judge(out / "photo" / "model", "photo", out / "results" / "photo.json", root_dir, download)
 
 
 def unlabelled(root_dir: str, download: bool) -> Path:
@@ -115,14 +115,14 @@ def unlabelled(root_dir: str, download: bool) -> Path:
     return folder
 
 
-def judge(folder: Path, name: str, results: Path, root_dir: str, download: bool) -> list[dict[str, Any]]:
-    """The records of a model on the photograph sets, printed and kept in ``results``."""
+def judge(folder: Path, name: str, file: Path, root_dir: str, download: bool) -> list[dict[str, Any]]:
+    """The records of a model on the photograph sets, printed and kept in ``file``; and the model's card."""
     model, tokenizer = load_model(folder)
     sets = [photograph_set(each, root_dir, "report", download) for each in EXCERPTS]
     records = [evaluate_zero_shot(model, tokenizer, each, name) for each in sets]
     pairs = load_pairs(flickr8k("test", root_dir, download), input_of(model).size, progress=False)
     records.append(evaluate_retrieval(model, tokenizer, pairs, name, split="test"))
-    save_result(results / f"{name}.json", *records)
+    save_result(file, *records)
     write_card(folder, name, records)
     for record in records:
         label, score = score_of(record)
