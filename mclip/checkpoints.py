@@ -1,8 +1,8 @@
 """The folder of a run: its log, and checkpoints from which it goes on as if nothing had happened.
 
-A checkpoint holds weights, aligners, balancer, optimiser, moving average, gradient scaler, counters and log, and not the teacher. The
-order of the data and the random numbers are functions of seed, step and process, and need no state. So a run may go on
-with another number of processes.
+A checkpoint holds weights, aligners, balancer, optimiser, moving average, gradient scaler, counters and log, and not
+the teacher. The order of the data and the random numbers are functions of seed, step and process, and need no state.
+So a run may go on with another number of processes.
 """
 
 import json
