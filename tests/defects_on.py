@@ -2,11 +2,12 @@
 
 import pytest
 
-from mclip.study.defects import DEFECTS
+from mclip.study.defects import PATCHES, switched_on
+from mclip.study.table import DEFECTS
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     defect = next(each for each in DEFECTS.values() if item.originalname in each.checks)
-    with defect.switched_on():
+    with switched_on(*PATCHES[defect.defect]):
         return (yield)

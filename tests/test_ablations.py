@@ -12,8 +12,7 @@ from mclip.files import DATA
 from mclip.results import ResultError, load_results, make_result
 from mclip.show import ablations as ablation_figures
 from mclip.show.ablations import difference, effects, means_of, pooled_deviation
-from mclip.study.defects import DEFECTS
-from mclip.study.table import BY_NAME
+from mclip.study.table import BY_NAME, DEFECTS
 
 MODEL = {"name": "kd", "parameters": 1, "sha256": "0" * 64}
 
@@ -155,8 +154,8 @@ def test_every_defect_has_its_line(committed):
     for defect, line in zip(DEFECTS.values(), lines, strict=True):
         assert all(f"`{check}`" in line for check in defect.checks)
         assert defect.title in line
-        if f"defect-{defect.number:02}" in costs:
-            assert f"{statistics.fmean(costs[f'defect-{defect.number:02}']):.1f} points" in line
+        if defect.name in costs:
+            assert f"{statistics.fmean(costs[defect.name]):.1f} points" in line
 
 
 def test_curves_of_the_defects_are_the_logs(committed):
@@ -178,10 +177,10 @@ def test_a_healthy_run_that_diverged_takes_only_its_own_panels(committed):
     healthy = [r for r in committed[0] if (r["model"]["name"], r["seed"]) != ("kd", 0)] + [failure("kd", 0)]
     axes = ablation_figures.defect_curves(committed[1], healthy).axes
     shown = [int((ax.get_title() or ax.get_title(loc="left")).split(":")[0]) for ax in axes]
-    assert shown == [number for number, defect in DEFECTS.items() if defect.recipe not in ("", "kd")]
+    assert shown == [number for number, defect in DEFECTS.items() if defect.against not in ("", "kd")]
 
 
 def test_a_defect_costs_what_the_healthy_run_has_more():
     defective = [record("defect-01", seed, 20.0 + seed) for seed in range(2)]
-    healthy = {DEFECTS[1].recipe: {0: 50.0, 1: 45.0}}
+    healthy = {DEFECTS[1].against: {0: 50.0, 1: 45.0}}
     assert ablation_figures.defect_costs(defective, healthy) == {"defect-01": [30.0, 24.0]}

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from mclip import balancing, losses, text_encoder, train
-from mclip.study.defects import DEFECTS, NO_REFUSAL, left_and_right_swapped
+from mclip.study.defects import NO_REFUSAL, PATCHES, left_and_right_swapped, switched_on
+from mclip.study.table import DEFECTS
 
 TESTS = Path(__file__).parent
-each_defect = pytest.mark.parametrize("defect", DEFECTS.values(), ids=lambda defect: f"{defect.number:02}")
+each_defect = pytest.mark.parametrize("defect", DEFECTS.values(), ids=lambda row: f"{row.defect:02}")
 
 
 def files_of_tests() -> dict[str, Path]:
@@ -28,7 +29,7 @@ def files_of_tests() -> dict[str, Path]:
 
 
 def test_there_are_fourteen():
-    assert list(DEFECTS) == list(range(1, 15))
+    assert list(DEFECTS) == list(PATCHES) == list(range(1, 15))
 
 
 @each_defect
@@ -77,9 +78,9 @@ def test_the_checks_fail_with_the_defect_on(defect, outcomes):
 
 @each_defect
 def test_a_defect_is_gone_when_it_is_switched_off(defect):
-    patched = (*defect.patches, NO_REFUSAL)
+    patched = (*PATCHES[defect.defect], NO_REFUSAL)
     before = [getattr(owner, name) for owner, name, _ in patched]
-    with contextlib.suppress(KeyboardInterrupt), defect.switched_on(train_all_the_same=True):
+    with contextlib.suppress(KeyboardInterrupt), switched_on(*patched):
         assert all(getattr(owner, name) is defective for owner, name, defective in patched)
         raise KeyboardInterrupt
     assert [getattr(owner, name) for owner, name, _ in patched] == before
@@ -88,7 +89,7 @@ def test_a_defect_is_gone_when_it_is_switched_off(defect):
 def test_a_function_is_replaced_wherever_it_was_imported():
 
     globals()["learning_rate"] = train.learning_rate
-    with DEFECTS[8].switched_on():
+    with switched_on(*PATCHES[8]):
         assert globals()["learning_rate"] is train.learning_rate
     del globals()["learning_rate"]
 
@@ -101,7 +102,7 @@ def test_the_dead_balancer_looks_like_success():
     """Its loss falls to 0, because its weight does."""
     config = balancing.DistillConfig()
     weigher, terms = balancing.Balancer(config), {"original": torch.tensor(4.0)}
-    with DEFECTS[6].switched_on():
+    with switched_on(*PATCHES[6]):
         printed = [weigher.combine(terms, {"original": 1.0}, step, [])[0].item() for step in range(100)]
     assert printed[-1] < 1e-3 * printed[0]
 
@@ -109,8 +110,8 @@ def test_the_dead_balancer_looks_like_success():
 def test_defective_forms_keep_their_shapes():
     x, padding = torch.randn(2, 6, 64), torch.zeros(2, 6, dtype=torch.bool)
     block = text_encoder.LSRABlock(128, 4, 3, 128, 0.0)
-    with DEFECTS[3].switched_on(), DEFECTS[4].switched_on():
+    with switched_on(*PATCHES[3], *PATCHES[4]):
         assert block(torch.cat([x, x], 2), padding).shape == (2, 6, 128)
     u, U = torch.randn(4, 8), torch.randn(4, 8)
-    with DEFECTS[7].switched_on():
+    with switched_on(*PATCHES[7]):
         assert losses.feature(u, U).ndim == 0

@@ -119,7 +119,7 @@ def test_finished_work_is_not_repeated_and_what_was_killed_goes_on(tmp_path, mon
         run.work_off(jobs, tmp_path / "runs")
         assert done == ["toy 0", "toy 1", "toy 2", "toy 3"]
     other = run.Job(jobs[1].row, 0, {"n": "toy 1", "new": True}, jobs[1].file, jobs[1].folder)
-    assert not any(map(other.made, load_results(jobs[1].file))), "a record of other settings is not this job's"
+    assert not other.is_finished(), "a record of other settings is not this job's"
 
 
 def test_processes_share_what_is_left(tmp_path):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
 
 from mclip.results import ResultError
-from mclip.show.style import PALETTE, NotebookFigure, figure, label, styled
+from mclip.show.style import PALETTE, NotebookFigure, figure, intervals, label, name_rows, styled
 from mclip.show.tables import markdown
 
 Records = Iterable[Mapping[str, Any]]
@@ -40,8 +41,7 @@ def means_of(records: Records) -> dict[str, dict[int, float]]:
 
     ResultError for a configuration whose records differ in more than the seed.
     """
-    means: dict[str, dict[int, float]] = {}
-    settings: dict[str, Any] = {}
+    means, settings = {}, {}
     for record in records:
         name, own = record["model"]["name"], {**record["details"]["configuration"], "seed": None}
         if settings.setdefault(name, own) != own:
@@ -54,11 +54,9 @@ def means_of(records: Records) -> dict[str, dict[int, float]]:
 def pooled_deviation(means: Means) -> tuple[float, int]:
     """Standard deviation of a difference of two runs of one seed, and its degrees of freedom, from all configurations.
 
-    Two or three seeds of one configuration tell little about its scatter; all configurations together tell what is
-    typical, if it is alike in all. It is what is left of the scores when each configuration and each seed has a
-    level of its own (two-way analysis of variance: Fisher 1925), times sqrt(2) for a difference of two. A
-    configuration whose scores are another's, bit for bit, is no run of its own and is left out. (nan, 0) where no
-    configuration has two seeds.
+    It is what is left of the scores when each configuration and each seed has a level of its own (two-way analysis
+    of variance: Fisher 1925), times sqrt(2) for a difference of two. A configuration whose scores are another's, bit
+    for bit, is no run of its own and is left out. (nan, 0) where no configuration has two seeds.
     """
     distinct = {tuple(sorted(scores.items())): name for name, scores in reversed(means.items())}
     runs = [(name, seed, score) for name in distinct.values() for seed, score in means[name].items()]
@@ -73,33 +71,34 @@ def pooled_deviation(means: Means) -> tuple[float, int]:
 
 
 def difference(means: Means, name: str, against: str) -> dict[str, Any]:
-    """Points by which ``name`` scores more than ``against``, seed by seed.
+    """Points by which ``name`` scores more than ``against``, seed by seed; ResultError where no seed has both.
 
-    The keys are ``value`` with its interval ``low`` to ``high``, number of seeds ``n``, and ``verdict``. The 95 %
-    interval is Student's with :func:`pooled_deviation`; a training that is its counterpart's, bit for bit, has one of
-    no width. Where no configuration has two seeds ``low`` and ``high`` are missing and nothing is decided.
-    ResultError where no seed has both records.
+    The keys are ``value``, number of seeds ``n``, ``verdict``, and the interval ``low`` to ``high``, Student's 95 %
+    with :func:`pooled_deviation`. Where no configuration has two seeds it is missing, and nothing is decided.
     """
     own, other = means.get(name, {}), means.get(against, {})
     points = [own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]
     if not points:
         raise ResultError(f"{name}: no seed has a record of it and of {against}; run: python -m mclip study ablations")
     value, (deviation, freedom) = statistics.fmean(points), pooled_deviation(means)
+    found = {"value": value, "n": len(points)}
     if not any(points):
-        return {"value": 0.0, "low": 0.0, "high": 0.0, "n": len(points), "verdict": "identical"}
+        return found | {"low": 0.0, "high": 0.0, "verdict": "identical"}
     if not freedom:
-        return {"value": value, "n": len(points), "verdict": "undecided"}
+        return found | {"verdict": "undecided"}
     half = float(stdtrit(freedom, 0.975)) * deviation / math.sqrt(len(points))
     verdict = "helps" if value > half else "hurts" if value < -half else "undecided"
-    return {"value": value, "low": value - half, "high": value + half, "n": len(points), "verdict": verdict}
+    return found | {"low": value - half, "high": value + half, "verdict": verdict}
 
 
 def effects(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The :func:`difference` of each configuration to its counterpart, in the order of the records."""
-    means, plan = means_of(records), plan_of(records)
-    pairs = {name: each["against"] for name, each in plan.items() if each["against"] != name}
-    shared = {name: other for name, other in pairs.items() if means.get(name, {}).keys() & means.get(other, {}).keys()}
-    return {name: difference(means, name, other) for name, other in shared.items()}
+    means, found = means_of(records), {}
+    for name, each in plan_of(records).items():
+        other = each["against"]
+        if other != name and means.get(name, {}).keys() & means.get(other, {}).keys():
+            found[name] = difference(means, name, other)
+    return found
 
 
 def failures_of(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -110,10 +109,7 @@ def failures_of(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def ablation_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table: mean over seeds, and the difference to what each configuration is compared with.
-
-    A configuration that failed with every seed says so; with one seed differences have no interval.
-    """
+    """A Markdown table: mean over seeds, or the error of all, and the difference to each one's counterpart."""
     means, plan, failed = means_of(records), plan_of(records), failures_of(records)
     found, rows = effects(records), []
     for name, each in plan.items():
@@ -131,14 +127,11 @@ def ablation_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 @styled
 def ablation_figure(records: Sequence[Mapping[str, Any]]) -> NotebookFigure:
-    """Each configuration's mean top-1, a dot for each seed, and the difference to its counterpart with its interval.
-
-    Failures and single seeds as in :func:`ablation_table`.
-    """
+    """What :func:`ablation_table` says: means with a dot for each seed, and differences with their intervals."""
     means, plan, found, failed = means_of(records), plan_of(records), effects(records), failures_of(records)
     if not plan:
         raise ResultError("no records; run: python -m mclip study ablations")
-    names = list(plan)
+    names, groups = list(plan), [each["group"] for each in plan.values()]
     fig = figure(8.3, 1.3 + 0.215 * len(names))
     left, right = fig.subplots(1, 2, sharey=True, width_ratios=(1, 0.9))
     for row, name in enumerate(names):
@@ -149,20 +142,18 @@ def ablation_figure(records: Sequence[Mapping[str, Any]]) -> NotebookFigure:
         left.plot(values, [row] * len(values), "o", color=PALETTE[7], markersize=3)
         left.plot(statistics.fmean(values), row, "D", color="black", markersize=4)
         if name in found:
-            e = found[name]
-            colour, marker = VERDICTS[e["verdict"]]
-            spread = [[e["value"] - e["low"]], [e["high"] - e["value"]]] if "low" in e else None
-            right.errorbar(e["value"], row, xerr=spread, fmt=marker, color=colour, markersize=5, capsize=2)
+            colour, marker = VERDICTS[found[name]["verdict"]]
+            intervals(right, [row], [found[name]], marker, color=colour, markersize=5)
     for name, dash in (("base", ":"), ("kd", "--")):
         if name in means:
             level, title = statistics.fmean(means[name].values()), plan[name]["title"]
             left.axvline(level, color="black", linestyle=dash, linewidth=1, label=title)
     for ax in (left, right):
         ax.grid(False, axis="y")
-        for row in range(1, len(names)):
-            if plan[names[row]]["group"] != plan[names[row - 1]]["group"]:
-                ax.axhline(row - 0.5, color=PALETTE[7], linewidth=0.6)
-    left.set_yticks(range(len(names)), [plan[name]["title"] for name in names])
+        for row, (above, below) in enumerate(pairwise(groups)):
+            if above != below:
+                ax.axhline(row + 0.5, color=PALETTE[7], linewidth=0.6)
+    name_rows(left, [plan[name]["title"] for name in names])
     left.set_ylim(len(names) - 0.5, -0.5)
     left.set(title="Mean of seven sets, a dot for each seed", xlabel="zero-shot top-1 (%)", xlim=(0, None))
     right.axvline(0, color="black", linewidth=1)
@@ -189,19 +180,20 @@ def defect_costs(records: Records, healthy: Means) -> dict[str, list[float]]:
 def defect_table(records: Sequence[Mapping[str, Any]], healthy: Means) -> str:
     """A Markdown table of all defects: what each does, what it costs or changes, and the test that catches it."""
     costs, rows = defect_costs(records, healthy), []
+    firsts = {record["model"]["name"]: record for record in reversed(records)}
     for name, each in plan_of(records).items():
-        own = [record for record in records if record["model"]["name"] == name]
+        first = firsts[name]
         if name in costs:
             points = ", ".join(f"{value:.1f}" for value in costs[name])
             cost = f"{statistics.fmean(costs[name]):.1f} points (by seed: {points})"
-        elif "error" in own[0]:
-            cost = f"the training fails: {own[0]['error']}"
+        elif "error" in first:
+            cost = f"the training fails: {first['error']}"
         elif each["against"]:
             cost = "not measured without the defect"
         else:
-            numbers = own[0]["metrics"].items()
+            numbers = first["metrics"].items()
             cost = "; ".join(f"{what}: {v['healthy']:.3g} → {v['defective']:.3g}" for what, v in numbers)
-        number = own[0]["details"]["configuration"]["defect"]
+        number = first["details"]["configuration"]["defect"]
         rows.append((number, each["title"], cost, ", ".join(f"`{check}`" for check in each["checks"])))
     return markdown(("", "defect", "what it costs", "the test that fails"), rows)
 
@@ -209,24 +201,20 @@ def defect_table(records: Sequence[Mapping[str, Any]], healthy: Means) -> str:
 @styled
 def defect_curves(records: Records, healthy: Records) -> NotebookFigure:
     """The training loss of each trained defect (dashed) beside that of the same training without it, seed 0."""
-    other = {r["model"]["name"]: r for r in healthy if r["seed"] == 0 and "loss" in r["details"]}
-    own = [r for r in records if r["seed"] == 0 and "loss" in r["details"]]
-    own = [r for r in own if r["details"]["experiment"]["against"] in other]
+    first = [[r["details"] for r in rows if r["seed"] == 0 and "loss" in r["details"]] for rows in (records, healthy)]
+    other = {details["experiment"]["name"]: details["loss"] for details in first[1]}
+    own = [details for details in first[0] if details["experiment"]["against"] in other]
     if not own:
         command = "python -m mclip study ablations defects --seeds 1"
         raise ResultError(f"no training of seed 0 has ended both with a defect and without it; run: {command}")
     rows = -(-len(own) // 3)
     fig = figure(8.3, 0.9 + 1.75 * rows)
-    axes = fig.subplots(rows, 3, squeeze=False).ravel()
-    for ax in axes[len(own) :]:
-        ax.remove()
-    for ax, record in zip(axes, own, strict=False):
-        experiment = record["details"]["experiment"]
-        healthy_loss = other[experiment["against"]]["details"]["loss"]
-        ax.plot(*np.array(record["details"]["loss"]).T, "--", color=PALETTE[1], linewidth=1, label="with the defect")
-        ax.plot(*np.array(healthy_loss).T, "-", color=PALETTE[0], linewidth=1, label="without")
-        number, title = record["details"]["configuration"]["defect"], experiment["title"].split(":")[0]
-        ax.set_title(f"{number}: {title}", fontsize=9)
+    axes = [fig.add_subplot(rows, 3, number) for number in range(1, len(own) + 1)]
+    for ax, details in zip(axes, own, strict=True):
+        experiment, number = details["experiment"], details["configuration"]["defect"]
+        ax.plot(*zip(*details["loss"], strict=True), "--", color=PALETTE[1], linewidth=1, label="with the defect")
+        ax.plot(*zip(*other[experiment["against"]], strict=True), color=PALETTE[0], linewidth=1, label="without")
+        ax.set_title(f"{number}: {experiment['title'].split(':')[0]}", fontsize=9)
         ax.set(xlabel="step", ylabel="loss")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     fig.suptitle("Would you have seen it in the loss?")

@@ -98,13 +98,19 @@ def name_rows(ax: Axes, names: Sequence[str]) -> None:
     ax.grid(False, axis="y")
 
 
+def intervals(ax: Axes, places: Sequence[float], rows: Sequence[Row], fmt: str = "none", **look: Any) -> None:
+    """Marks at the values of ``rows``, with whiskers where all rows have an interval."""
+    spread = None
+    if all("low" in row for row in rows):
+        spread = np.array([(row["value"] - row["low"], row["high"] - row["value"]) for row in rows]).T
+    ax.errorbar([row["value"] for row in rows], places, xerr=spread, fmt=fmt, capsize=2, **look)
+
+
 def interval_bars(ax: Axes, places: Sequence[float], rows: Sequence[Row], height: float = 0.8, **look: Any) -> None:
     """Horizontal bars of the values of ``rows``, with whiskers where all rows have an interval."""
-    values = [row["value"] for row in rows]
-    ax.barh(places, values, height, edgecolor="white", linewidth=0, **look)
+    ax.barh(places, [row["value"] for row in rows], height, edgecolor="white", linewidth=0, **look)
     if rows and all("low" in row for row in rows):
-        spread = np.array([(row["value"] - row["low"], row["high"] - row["value"]) for row in rows]).T
-        ax.errorbar(values, places, xerr=spread, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+        intervals(ax, places, rows, ecolor="black", elinewidth=1)
 
 
 def grouped_bars(ax: Axes, table: Table, models: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import operator
 import statistics
@@ -10,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from scipy.special import stdtrit
 
 from mclip.results import ResultError
@@ -22,9 +22,8 @@ Scores = dict[str, dict[str, dict[str, Any]]]
 def read_published(path: str | Path) -> Scores:
     """``{dataset: {model: {"value"}}}``, percent, of a CSV with the columns model, dataset, top1, source."""
     table: Scores = {}
-    with Path(path).open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            table.setdefault(row["dataset"], {})[row["model"]] = {"value": float(row["top1"])}
+    for row in pd.read_csv(path).itertuples():
+        table.setdefault(row.dataset, {})[row.model] = {"value": row.top1}
     return table
 
 
@@ -47,17 +46,14 @@ def by_model(records: Records, task: str = "zero_shot") -> dict[str, dict[str, l
     ResultError for a seed that a model has twice on one dataset.
     """
     groups: dict[str, dict[str, list]] = {}
-    for record in records:
-        if record["task"] != task:
-            continue
+    for record in (record for record in records if record["task"] == task):
         dataset, model, seed = record["dataset"], record["model"]["name"], record["seed"]
         models = groups.setdefault(dataset, {})
-        if "error" in record:
-            continue
-        group = models.setdefault(model, [])
-        if seed in [other["seed"] for other in group]:
-            raise ResultError(f"seed={seed} is not valid: {model} on {dataset} has two records with it; keep one.")
-        group.append(record)
+        if "error" not in record:
+            group = models.setdefault(model, [])
+            if seed in [other["seed"] for other in group]:
+                raise ResultError(f"seed={seed} is not valid: {model} on {dataset} has two records with it; keep one.")
+            group.append(record)
     return groups
 
 
@@ -94,10 +90,9 @@ def retrieval_table(records: Records) -> Scores:
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     """A Markdown table; a vertical bar in a cell is escaped."""
-    header = list(header)
-    lines = [header, *([str(cell).replace("|", r"\|") for cell in row] for row in rows)]
+    lines = [list(header), *([str(cell).replace("|", r"\|") for cell in row] for row in rows)]
     first, *others = (f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join([first, "|" + "---|" * len(header), *others])
+    return "\n".join([first, "|" + "---|" * len(lines[0]), *others])
 
 
 def reached(value: float, aim: str) -> str:

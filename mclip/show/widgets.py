@@ -10,7 +10,6 @@ import ipywidgets
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
@@ -34,26 +33,22 @@ def follow(controls: Sequence[ipywidgets.ValueWidget], draw: Callable[..., Noteb
     """The chart that ``draw`` makes of the values of ``controls``, under these; drawn anew when one changes.
 
     A ValueError, such as a ConfigError, hides the chart, and its message takes the place. Any other error appears
-    with its traceback under the chart, because Jupyter drops what a callback raises.
+    with its traceback under the chart.
     """
-    chart = ipywidgets.Image(format="png", width=800, layout={"max_width": "100%"})
-    message, errors = ipywidgets.HTML(), ipywidgets.Output()
+    chart, message = ipywidgets.Image(width=800, layout={"max_width": "100%"}), ipywidgets.HTML()
 
-    def update(_change: Any = None) -> None:
+    def update(**values: Any) -> None:
         drawn, message.value = b"", ""
-        errors.clear_output()
-        with errors:
-            try:
-                drawn = draw(*(control.value for control in controls))._repr_png_()
-            except ValueError as error:
-                message.value = f"<b>{html.escape(str(error))}</b>"
-            finally:
-                chart.value, chart.layout.display = drawn, None if drawn else "none"
+        try:
+            drawn = draw(*values.values())._repr_png_()
+        except ValueError as error:
+            message.value = f"<b>{html.escape(str(error))}</b>"
+        finally:
+            chart.value, chart.layout.display = drawn, None if drawn else "none"
 
+    errors = ipywidgets.interactive_output(update, {f"control {i}": each for i, each in enumerate(controls)})
     for control in controls:
         control.style.description_width = "initial"
-        control.observe(update, names="value")
-    update()
     above = ipywidgets.HBox(controls, layout={"flex_flow": "row wrap", "align_items": "flex-start"})
     return ipywidgets.VBox([above, message, chart, errors])
 
@@ -138,24 +133,19 @@ def loss_chart(student: Model, teacher: Model, captions: Sequence[str], temperat
         interval_bars(bars, places, rows, 0.4, label=name, color=COLOURS[look], hatch=HATCHES[look])
     bars.set(title=f"Row {row + 1} of both, as bars", xlabel="probability", xlim=(0, 1))
     name_rows(bars, [f"{label(text, 34)}  {n}" for n, text in enumerate(captions, 1)])
-    _draw_temperatures(curves, student, teacher, temperature)
+    measured = [(t, *response_and_gradient(student, teacher, t)) for t in (*TEMPERATURES, temperature)]
+    series = np.array([(loss / t**2, loss, norm) for t, loss, norm in measured]).T
+    styles = {"KL": (":", "black"), "KL times T²": ("-", PALETTE[4]), "norm of its gradient": ("--", PALETTE[1])}
+    for (name, (dash, colour)), curve in zip(styles.items(), series, strict=True):
+        curves.plot(TEMPERATURES, curve[:-1], dash, color=colour, label=name)
+        curves.plot(temperature, curve[-1], "o", color=colour, markersize=5)
+    curves.axvline(temperature, color=PALETTE[7], linewidth=1)
+    curves.set(title="KL {:.3g}, times T² {:.3g}, gradient {:.3g}".format(*series[:, -1]), xscale="log", yscale="log")
+    curves.set(xlabel="temperature T (log scale)", ylabel="nats, or norm (log scale)")
+    curves.set_xticks((0.5, 1, 2, 4, 8, 16, 32), ("0.5", "1", "2", "4", "8", "16", "32"))
+    curves.minorticks_off()
     fig.legend(loc="outside lower center", ncols=5, columnspacing=1.2)
     return fig
-
-
-def _draw_temperatures(ax: Axes, student: Model, teacher: Model, chosen: float) -> None:
-    """Loss and gradient over the temperatures, with a dot on each curve at ``chosen``."""
-    measured = [(t, *response_and_gradient(student, teacher, t)) for t in (*TEMPERATURES, chosen)]
-    curves = np.array([(loss / t**2, loss, norm) for t, loss, norm in measured]).T
-    styles = {"KL": (":", "black"), "KL times T²": ("-", PALETTE[4]), "norm of its gradient": ("--", PALETTE[1])}
-    for (name, (dash, colour)), curve in zip(styles.items(), curves, strict=True):
-        ax.plot(TEMPERATURES, curve[:-1], dash, color=colour, label=name)
-        ax.plot(chosen, curve[-1], "o", color=colour, markersize=5)
-    ax.axvline(chosen, color=PALETTE[7], linewidth=1)
-    ax.set(title="KL {:.3g}, times T² {:.3g}, gradient {:.3g}".format(*curves[:, -1]), xscale="log", yscale="log")
-    ax.set(xlabel="temperature T (log scale)", ylabel="nats, or norm (log scale)")
-    ax.set_xticks((0.5, 1, 2, 4, 8, 16, 32), ("0.5", "1", "2", "4", "8", "16", "32"))
-    ax.minorticks_off()
 
 
 def loss_explorer(student: Model, teacher: Model, captions: Sequence[str]) -> ipywidgets.VBox:

@@ -1,7 +1,7 @@
 """The fourteen defects of the existing implementation, each of which can be switched on.
 
-A defect is a few lines that take the place of ours. While it is on, nothing may look wrong, but the tests that it is
-listed with fail.
+A defect is a few lines that take the place of ours. While it is on, nothing may look wrong, but the tests that
+experiments.yaml lists for it fail.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -30,63 +30,34 @@ load_as_it_is, classify_as_it_is = teachers.load_teacher, evaluate.build_classif
 unpickle_nothing, batch_as_it_is = torch.load, BatchSource._batch
 Patch = tuple[Any, str, Callable[..., Any]]
 NO_REFUSAL: Patch = (targets, "check_targets", lambda found: None)
+"""Takes away the check of targets, which refuses to train with one of the defects."""
+PATCHES: dict[int, list[Patch]] = {}
+"""What each defect replaces, by its number in experiments.yaml: (module or class, name, what takes its place)."""
 
 
-@dataclass(frozen=True)
-class Defect:
-    """A defect: what it does, what is replaced by what, and the tests that fail while it is on.
-
-    Attributes:
-        title: its name, a colon, and what it does.
-        patches: (module or class, name, what takes its place).
-        checks: names of tests.
-        recipe: the ablation that is trained with it, whose own records tell how that ends without; empty: it shows
-            without training.
-    """
-
-    number: int
-    title: str
-    patches: tuple[Patch, ...]
-    checks: tuple[str, ...]
-    recipe: str
-
-    @contextmanager
-    def switched_on(self, train_all_the_same: bool = False) -> Iterator[None]:
-        """While it lasts, the defect is in place, in every module that has imported what it replaces.
-
-        ``train_all_the_same`` also takes away the check of targets, which refuses to train with one of the defects.
-        """
-        with ExitStack() as stack:
-            for owner, name, defective in (*self.patches, *[NO_REFUSAL] * train_all_the_same):
-                original = getattr(owner, name)
-                modules = [m for m in list(sys.modules.values()) if getattr(m, "__dict__", {}).get(name) is original]
-                for holder in [owner] if isinstance(owner, type) else modules:
-                    stack.enter_context(mock.patch.object(holder, name, defective))
-            yield
+@contextmanager
+def switched_on(*patches: Patch) -> Iterator[None]:
+    """While it lasts, every patch is in place, in all modules that have imported what it replaces."""
+    with ExitStack() as stack:
+        for owner, name, defective in patches:
+            original = getattr(owner, name)
+            modules = [m for m in list(sys.modules.values()) if getattr(m, "__dict__", {}).get(name) is original]
+            for holder in [owner] if isinstance(owner, type) else modules:
+                stack.enter_context(mock.patch.object(holder, name, defective))
+        yield
 
 
-DEFECTS: dict[int, Defect] = {}
-"""All defects by their number."""
-
-
-def defect(number: int, owner: Any, name: str, *checks: str, recipe: str = "") -> Callable[[Callable], Callable]:
-    """Decorate what takes the place of ``owner.name`` while the defect is on.
-
-    The docstring of the first function of a number is the defect's title, and ``checks`` are the ends of its tests'
-    names; a second function of that number is one more patch.
-    """
+def defect(number: int, owner: Any, name: str) -> Callable[[Callable], Callable]:
+    """Decorate what takes the place of ``owner.name`` while the defect of that number is on."""
 
     def enter(defective: Callable) -> Callable:
-        title, tests = defective.__doc__.removesuffix("."), tuple(f"test_defect_{number:02}_{end}" for end in checks)
-        new = Defect(number, title[0].lower() + title[1:], (), tests, recipe)
-        known = DEFECTS.get(number, new)
-        DEFECTS[number] = replace(known, patches=(*known.patches, (owner, name, defective)))
+        PATCHES.setdefault(number, []).append((owner, name, defective))
         return defective
 
     return enter
 
 
-@defect(1, objectives.Distillation, "forward", "every_active_term_is_delivered_and_not_zero", recipe="kd")
+@defect(1, objectives.Distillation, "forward")
 def _without_terms(self: Any, output: Any, batch: Any, names: Any, temperature: float) -> dict[str, Tensor]:
     """Terms that never arrive: each distillation term is looked up by a key nobody sets, and is 0."""
     zero = 0.0 * output["image_features"].sum()
@@ -94,14 +65,14 @@ def _without_terms(self: Any, output: Any, batch: Any, names: Any, temperature: 
     return {name: own.get(name, output.get(f"{name}_loss", zero)) for name in names}
 
 
-@defect(2, teachers, "load_teacher", "one_constant_caption_for_all_is_refused", recipe="kd")
+@defect(2, teachers, "load_teacher")
 def _of_one_caption(name: str = teachers.SHIPPED, pretrained: str | None = None, device: Any = "cpu") -> Any:
     """One caption for all: the teacher reads “a photo” for every sample."""
     loaded = load_as_it_is(name, pretrained, device)
     return replace(loaded, tokenize=lambda texts: loaded.tokenize(["a photo"] * len(texts)))
 
 
-@defect(3, text_encoder.LightConv, "forward", "light_conv_mixes_time_and_not_channels", recipe="kd")
+@defect(3, text_encoder.LightConv, "forward")
 def _convolve_channels(self: Any, x: Tensor) -> Tensor:
     """Convolution across channels: LightConv reshapes without a transpose."""
     weight = self.weight.softmax(1)
@@ -110,21 +81,21 @@ def _convolve_channels(self: Any, x: Tensor) -> Tensor:
     return F.conv1d(rows, weight[:, None], padding=taps // 2, groups=heads).reshape(x.shape)
 
 
-@defect(4, text_encoder.LSRABlock, "attend", "pads_get_no_attention", recipe="kd")
+@defect(4, text_encoder.LSRABlock, "attend")
 def _add_the_mask(self: Any, x: Tensor, padding: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
     """A mask that is added: pads keep much of the attention."""
     mask = (~padding).to(x.dtype)  # 1 at words, and added to the scores
     return self.attention(x, x, x, key_padding_mask=mask, need_weights=need_weights, average_attn_weights=False)
 
 
-@defect(5, losses, "jsd", "a_pair_is_never_both_positive_and_negative", recipe="base-jsd")
+@defect(5, losses, "jsd")
 def _pair_among_its_negatives(image: Tensor, text: Tensor, logit_scale: Tensor | float) -> Tensor:
     """Its own negative: a pair is both positive and negative in the JSD loss."""
     logits = logit_scale * losses.cosines(image, text)
     return F.softplus(-logits.diagonal()).mean() + F.softplus(logits).mean()
 
 
-@defect(6, balancing.Balancer, "weights", "the_balancer_is_alive", recipe="kd")
+@defect(6, balancing.Balancer, "weights")
 def _weights_from_zero(self: Any, terms: Any, active: Any, step: int, embeddings: Any) -> dict[str, float]:
     """A dead balancer: weight 0 stays 0, and terms that are not active drive the others to 0."""
     logs = self.log_factors
@@ -138,13 +109,13 @@ def _weights_from_zero(self: Any, terms: Any, active: Any, step: int, embeddings
     return {name: math.exp(logs[name]) for name in active}
 
 
-@defect(7, losses, "feature", "the_feature_term_is_not_averaged_into_silence", recipe="fixed")
+@defect(7, losses, "feature")
 def _averaged_over_dimensions(student: Tensor, teacher: Tensor, form: str = "mse") -> Tensor:
     """Averaged into silence: the feature error is averaged over dimensions."""
     return F.mse_loss(F.normalize(student, dim=-1), teacher)
 
 
-@defect(8, train, "learning_rate", "the_rate_decays_to_zero_whatever_the_length", recipe="kd")
+@defect(8, train, "learning_rate")
 def _decayed_once_an_epoch(step: int, total: int, config: Any) -> float:
     """A rate that never falls: the cosine is stepped per epoch, its length is in steps."""
     warmup = max(1, round(config.warmup * total))
@@ -154,7 +125,7 @@ def _decayed_once_an_epoch(step: int, total: int, config: Any) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / total))
 
 
-@defect(9, evaluate, "build_classifier", "prompts_are_cleaned_like_captions", "a_circle_stays_a_circle")
+@defect(9, evaluate, "build_classifier")
 def _prompts_with_a_period(model: Any, tokenizer: Any, class_names: Any, templates: Any) -> Tensor:
     """Two ways to prepare: prompts end in “.”, wide pictures are squashed, at evaluation alone."""
 
@@ -171,7 +142,7 @@ def _squashed(images: Tensor, size: int, mean: Any, std: Any) -> Tensor:
     return prepare_as_it_is(VF.resize(images, [size, size], antialias=True), size, mean, std)
 
 
-@defect(10, metrics, "first_hit_ranks", "ranks_come_from_raw_similarities")
+@defect(10, metrics, "first_hit_ranks")
 def _ranks_of_a_softmax(queries: Tensor, keys: Tensor, query_groups: Tensor, key_groups: Tensor) -> Tensor:
     """Ranks of a softmax: softmax(100 cos) underflows to ties, and failures count as 0 %."""
     shares = (100 * queries @ keys.T).softmax(1)
@@ -180,14 +151,14 @@ def _ranks_of_a_softmax(queries: Tensor, keys: Tensor, query_groups: Tensor, key
     return ((shares > best) | ((shares == best) & (torch.arange(len(keys)) < position))).sum(1)
 
 
-@defect(11, text_encoder.TextEncoder, "embed", "positions_reach_both_halves_of_the_channels", recipe="kd")
+@defect(11, text_encoder.TextEncoder, "embed")
 def _positions_for_one_half(self: Any, tokens: Tensor) -> Tensor:
     """Positions for one half: the convolution half of the first block sees no positions."""
     left, right = self.token_embedding(tokens).chunk(2, dim=2)
     return torch.cat([left + self.position_embedding[: tokens.shape[1], : left.shape[2]], right], 2)
 
 
-@defect(12, saving.RunState, "save", "a_checkpoint_holds_the_phase_and_never_the_teacher")
+@defect(12, saving.RunState, "save")
 def _teacher_but_no_step(self: Any) -> None:
     """A checkpoint of the wrong things: it holds the teacher and not the step, and runs any code."""
     self.saved = time.monotonic()
@@ -203,7 +174,7 @@ def _unpickle_anything(path: Any, **options: Any) -> Any:
     return unpickle_nothing(path, **options | {"weights_only": False})
 
 
-@defect(13, BatchSource, "_batch", "a_batch_never_walks_the_table")
+@defect(13, BatchSource, "_batch")
 def _negatives_by_filtering(self: Any, pictures: Any, offset: Any, epoch: int) -> Batch:
     """A walk through the table: a negative is found by filtering all rows, for each item."""
     for row in pictures:
@@ -216,7 +187,7 @@ def left_and_right_swapped(caption: str) -> str:
     return caption.replace("right", "\0").replace("left", "right").replace("\0", "left")
 
 
-@defect(14, BatchSource, "_batch", "captions_are_never_edited")
+@defect(14, BatchSource, "_batch")
 def _edited_captions(self: Any, pictures: Any, offset: Any, epoch: int) -> Batch:
     """Bright becomes bleft: “left” and “right” are swapped as letters, not as words."""
     batch = batch_as_it_is(self, pictures, offset, epoch)

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from mclip.config import closest, get_profile, require
+from mclip.config import get_profile
 from mclip.deploy import cost
 from mclip.deploy.cost import CAPTION, RIVALS, Form, candidate, candidate_name, latency, threads
 from mclip.deploy.export import evaluate_deployed, export
@@ -22,7 +22,7 @@ from mclip.recipes import load_model
 from mclip.results import load_results, make_result, save_result
 from mclip.scenes.test_sets import scene_sets
 from mclip.scenes.world import SceneConfig, make_scenes
-from mclip.study.bench import NO_MODEL, describe_machine, in_new_process, peak_megabytes
+from mclip.study.bench import NO_MODEL, choose, describe_machine, in_new_process, peak_megabytes
 
 FILE = DATA / "results" / "efficiency.json"
 MODELS: tuple[tuple[str, Form], ...] = (
@@ -38,9 +38,8 @@ def models(rounds: int = 6) -> dict[str, Any]:
     candidates = [candidate(name, form) for name, form in MODELS]
     measured: dict[str, Any] = {}
     for each in candidates:
+        costs = {key: getattr(each, key) for key in ("parameters", "image_size", "megabytes")} | {"latency": {}}
         adds = each.multiply_adds()
-        size = {"image_size": each.image_size, "megabytes": each.megabytes}
-        costs = {"parameters": each.parameters, **size, "latency": {}}
         measured[each.name] = costs | ({"multiply_adds": adds} if adds else {})
     for count in (1, 2):
         for batch, turns, repeats in ((1, rounds, 3), (32, max(2, rounds // 5), 1)):
@@ -53,45 +52,38 @@ def models(rounds: int = 6) -> dict[str, Any]:
     return measured
 
 
-def quantised(calibration: int = 512, profile: str = "cpu") -> dict[str, Any]:
+def quantised() -> dict[str, Any]:
     """The shipped student, exported, in float32 and with int8 halves: MB, and top-1 (%) of each set of scenes.
 
-    Ranges of activations come from pictures of the training set.
+    Ranges of activations come from 512 pictures of the training set.
     """
     model, _ = load_model("kd")
     size = model.config.image.image_size
-    seen = make_scenes(SceneConfig(calibration, size, "train"), progress=False).images
-    forms: dict[str, Any] = {}
+    seen = make_scenes(SceneConfig(512, size, "train"), progress=False).images
+    sets, forms = scene_sets(size, get_profile("cpu").test_pictures).values(), {}
     with TemporaryDirectory() as place:
         export(model, Path(place) / "kd", "kd", seen)
         for form in ("float32", "int8 text", "int8 image", "int8"):
             reader = Deployed(Path(place) / "kd", form)
             megabytes = sum(reader.manifest["files"][graph]["bytes"] for graph in reader.graphs) / 1e6
-            sets = scene_sets(size, get_profile(profile).test_pictures).values()
             records = [evaluate_deployed(reader, each, form) for each in sets]
             top1 = {record["dataset"]: record["metrics"]["top1"] for record in records}
             forms[form] = {"megabytes": megabytes, "top1": top1}
     return forms
 
 
-def peak_memory(name: str, form: Form = "deployed", batch: int = 1) -> float | None:
-    """MB (2^20 bytes) of the weights and of what a call of each encoder adds to them; None where not Linux.
+def peak_memory(name: str, form: Form = "deployed", batch: int = 1) -> float:
+    """MB (2^20 bytes) of the weights and of what a call of each encoder adds to them; call it in a process of its own.
 
-    Measured in a process of its own. What building the model took, and what of it was never given back, such as
-    the unfused copy or the ranges seen in calibration, is none of a device's business and not counted.
+    What building the model took, and what of it was never given back, such as the unfused copy or the ranges seen
+    in calibration, is not counted, because a device never builds it. Linux only.
     """
-    return in_new_process(_peak, name, form, batch) if Path("/proc/self/clear_refs").exists() else None
-
-
-def _peak(name: str, form: Form, batch: int) -> float:
     torch.set_num_threads(1)
     each = candidate(name, form)
     calls = each.calls(batch)
     # Freed memory goes back to the system; else the calls would find what they need in it and seem to need nothing.
     gc.collect()
-    allocator = ctypes.CDLL(None)
-    if hasattr(allocator, "malloc_trim"):  # glibc
-        allocator.malloc_trim(0)
+    ctypes.CDLL(None).malloc_trim(0)
     built = psutil.Process().memory_info().rss / 2**20
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of building the model
     with torch.inference_mode():
@@ -102,9 +94,8 @@ def _peak(name: str, form: Form, batch: int) -> float:
 
 
 def memory() -> dict[str, float]:
-    """Peak memory in MB of :data:`MODELS`, by the names that they have there; empty where not Linux."""
-    peaks = {candidate_name(name, form): peak_memory(name, form) for name, form in MODELS}
-    return {name: peak for name, peak in peaks.items() if peak is not None}
+    """Peak memory in MB of :data:`MODELS`, by the names that they have there; each in a process of its own."""
+    return {candidate_name(name, form): in_new_process(peak_memory, name, form) for name, form in MODELS}
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -125,10 +116,8 @@ def efficiency(only: list[str] | None = None, out: str = "") -> None:
         only: parts to measure, all by default: models, memory, stages, blocks, int8.
         out: file of the record; data/results/efficiency.json if empty.
     """
-    for name in only or ():
-        require(name in PARTS, "only", name, closest(name, PARTS))
     file = Path(out or FILE)
-    for name in only or PARTS:
+    for name in choose(only, PARTS):
         kept = [record for record in load_results(file) if record["dataset"] == "costs"] if file.exists() else []
         metrics, details = (kept[0]["metrics"], kept[0]["details"]) if kept else ({}, {})
         metrics = metrics | {name: PARTS[name]()}

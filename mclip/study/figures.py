@@ -14,7 +14,7 @@ from mclip.show.ablations import ablation_figure, ablation_table, defect_curves,
 from mclip.show.cost import cost_of_models
 from mclip.show.figures import per_class_recall, performance_comparison, similarity_matrices, training_curves
 from mclip.show.grounding import grounding_scores
-from mclip.show.style import COLOURS, HATCHES, LABELS, NotebookFigure, figure, name_rows, save_figure, styled
+from mclip.show.style import COLOURS, HATCHES, LABELS, NotebookFigure, figure, intervals, name_rows, save_figure, styled
 from mclip.show.tables import Scores, by_model, markdown, milliseconds, reached, retrieval_table, zero_shot_table
 from mclip.train import read_log
 
@@ -102,11 +102,9 @@ def prompt_sensitivity(models: Mapping[str, Mapping[str, Mapping[str, float]]]) 
     ax = fig.subplots()
     for number, (name, rows) in enumerate(models.items()):
         places = [row + 0.18 * (number - (len(models) - 1) / 2) for row in range(len(wordings))]
-        values = [rows[wording]["value"] for wording in wordings]
-        spread = [[abs(rows[w][end] - rows[w]["value"]) for w in wordings] for end in ("low", "high")]
         face = "white" if HATCHES[name] else COLOURS[name]
-        look = {"fmt": "osD^"[number], "color": COLOURS[name], "markerfacecolor": face, "label": LABELS[name]}
-        ax.errorbar(values, places, xerr=spread, markersize=5, capsize=2, **look)
+        look = {"color": COLOURS[name], "markerfacecolor": face, "label": LABELS[name], "markersize": 5}
+        intervals(ax, places, [rows[wording] for wording in wordings], "osD^"[number], **look)
     name_rows(ax, [wording.replace("{}", "…") for wording in wordings])
     title = "Prompts that mean the same, and what they score"
     ax.set(title=title, xlabel="top-1 on colour-shape (%), with 95 % interval", xlim=(0, 100))

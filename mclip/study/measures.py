@@ -5,11 +5,10 @@ Each function takes the row and its settings, and returns the records.
 
 from __future__ import annotations
 
-import pickle
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
@@ -31,7 +30,7 @@ from mclip.scenes.test_sets import Cases, cases, scene_sets
 from mclip.scenes.world import SceneConfig
 from mclip.show.grounding import baselines, map_layers, overlap, phrase_maps, scores
 from mclip.sources.loading import load_pairs
-from mclip.study.defects import DEFECTS, Defect, left_and_right_swapped
+from mclip.study.defects import PATCHES, Patch, left_and_right_swapped, switched_on
 from mclip.text_encoder import Tokenizer
 
 Records = list[dict[str, Any]]
@@ -63,13 +62,11 @@ def _best_threshold(maps: Tensor, masks: Tensor) -> float:
 
 
 def _grounding(model: Settings, found: dict[str, np.ndarray], start: float, **details: Any) -> dict[str, Any]:
-    metrics = {key: _interval(*map(float, bootstrap_interval(values))) for key, values in found.items()}
+    metrics = {}
+    for key, values in found.items():
+        metrics[key] = dict(zip(("value", "low", "high"), map(float, bootstrap_interval(values)), strict=True))
     more = {"seconds": time.perf_counter() - start, "details": details}
     return make_result("grounding", "scenes of two objects", "test", len(found["iou"]), model, metrics, **more)
-
-
-def _interval(value: float, low: float, high: float) -> dict[str, float]:
-    return {"value": value, "low": low, "high": high}
 
 
 def grad_cam_maps(row: Any, settings: Settings) -> Records:
@@ -124,20 +121,20 @@ def pairs_and_prompts(row: Any, settings: Settings) -> Records:
 def measure_defect(row: Any, settings: Settings) -> Records:
     """What a defect changes without training: each number healthy and defective."""
     start, profile = time.perf_counter(), settings["profile"]
-    numbers = MEASURES[row.defect](DEFECTS[row.defect], profile)
+    numbers = MEASURES[row.defect](PATCHES[row.defect], profile)
     model, n = describe_model(row.name, shipped("kd")[0]), get_profile(profile).test_pictures
     return [make_result("defect", "scenes", "test", n, model, numbers, seconds=time.perf_counter() - start)]
 
 
-def both(defect: Defect, measure: Callable[[], dict[str, float]]) -> Numbers:
-    """The numbers of ``measure`` by their labels, without the defect and with it."""
+def both(patches: Sequence[Patch], measure: Callable[[], dict[str, float]]) -> Numbers:
+    """The numbers of ``measure`` by their labels, without ``patches`` and with them."""
     healthy = measure()
-    with defect.switched_on():
+    with switched_on(*patches):
         defective = measure()
     return {label: {"healthy": healthy[label], "defective": defective[label]} for label in healthy}
 
 
-def measure_preparation(defect: Defect, profile: str) -> Numbers:
+def measure_preparation(patches: Sequence[Patch], profile: str) -> Numbers:
     """Defect 9, its two halves apart: top-1 (%) of the student, and of pictures twice as wide as high."""
     (model, tokenizer), sets = shipped("kd"), scene_sets(64, get_profile(profile).test_pictures)
     edge = sets["shape"].images[..., :1].expand(-1, -1, -1, 32)
@@ -147,12 +144,12 @@ def measure_preparation(defect: Defect, profile: str) -> Numbers:
         records = [evaluate_zero_shot(model, tokenizer, each, "kd") for each in chosen]
         return {label: statistics.fmean(record["metrics"]["top1"]["value"] for record in records)}
 
-    prompts, pictures = (replace(defect, patches=(patch,)) for patch in defect.patches)
     mean, squashed = "prompts with a period: mean top-1 of six sets, %", "wide pictures squashed: top-1 of shape, %"
-    return both(prompts, partial(top1, mean, *sets.values())) | both(pictures, partial(top1, squashed, wide))
+    prompts = both(patches[:1], lambda: top1(mean, *sets.values()))
+    return prompts | both(patches[1:], lambda: top1(squashed, wide))
 
 
-def measure_ranks(defect: Defect, profile: str) -> Numbers:
+def measure_ranks(patches: Sequence[Patch], profile: str) -> Numbers:
     """Defect 10: top-5 (%) of the student, and the mean of the sets where one of them has failed."""
 
     def measured(key: str, label: str) -> dict[str, float]:
@@ -161,22 +158,12 @@ def measure_ranks(defect: Defect, profile: str) -> Numbers:
 
     top1 = list(measured("top1", "{}").values())[1:]  # the first set timed out
     means = {"healthy": statistics.fmean(top1), "defective": statistics.fmean([0.0, *top1])}
-    top5 = both(defect, partial(measured, "top5", "top-5 of {}, %"))
+    top5 = both(patches, lambda: measured("top5", "top-5 of {}, %"))
     return top5 | {"mean top-1 where one of six sets failed, %": means}
 
 
-class Planted:
-    """Unpickling it makes an empty file."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.file,)
-
-
-def measure_checkpoints(defect: Defect, profile: str) -> Numbers:
-    """Defect 12: the size of a checkpoint, where a killed run goes on, and whether a file can run code of its own."""
+def measure_checkpoints(patches: Sequence[Patch], profile: str) -> Numbers:
+    """Defect 12: the size of a checkpoint, and where a killed run goes on."""
     training, validation = load_data("smoke", 64, progress=False)
     settings = TrainConfig(max_epochs=2, batch_size=64, progress=False)
 
@@ -192,19 +179,12 @@ def measure_checkpoints(defect: Defect, profile: str) -> Numbers:
                 run(on_record=killed_at_the_sixth)
             megabytes = next(folder.glob("checkpoint-*.pt")).stat().st_size / 1e6
             run(on_record=steps.append)
-            torch.save(Planted(folder / "ran"), folder / "planted.pt")
-            with suppress(pickle.UnpicklingError):
-                torch.load(folder / "planted.pt", weights_only=True)
-            return {
-                "checkpoint, MB": megabytes,
-                "killed in step 5, the run goes on with step": float(steps[0]["step"]),
-                "programs that a planted file could start": float((folder / "ran").exists()),
-            }
+        return {"checkpoint, MB": megabytes, "killed in step 5, the run goes on with step": float(steps[0]["step"])}
 
-    return both(defect, measured)
+    return both(patches, measured)
 
 
-def measure_table(defect: Defect, profile: str) -> Numbers:
+def measure_table(patches: Sequence[Patch], profile: str) -> Numbers:
     """Defect 13: milliseconds to read a batch of 64, the two forms in turns."""
     training, _ = load_data(profile, 64, progress=False)
     batches = BatchSource(training, Tokenizer(32), student_prepare(PRESETS["course"]), 64, 0)
@@ -215,11 +195,11 @@ def measure_table(defect: Defect, profile: str) -> Numbers:
         batches._batch(np.arange(64), np.zeros(64, int), 0)
         return {label: 1000 * (time.perf_counter() - start)}
 
-    turns = [both(defect, milliseconds)[label] for _ in range(20)]
+    turns = [both(patches, milliseconds)[label] for _ in range(20)]
     return {label: {form: statistics.median(turn[form] for turn in turns) for form in turns[0]}}
 
 
-def measure_words(defect: Defect, profile: str) -> Numbers:
+def measure_words(patches: Sequence[Patch], profile: str) -> Numbers:
     """Defect 14: how many whole words of CLIP's vocabulary the edit turns into others or into none."""
     known = {piece.removesuffix("</w>") for piece in SimpleTokenizer().encoder if piece.endswith("</w>")}
     damaged = [word for word in known - {"left", "right"} if left_and_right_swapped(word) != word]

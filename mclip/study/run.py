@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +27,7 @@ from mclip.sources.loading import load_pairs
 from mclip.sources.zero_shot import zero_shot_set
 from mclip.steps import TrainError
 from mclip.study import measures
-from mclip.study.defects import DEFECTS
+from mclip.study.defects import NO_REFUSAL, PATCHES, switched_on
 from mclip.study.table import BY_NAME, STUDIES, TRAINED_HERE, Experiment, Settings, choose, plan
 from mclip.train import TrainResult
 
@@ -48,12 +47,18 @@ class Job:
     file: Path
     folder: Path
 
-    def made(self, record: dict[str, Any]) -> bool:
-        """Whether ``record`` is of just this job."""
-        details = record.get("details", {})
-        kept = DEFAULTS | details.get("configuration", {})
-        own = details.get("experiment", {}).get("name") == self.row.name
-        return own and all(key in kept and kept[key] == value for key, value in self.settings.items())
+    def __str__(self) -> str:
+        return f"{self.row.full_name}-{self.seed}"
+
+    def is_finished(self) -> bool:
+        """Whether the file has a record of just this job."""
+        for record in load_results(self.file) if self.file.exists() else ():
+            details = record.get("details", {})
+            kept = DEFAULTS | details.get("configuration", {})
+            agrees = all(key in kept and kept[key] == value for key, value in self.settings.items())
+            if agrees and details.get("experiment", {}).get("name") == self.row.name:
+                return True
+        return False
 
     @property
     def teacher(self) -> str:
@@ -123,9 +128,13 @@ def summed_up(job: Job, result: TrainResult, records: Records) -> dict[str, Any]
         "validation": [[record["step"], record["validation"]["r1"]] for record in result.validations()],
         "loss": curve[:: max(1, len(curve) // 100)],
     }
-    n, model, seconds = sum(record["n"] for record in records), records[0]["model"], result.seconds
-    more = {"seed": job.seed, "seconds": seconds, "details": details}
-    return make_result(job.row.study.removesuffix("s"), "scenes", "test", n, model, metrics, **more)
+    n, more = sum(record["n"] for record in records), {"seconds": result.seconds, "details": details}
+    return make_result(task_of(job), "scenes", "test", n, records[0]["model"], metrics, seed=job.seed, **more)
+
+
+def task_of(job: Job) -> str:
+    """What the records of a training are called."""
+    return job.row.study.removesuffix("s") if STUDIES[job.row.study].summed_up else "zero_shot"
 
 
 def work(job: Job) -> Records:
@@ -133,16 +142,16 @@ def work(job: Job) -> Records:
     if job.row.measure:
         records = getattr(measures, job.row.measure)(job.row, job.settings)
     else:
-        defect = DEFECTS.get(job.row.defect)
-        with defect.switched_on(train_all_the_same=True) if defect else nullcontext():
+        patches = [*PATCHES[job.row.defect], NO_REFUSAL] if job.row.defect else []
+        with switched_on(*patches):
             try:
                 result = train(job)
                 records = evaluate(job)
                 records = [summed_up(job, result, records)] if STUDIES[job.row.study].summed_up else records
             except TrainError as error:
                 model = describe_model(job.row.name, MobileCLIP(PRESETS[job.settings["preset"]]))
-                task = job.row.study.removesuffix("s") if STUDIES[job.row.study].summed_up else "zero_shot"
-                records = [make_result(task, "scenes", "test", None, model, error=str(error), seed=job.seed)]
+                failure = {"error": str(error), "seed": job.seed}
+                records = [make_result(task_of(job), "scenes", "test", None, model, **failure)]
     for record in records:
         own = {"experiment": job.row.described(), "configuration": job.settings}
         record["details"] = record.get("details", {}) | own
@@ -179,21 +188,16 @@ def save(job: Job, records: Records) -> None:
 
 def work_off(jobs: list[Job], out_dir: Path) -> None:
     """Do what is not finished, in order, and show progress and the time left."""
-    kept = {file: _records_of(file) for file in {job.file for job in jobs}}
-    left = [job for job in jobs if not any(map(job.made, kept[job.file]))]
+    left = [job for job in jobs if not job.is_finished()]
     print(f"{len(jobs)} runs in all, {len(left)} left, {torch.get_num_threads()} threads")
     with tqdm(total=len(left), unit="run", smoothing=0.1) as bar:
         for job in _turns(left, out_dir, bar):
-            bar.set_postfix_str(f"{job.row.full_name}-{job.seed}")
+            bar.set_postfix_str(str(job))
             records = work(job)
             save(job, records)
             if not STUDIES[job.row.study].keeps_models:
                 shutil.rmtree(job.folder, ignore_errors=True)
-            bar.write(f"{job.row.full_name}-{job.seed}: {records[0].get('error', 'done')}, {job.file}")
-
-
-def _records_of(file: Path) -> Records:
-    return load_results(file) if file.exists() else []
+            bar.write(f"{job}: {records[0].get('error', 'done')}, {job.file}")
 
 
 def _turns(jobs: list[Job], out_dir: Path, bar: tqdm) -> Iterator[Job]:
@@ -206,7 +210,7 @@ def _turns(jobs: list[Job], out_dir: Path, bar: tqdm) -> Iterator[Job]:
                 continue
             try:
                 with FileLock(out_dir / f".{job.row.study}-{job.folder.name}.lock", timeout=patience):
-                    if not any(map(job.made, _records_of(job.file))):  # another process may have been faster
+                    if not job.is_finished():  # another process may have been faster
                         yield job
             except Timeout:
                 continue

@@ -13,7 +13,6 @@ import yaml
 from mclip.config import DistillConfig, closest, from_mapping, get_profile, require
 from mclip.recipes import BASE, load_model
 from mclip.results import weights_sha256
-from mclip.study.defects import DEFECTS
 
 Settings = dict[str, Any]
 TRAINED_HERE = "trained here"
@@ -24,14 +23,9 @@ TRAINED_HERE = "trained here"
 class Study:
     """What the rows of one results file have in common.
 
-    Attributes:
-        question: one line that says what is asked.
-        seeds: number of seeds of the records that ship.
-        epochs: passes of the records that ship over all pictures; None: as many as the profile says.
-        summed_up: one record for each training, with the mean over all sets; else one for each set.
-        keeps_models: the trained models stay in ``out_dir``.
-        groups: parts of the question, which rows name.
-        rows: by name, the fields of :class:`Experiment`.
+    ``seeds`` and ``epochs`` are those of the records that ship; ``epochs`` None is as many as the profile says.
+    ``summed_up`` keeps one record of each training, with the mean over all sets, in place of one for each set.
+    ``keeps_models`` leaves the trained models in ``out_dir``. ``groups`` are parts of the question, which rows name.
     """
 
     question: str
@@ -45,19 +39,12 @@ class Study:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One row of the table.
+    """One row of the table; ``name`` is what its records call the model.
 
-    Attributes:
-        study: a key of STUDIES.
-        name: what records call the model; the same in all seeds.
-        title: for tables and figures.
-        against: the row that it is compared with, seed by seed; of a defect, the ablation without it.
-        group: the part of the study's question that it belongs to.
-        student: the recipe that is changed, or the model that ships and is measured.
-        changes: settings of TrainConfig and DistillConfig, and others of :func:`plan`.
-        seeds: at most so many.
-        defect: number of the defect that is switched on.
-        measure: the function of :mod:`mclip.study.measures` that makes the records without training.
+    ``student`` is the recipe that ``changes`` change, or the model that ships and is measured. ``against`` is the row
+    that it is compared with, seed by seed, and ``seeds`` the most that it has. ``defect`` is the number of the defect
+    that is switched on, and ``checks`` are the tests that then fail. ``measure`` is a function of
+    :mod:`mclip.study.measures` that makes the records without training.
     """
 
     study: str
@@ -69,6 +56,7 @@ class Experiment:
     changes: dict = field(default_factory=dict)
     seeds: int = 100
     defect: int = 0
+    checks: list = field(default_factory=list)
     measure: str = ""
 
     @property
@@ -80,29 +68,20 @@ class Experiment:
         """What a record keeps of the row, so that whoever reads it needs no table."""
         about = {key: getattr(self, key) for key in ("name", "title", "against", "group", "student")}
         about["question"] = STUDIES[self.study].groups.get(self.group, "")
-        return about | ({"checks": DEFECTS[self.defect].checks} if self.defect else {})
-
-
-def _defect(number: int) -> Experiment:
-    """The training that a defect spoils, or the measurement that shows it without training."""
-    defect, name = DEFECTS[number], f"defect-{number:02}"
-    if not defect.recipe:
-        return Experiment("defects", name, defect.title, seeds=1, defect=number, measure="measure_defect")
-    healthy = BY_NAME[f"ablations/{defect.recipe}"]
-    return Experiment("defects", name, defect.title, defect.recipe, "", healthy.student, healthy.changes, defect=number)
+        return about | ({"checks": self.checks} if self.defect else {})
 
 
 _table = yaml.safe_load(Path(__file__).with_name("experiments.yaml").read_text(encoding="utf-8"))
 STUDIES = {name: from_mapping(Study, study, f"{name}.") for name, study in _table.items()}
 """Name of the file in ``data/results``: what it asks."""
-_rows = [
-    from_mapping(Experiment, {"study": study, "name": name, **row}, f"{study}.{name}.")
+BY_NAME = {
+    f"{study}/{name}": from_mapping(Experiment, {"study": study, "name": name, **row}, f"{study}.{name}.")
     for study, each in STUDIES.items()
     for name, row in each.rows.items()
-]
-BY_NAME = {row.full_name: row for row in _rows}
-BY_NAME |= {row.full_name: row for row in map(_defect, DEFECTS)}
+}
 """All experiments by their full name."""
+DEFECTS = {row.defect: row for row in BY_NAME.values() if row.defect}
+"""Those that switch a defect on, by its number."""
 
 
 def choose(names: list[str]) -> list[Experiment]:
