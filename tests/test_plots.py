@@ -94,6 +94,22 @@ def test_a_failure_is_shown_as_missing_not_as_zero(records):
         figures.performance_comparison([])
 
 
+def test_photographs_come_first_and_their_models_have_the_roles_of_the_course(records):
+    photographs = []
+    for model, top1, recall in (("photo", 35.0, 15.0), ("photo-teacher", 41.0, 32.0)):
+        described = {"name": model, "parameters": 1, "sha256": "0" * 64}
+        top1, recall = ({"value": value, "low": value - 2, "high": value + 2} for value in (top1, recall))
+        metrics = {"image_to_text": {"r5": top1}, "text_to_image": {"r5": recall}}
+        photographs.append(make_result("zero_shot", "cifar10", "test", 500, described, {"top1": top1}))
+        photographs.append(make_result("retrieval", "test", "test", 500, described, metrics))
+    fig = figures.performance_comparison(records, photographs)
+    photos, published, scenes = fig.axes
+    assert bars(photos) == {style.LABELS["kd"]: [35.0, 15.0], style.LABELS["teacher"]: [41.0, 32.0]}
+    assert [tick.get_text() for tick in photos.get_yticklabels()] == ["cifar10", "flickr8k R@5"]
+    assert bars(scenes) == {style.LABELS[m]: list(values) for m, values in VALUES.items()}
+    assert "not measured here" in published.get_title(loc="left")
+
+
 def test_published_table_names_its_sources():
     rows = [line.split(",") for line in (DATA / "published.csv").read_text().splitlines()]
     assert rows[0] == ["model", "dataset", "top1", "source"]

@@ -25,10 +25,11 @@ Records = Sequence[Mapping[str, Any]]
 
 
 @style.styled
-def performance_comparison(records: Records) -> style.NotebookFigure:
+def performance_comparison(records: Records, photographs: Records = ()) -> style.NotebookFigure:
     """Zero-shot top-1 of base, clip, kd and teacher with 95 % intervals; beside it the published series.
 
-    Records of other models have their bars below, under their own names.
+    Records of other models have their bars below, under their own names. ``photographs``, where there are any, come
+    first, with retrieval among them, and the drawn sets below.
     """
     groups = by_model(records)
     if not groups:
@@ -37,22 +38,54 @@ def performance_comparison(records: Records) -> style.NotebookFigure:
         dataset: {model: over_seeds([r["metrics"]["top1"] for r in group]) for model, group in models.items()}
         for dataset, models in groups.items()
     }
-    published = read_published(DATA / "published.csv")
+    published, photos = read_published(DATA / "published.csv"), photograph_scores(photographs)
     models = list(dict.fromkeys([*style.LABELS, *(name for row in measured.values() for name in row)]))
-    fig = style.figure(8.3, 1.5 + 0.66 * max(len(measured), len(published)) * len(models) / len(style.LABELS))
-    left, right = fig.subplots(1, 2)
+    rows = max(len(measured), len(published))
+    unit = 0.66 * len(models) / len(style.LABELS)
+    if photos:
+        fig = style.figure(8.3, 1.8 + 0.66 * len(published) + 0.4 * len(measured))
+        heights = [0.66 * len(published), 0.4 * len(measured)]
+        axes = fig.subplot_mosaic([["photos", "published"], ["scenes", "scenes"]], height_ratios=heights)
+        style.grouped_bars(
+            axes["photos"], photos, [name for name in style.LABELS if any(name in r for r in photos.values())]
+        )
+        axes["photos"].set(title="Photographs, measured here,\nwith 95 % intervals", xlabel="score (%)")
+    else:
+        fig = style.figure(8.3, 1.5 + unit * rows)
+        axes = fig.subplot_mosaic([["scenes", "published"]])
+    left, right = axes["scenes"], axes["published"]
     style.grouped_bars(left, measured, models)
     style.grouped_bars(right, published, list(style.LABELS))
     for y, row in enumerate(groups.values()):
         for chance in {group[0]["metrics"].get("chance") for group in row.values()} - {None}:
             left.vlines(chance, y - 0.46, y + 0.46, colors="black", linestyles="dotted")
-    left.set(title="Measured here,\nwith 95 % intervals and chance", xlabel="zero-shot top-1 accuracy (%)")
+    drawn = (
+        "Drawn scenes, measured here, with 95 % intervals and chance"
+        if photos
+        else "Measured here,\nwith 95 % intervals and chance"
+    )
+    left.set(title=drawn, xlabel="zero-shot top-1 accuracy (%)")
     right.set(title="Published by KLmobile / open_clip,\nnot measured here", xlabel="zero-shot top-1 accuracy (%)")
     handles, labels = left.get_legend_handles_labels()
     handles.append(Line2D([], [], color="black", linestyle="dotted"))
     fig.legend(handles, [*labels, "chance"], loc="outside lower center", ncols=5)
     fig.suptitle("What distillation adds: solid bars against the same student alone, and against the teacher")
     return fig
+
+
+def photograph_scores(records: Records) -> style.Table:
+    """``{set: {model: {"value", "low", "high"}}}`` of the photograph sets: top-1, and R@5 of Flickr8k by its captions.
+
+    The models that ship for photographs have the roles of those of scenes: photo is kd, photo-teacher the teacher.
+    """
+    roles, table = {"photo": "kd", "photo-teacher": "teacher", "photo-base": "base", "photo-clip": "clip"}, {}
+    for record in records:
+        model = roles.get(record["model"]["name"], record["model"]["name"])
+        if record["task"] == "zero_shot":
+            table.setdefault(record["dataset"], {})[model] = record["metrics"]["top1"]
+        elif record["task"] == "retrieval":
+            table.setdefault("flickr8k R@5", {})[model] = record["metrics"]["text_to_image"]["r5"]
+    return table
 
 
 @style.styled

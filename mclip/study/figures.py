@@ -12,7 +12,13 @@ from mclip.results import ResultError, load_results
 from mclip.show import tables
 from mclip.show.ablations import ablation_figure, ablation_table, defect_curves, defect_table, means_of
 from mclip.show.cost import cost_of_models
-from mclip.show.figures import per_class_recall, performance_comparison, similarity_matrices, training_curves
+from mclip.show.figures import (
+    per_class_recall,
+    performance_comparison,
+    photograph_scores,
+    similarity_matrices,
+    training_curves,
+)
 from mclip.show.grounding import grounding_scores
 from mclip.show.style import COLOURS, HATCHES, LABELS, NotebookFigure, figure, intervals, name_rows, save_figure, styled
 from mclip.show.tables import Scores, by_model, markdown, milliseconds, reached, retrieval_table, zero_shot_table
@@ -114,7 +120,18 @@ def prompt_sensitivity(models: Mapping[str, Mapping[str, Mapping[str, float]]]) 
 
 def load_all() -> dict[str, Records]:
     """The records of every study by its name."""
-    names = ("scenes", "ablations", "defects", "views", "photographs", "grounding", "examples", "efficiency", "bench")
+    names = (
+        "scenes",
+        "ablations",
+        "defects",
+        "views",
+        "photographs",
+        "photo",
+        "grounding",
+        "examples",
+        "efficiency",
+        "bench",
+    )
     return {name: load_results(RESULTS / f"{name}.json") for name in names}
 
 
@@ -123,7 +140,7 @@ def figures_of(records: Mapping[str, Records]) -> dict[str, NotebookFigure]:
     examples = {record["model"]["name"]: record for record in records["examples"]}
     cosines = {name: record["details"]["cosines"] for name, record in examples.items()}
     return {
-        "performance_comparison": performance_comparison(records["scenes"]),
+        "performance_comparison": performance_comparison(records["scenes"], records["photo"]),
         "per_class_recall": per_class_recall(records["scenes"], "shape"),
         "training_curves": training_curves(read_log(RESULTS / "logs" / "kd.jsonl")),
         "grounding": grounding_scores(records["grounding"]),
@@ -147,6 +164,7 @@ def tables_of(records: Mapping[str, Records]) -> dict[str, str]:
         "defects": defect_table(records["defects"], means_of(records["ablations"])),
         "efficiency": f"{tables.efficiency_table(costs)}\n\n{tables.efficiency_goals(costs)}",
         "views": scores_markdown(zero_shot_table(records["views"]), ("whole", "cached-views", "online")),
+        "photo": scores_markdown(photograph_scores(records["photo"]), ("kd", "teacher")),
         "photographs": scores_markdown(retrieval_table(real) | zero_shot_table(real), ("base", "kd", "teacher")),
         "bench": bench_markdown(records["bench"]),
     }
