@@ -223,7 +223,7 @@ def test_kernels_end_with_the_course(notebooks, tmp_path, signalled, status):
         (["-p", "use_swa", "1"], ["use_swa", "expected bool"]),
         (["-p", "seed", "-1"], ["seed=-1", "0 or more"]),
         (["-p", "train_data_path", "nowhere/train.csv"], ["nowhere/train.csv", "no such file"]),
-        (["-p", "model_checkpoint", "teacher"], ["model_checkpoint='teacher'", "kd or base"]),
+        (["-p", "model_checkpoint", "teacher"], ["model_checkpoint='teacher'", "kd or base or photo"]),
         (["-p", "model_checkpoint", "nowhere"], ["model_checkpoint='nowhere'", "folder of a student"]),
         (["-p", "preset", "ViT-B-32"], ["preset='ViT-B-32'", "mobile-256"]),
         (["-p", "rounds", "-1"], ["rounds=-1", "0 for the number"]),
