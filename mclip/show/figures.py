@@ -43,8 +43,8 @@ def performance_comparison(records: Records, photographs: Records = ()) -> style
     rows = max(len(measured), len(published))
     unit = 0.66 * len(models) / len(style.LABELS)
     if photos:
-        fig = style.figure(8.3, 1.8 + 0.66 * len(published) + 0.4 * len(measured))
-        heights = [0.66 * len(published), 0.4 * len(measured)]
+        fig = style.figure(8.3, 1.8 + 0.66 * (len(published) + len(measured)))
+        heights = [len(published), len(measured)]
         axes = fig.subplot_mosaic([["photos", "published"], ["scenes", "scenes"]], height_ratios=heights)
         style.grouped_bars(
             axes["photos"], photos, [name for name in style.LABELS if any(name in r for r in photos.values())]
