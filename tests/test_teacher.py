@@ -150,4 +150,4 @@ def test_what_ships_is_small_and_loads_in_plain_open_clip():
     assert (folder / "open_clip_model.safetensors").stat().st_size < 18e6
     open_clip.create_model(f"local-dir:{folder}")
     shipped = sum(f.stat().st_size for f in DATA.rglob("*") if f.is_file() and "cache" not in f.parts)
-    assert shipped < 32e6
+    assert shipped < 64e6

@@ -162,6 +162,9 @@ def teacher(
     size = open_clip_config("teacher")["model_cfg"]["vision_cfg"]["image_size"]
     reading = data.reading() | {"progress": settings.progress}
     train_path, val_path = reading.pop("train_data_path"), reading.pop("val_data_path")
+    for key in ("unlabelled_data_path", "unpaired_texts_path"):
+        value, remedy = reading.pop(key), "a teacher that is trained from random weights learns from pairs alone"
+        require(value == "", key, value, f"{remedy}; --trunk lite2 uses pictures without captions too")
     scenes = SceneConfig(pictures, size, "teacher", two_objects=0.1, captions="clean")
     training = load_pairs(train_path, size, scenes=scenes, **reading)
     scenes = SceneConfig(500, size, "val", captions="clean")
