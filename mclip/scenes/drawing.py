@@ -112,11 +112,11 @@ def draw_backgrounds(kinds: Array, rng: np.random.Generator, size: int) -> Array
     mark = strength[kinds].astype(np.float32)[:, None, None] * fine
     for index, name in enumerate(names):
         chosen = kinds == index
-        s, noise = shift[chosen], soft[chosen]
+        s, ripple = shift[chosen], soft[chosen]
         if name == "water":
-            mark[chosen] += 0.09 * np.sin(2 * np.pi * (9 * y + 0.5 * np.sin(2 * np.pi * (2 * x + s)) + noise))
+            mark[chosen] += 0.09 * np.sin(2 * np.pi * (9 * y + 0.5 * np.sin(2 * np.pi * (2 * x + s)) + ripple))
         elif name == "wood":
-            mark[chosen] += 0.07 * np.sin(2 * np.pi * (7 * (x + s) + 0.8 * noise + 0.3 * np.sin(5 * y)))
+            mark[chosen] += 0.07 * np.sin(2 * np.pi * (7 * (x + s) + 0.8 * ripple + 0.3 * np.sin(5 * y)))
         elif name == "bricks":
             row = np.floor(y * 8)
             u, v = (x * 4 + 0.5 * (row % 2) + s) % 1, (y * 8) % 1

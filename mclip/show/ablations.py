@@ -81,24 +81,24 @@ def difference(means: Means, name: str, against: str) -> dict[str, Any]:
     if not points:
         raise ResultError(f"{name}: no seed has a record of it and of {against}; run: python -m mclip study ablations")
     value, (deviation, freedom) = statistics.fmean(points), pooled_deviation(means)
-    found = {"value": value, "n": len(points)}
+    effect = {"value": value, "n": len(points)}
     if not any(points):
-        return found | {"low": 0.0, "high": 0.0, "verdict": "identical"}
+        return effect | {"low": 0.0, "high": 0.0, "verdict": "identical"}
     if not freedom:
-        return found | {"verdict": "undecided"}
+        return effect | {"verdict": "undecided"}
     half = float(stdtrit(freedom, 0.975)) * deviation / math.sqrt(len(points))
     verdict = "helps" if value > half else "hurts" if value < -half else "undecided"
-    return found | {"low": value - half, "high": value + half, "verdict": verdict}
+    return effect | {"low": value - half, "high": value + half, "verdict": verdict}
 
 
 def effects(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The :func:`difference` of each configuration to its counterpart, in the order of the records."""
-    means, found = means_of(records), {}
+    means, differences = means_of(records), {}
     for name, each in plan_of(records).items():
         other = each["against"]
         if other != name and means.get(name, {}).keys() & means.get(other, {}).keys():
-            found[name] = difference(means, name, other)
-    return found
+            differences[name] = difference(means, name, other)
+    return differences
 
 
 def failures_of(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -62,10 +62,10 @@ def cost_of_models(record: Record) -> NotebookFigure:
     left.legend(loc="upper left", fontsize=8)
     for half, colour, hatch, offset in (("image", PALETTE[2], "", -0.2), ("text", PALETTE[4], "//", 0.2)):
         rows = [{"value": latencies[name][half]} for name in models]
-        places = [number + offset for number in range(len(rows))]
-        interval_bars(right, places, rows, 0.4, label=half, color=colour, hatch=hatch)
-        for place, row in zip(places, rows, strict=True):
-            right.text(row["value"], place, f" {row['value']:.{int(row['value'] < 10)}f}", va="center", fontsize=8)
+        heights = [number + offset for number in range(len(rows))]
+        interval_bars(right, heights, rows, 0.4, label=half, color=colour, hatch=hatch)
+        for height, row in zip(heights, rows, strict=True):
+            right.text(row["value"], height, f" {row['value']:.{int(row['value'] < 10)}f}", va="center", fontsize=8)
     name_rows(right, list(models))
     right.margins(x=0.15)
     right.set(title="Its two halves", xlabel="median latency (ms)")

@@ -67,6 +67,9 @@ def for_choosing(name: str) -> bool:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 5 == 0
 
 
+OWN_SPLIT = "1,000 photographs by a hash of the name"
+
+
 def flickr8k(split: Literal["train", "val", "test"], root_dir: str | Path = "", download: bool = False) -> Path:
     """The captions of a split of Flickr8k: below ``root_dir`` as a CSV, or the official split."""
     folder = Path(root_dir or cache_dir()).expanduser() / "flickr8k"

@@ -5,6 +5,7 @@ Each function takes the row and its settings, and returns the records.
 
 from __future__ import annotations
 
+import pickle
 import statistics
 import tempfile
 import time
@@ -162,8 +163,18 @@ def measure_ranks(patches: Sequence[Patch], profile: str) -> Numbers:
     return top5 | {"mean top-1 where one of six sets failed, %": means}
 
 
+class Planted:
+    """Unpickling it makes an empty file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.file,)
+
+
 def measure_checkpoints(patches: Sequence[Patch], profile: str) -> Numbers:
-    """Defect 12: the size of a checkpoint, and where a killed run goes on."""
+    """Defect 12: the size of a checkpoint, where a killed run goes on, and whether a file can run code of its own."""
     training, validation = load_data("smoke", 64, progress=False)
     settings = TrainConfig(max_epochs=2, batch_size=64, progress=False)
 
@@ -179,7 +190,15 @@ def measure_checkpoints(patches: Sequence[Patch], profile: str) -> Numbers:
                 run(on_record=killed_at_the_sixth)
             megabytes = next(folder.glob("checkpoint-*.pt")).stat().st_size / 1e6
             run(on_record=steps.append)
-        return {"checkpoint, MB": megabytes, "killed in step 5, the run goes on with step": float(steps[0]["step"])}
+            torch.save(Planted(folder / "ran"), folder / "planted.pt")
+            with suppress(pickle.UnpicklingError):
+                torch.load(folder / "planted.pt", weights_only=True)
+            planted = float((folder / "ran").exists())
+        return {
+            "checkpoint, MB": megabytes,
+            "killed in step 5, the run goes on with step": float(steps[0]["step"]),
+            "programs that a planted file could start": planted,
+        }
 
     return both(patches, measured)
 
