@@ -57,7 +57,7 @@ class Distillation(Contrastive):
         self.teacher_logit_scale = teacher_logit_scale
         if config.feature_weight:
             fitting = ["identity" if width == teacher_width else "mlp" for width in widths]
-            kinds = fitting if config.aligner == "auto" else [config.aligner] * 2
+            kinds = fitting if config.aligner in ("auto", "pca") else [config.aligner] * 2
             self.image_aligner = losses.Aligner(widths[0], teacher_width, kinds[0])
             self.text_aligner = losses.Aligner(widths[1], teacher_width, kinds[1])
         remedy = f"the student's embedding {widths} must be as wide as the teacher's {teacher_width}"
