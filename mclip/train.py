@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
@@ -146,13 +146,24 @@ def set_up(
     modules.to(fabric.device, memory_format=torch.channels_last)
     parts = {"modules": modules, "optimizer": make_optimizer(modules, config)}
     if config.ema_decay:
-        update = get_ema_multi_avg_fn(config.ema_decay)
-        parts["average"] = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+        parts["average"] = AveragedModel(model, multi_avg_fn=moving_average(config.ema_decay), use_buffers=True)
     if scaler := getattr(fabric.strategy.precision, "scaler", None):  # of 16-bit floats
         parts["scaler"] = scaler
     student, optimizer = fabric.setup_module(Student(model)), fabric.setup_optimizers(parts["optimizer"])
     schedule = Schedule(objective.config, total)
     return Stepper(fabric, student, objective, modules["balancer"], optimizer, scaler, schedule, config), parts
+
+
+def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
+    """The update of a moving average. It leaves alone what has not changed: -inf in a mask minus -inf is no number."""
+    update = get_ema_multi_avg_fn(decay)
+
+    def update_changed(average: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        changed = [(kept, new) for kept, new in zip(average, current, strict=True) if not torch.equal(kept, new)]
+        if changed:
+            update(*map(list, zip(*changed, strict=True)), count)
+
+    return update_changed
 
 
 def make_fabric(config: TrainConfig) -> Fabric:

@@ -47,18 +47,19 @@ ABOUT = {
 }
 VIEWS = {"crop_scale": 0.5, "views": 2, "mirrored": True, "coarse": 32}
 TEACHER = TrainConfig(
-    max_epochs=40, batch_size=256, weight_decay=0.2, validate_every=10, precision="bf16-mixed", **VIEWS
+    max_epochs=50, batch_size=256, weight_decay=0.2, ema_decay=0.995, validate_every=10, precision="bf16-mixed", **VIEWS
 )
-STUDENT = TrainConfig(max_epochs=14, batch_size=128, learning_rate=2e-3, **VIEWS)
+STUDENT = TrainConfig(max_epochs=24, batch_size=128, learning_rate=2e-3, **VIEWS)
 PRESET = "pocket-256"
 COMMAND = "python -m mclip photo --root_dir PHOTOGRAPHS"
-# A student of 256 dimensions cannot copy a teacher's 512, so it learns relations as well, at the teacher's own scale.
+# The student copies the teacher's principal dimensions first, then sharpens distributions, at the teacher's own scale.
 TERMS = DistillConfig(
-    original_weight=0.5,
-    feature_weight=2.0,
-    response_weight=2.0,
-    similarity_weight=1.0,
-    phases=(0.0, 0.1, 0.9),
+    original_weight=0.1,
+    feature_weight=4.0,
+    response_weight=1.0,
+    icl_weight=1.0,
+    aligner="pca",
+    phases=(0.0, 0.5, 0.9),
     max_temperature=1.0,
     min_temperature=1.0,
 )
@@ -95,8 +96,11 @@ def photo(
     names = {"teacher_model": "ViT-B-32", "teacher_pretrained": "openai"}
     if teacher == "lite2":
         names = {"teacher_model": str(out / "teacher" / "model")}
-        size = PRESETS[PRESET].image.image_size
-        tune(*load_data("cpu", size, **paths), replace(TEACHER, seed=seed, progress=progress), out / "teacher")
+        tune(
+            *load_data("cpu", PRESETS[PRESET].image.image_size, **paths),
+            replace(TEACHER, seed=seed, progress=progress),
+            out / "teacher",
+        )
         judge(out / "teacher" / "model", "photo-teacher", out / "results" / "photo.json", root_dir, download)
     config, settings = PRESETS[PRESET], replace(STUDENT, max_epochs=epochs, seed=seed, progress=progress)
     pairs = load_data("cpu", config.image.image_size, **paths, unpaired_texts_path=str(out / "class_sentences.txt"))
