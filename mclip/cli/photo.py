@@ -49,7 +49,7 @@ VIEWS = {"crop_scale": 0.5, "views": 2, "mirrored": True, "coarse": 32}
 TEACHER = TrainConfig(
     max_epochs=50, batch_size=256, weight_decay=0.2, ema_decay=0.995, validate_every=10, precision="bf16-mixed", **VIEWS
 )
-STUDENT = TrainConfig(max_epochs=24, batch_size=128, learning_rate=2e-3, **VIEWS)
+STUDENT = TrainConfig(max_epochs=12, batch_size=128, learning_rate=2e-3, **VIEWS)
 PRESET = "pocket-256"
 COMMAND = "python -m mclip photo --root_dir PHOTOGRAPHS"
 # The student copies the teacher's principal dimensions first, then sharpens distributions, at the teacher's own scale.
