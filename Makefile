@@ -15,7 +15,7 @@ LESSONS = $(if $(findstring not slow,$(ARGS)),echo left out,$(NBVAL) -p no:cache
 SYNC  := UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON=.venv/bin/python UV_PYTHON_DOWNLOADS=never .venv/bin/uv sync --locked --inexact
 NEWS  := {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}
 
-.PHONY: help course test lab app photo reproduce bench figures
+.PHONY: help course test lab app photo photographs reproduce bench figures
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -42,6 +42,9 @@ app: $(READY) ## serve the explorers as a page without code; ARGS="--port 8866"
 
 photo: $(READY) ## a teacher and a student of photographs; ROOT=folder of the photographs, TEACHER=lite2|openai
 	$(MCLIP) photo --root_dir "$(ROOT)" --teacher $(TEACHER) $(ARGS)
+
+photographs: $(READY) ## the comparison on photographs: base, clip, kd of three seeds, and the teacher; ROOT, TEACHER as for photo
+	$(MCLIP) study photographs --root_dir "$(ROOT)" --teacher $(TEACHER) $(ARGS)
 
 reproduce: $(READY) ## the long run: train and measure what data/results has no record of; ARGS="ablations --seeds 3"
 	$(MCLIP) study $(ARGS)

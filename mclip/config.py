@@ -270,7 +270,10 @@ class TrainConfig(Settings):
 
 @dataclass(frozen=True)
 class Profile:
-    """How much a run does: ``pictures`` of scenes, passes over them, and pictures in each test set."""
+    """How much a run does: ``pictures`` of scenes, passes over them, and pictures in each test set.
+
+    ``captions`` names the set of captions that stands in the place of scenes.
+    """
 
     pictures: int
     max_epochs: int
@@ -282,6 +285,7 @@ class Profile:
     preset: str = "course"
     teacher: str = SHIPPED
     teacher_pretrained: str | None = None
+    captions: str = ""
 
     def training(self, **changes: Any) -> TrainConfig:
         """The settings of a run of this size; ``changes`` replace some."""
@@ -292,7 +296,17 @@ class Profile:
 PROFILES = {
     "smoke": Profile(pictures=256, max_epochs=1, batch_size=64, test_pictures=128),
     "cpu": Profile(pictures=10_000, max_epochs=7, batch_size=64, test_pictures=2000),
-    "gpu": Profile(100_000, 30, 512, 5000, 1e-3, preset="mobile-256", teacher="ViT-B-32", teacher_pretrained="openai"),
+    "gpu": Profile(
+        100_000,
+        30,
+        512,
+        5000,
+        1e-3,
+        preset="mobile-256",
+        teacher="ViT-B-32",
+        teacher_pretrained="openai",
+        captions="coco",
+    ),
 }
 
 

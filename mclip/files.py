@@ -17,7 +17,7 @@ from mclip.config import ConfigError, closest, require
 PACKAGE = Path(__file__).resolve().parent
 CLONE = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else None  # None where it is installed
 DATA = (CLONE or PACKAGE) / "data"  # what ships: teacher, student checkpoints, published figures, results
-MODELS = ("base", "kd", "clip", "teacher", "photo", "photo-teacher")  # those that ship
+MODELS = ("base", "kd", "clip", "teacher", "photo", "photo-teacher", "photo-base")  # those that ship
 
 
 def cache_dir() -> Path:
@@ -41,7 +41,10 @@ def model_folder(name: str | Path) -> Path:
     name = str(name)
     ships = DATA / ("teacher" if name == "teacher" else f"checkpoints/{name}")
     folder = ships if name in MODELS and ships.is_dir() else Path(name).expanduser()
-    require(folder.is_dir(), "model", name, f"give a model folder or a name; {closest(name, MODELS)}")
+    remedy = f"give a model folder or a name; {closest(name, MODELS)}"
+    if name in MODELS:
+        remedy = f"{ships} is not there; restore it, or make it again as its card or {DATA / 'photographs'} says"
+    require(folder.is_dir(), "model", name, remedy)
     return folder
 
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import to_pil_image
 
 import mclip
+from mclip import files
 from mclip.config import ConfigError
 from mclip.evaluate import embed_texts, evaluate_retrieval, evaluate_zero_shot
 from mclip.model import ModelError
@@ -63,7 +64,7 @@ def test_padding_changes_no_embedding():
     assert model.tokenizer(texts[0]).shape[1] < padded.context_length
 
 
-def test_a_folder_and_clear_errors(tmp_path):
+def test_a_folder_and_clear_errors(tmp_path, monkeypatch):
     mclip.load("base")[0].save_pretrained(tmp_path / "mine")
     model, _, _ = mclip.load(tmp_path / "mine")
     assert model.config == mclip.load("base")[0].config
@@ -71,6 +72,10 @@ def test_a_folder_and_clear_errors(tmp_path):
         mclip.load("teachers")
     with pytest.raises(ModelError, match=r"no config\.json"):
         mclip.load(tmp_path)
+    monkeypatch.setattr(files, "DATA", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"photo-base is not there; restore it, or make it again"):
+        mclip.load("photo-base")
     for device in ("gpu", *([] if torch.cuda.is_available() else ["cuda"])):
         with pytest.raises(ConfigError, match=f"device='{device}' cannot be used here"):
             mclip.load("base", device)

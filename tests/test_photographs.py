@@ -6,6 +6,7 @@ import random
 import shutil
 from dataclasses import replace
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -13,18 +14,19 @@ from PIL import Image
 
 import mclip.locked_image as locked
 import mclip.teacher as teachers
-from mclip.cli import photo
+from mclip.cli import course
 from mclip.cli.main import main
 from mclip.config import ConfigError, TrainConfig
 from mclip.files import read_json, write_json
 from mclip.locked_image import ClassSentences, class_means, tune
 from mclip.pairs import Batch
 from mclip.pictures import Crops
-from mclip.recipes import BASE
-from mclip.results import load_results
+from mclip.recipes import BASE, load_model
+from mclip.results import load_results, weights_sha256
 from mclip.sources.loading import load_pairs
-from mclip.sources.photographs import EXCERPTS, photograph_set
+from mclip.sources.photographs import EXCERPTS, OWN_SPLIT, photograph_set
 from mclip.sources.unpaired import add_unpaired
+from mclip.study import photographs, run, table
 from mclip.targets import teacher_targets
 from mclip.teacher import CONFIG_FILE, TeacherError, load_teacher, load_trunk
 
@@ -183,38 +185,136 @@ def test_short_captions_are_encoded_as_open_clip_does(tmp_path, monkeypatch):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_the_command_makes_teacher_and_student_and_goes_on(pictures, tmp_path, monkeypatch, capsys):
-    """The whole way on a few pictures, laid out as the archives unpack."""
+@pytest.fixture
+def root(pictures, tmp_path, monkeypatch):
+    """A few pictures laid out as the archives unpack, and settings for a run of seconds."""
     monkeypatch.setattr(locked, "LITE2", fake_wheel(tmp_path, monkeypatch)[0])
     monkeypatch.setattr(locked, "CONFIDENT", 0.0)
     monkeypatch.setattr(locked, "MEMBERS", 1)
-    monkeypatch.setattr(photo, "TEACHER", replace(photo.TEACHER, max_epochs=1, batch_size=4, validate_every=1))
-    monkeypatch.setattr(photo, "STUDENT", replace(photo.STUDENT, batch_size=8))
-    monkeypatch.setattr(photo, "PRESET", "course")
+    tuned = replace(photographs.TEACHER, max_epochs=1, batch_size=4, validate_every=1)
+    monkeypatch.setitem(photographs.RECIPES, "teacher", (tuned, BASE))
+    for name in ("base", "clip", "kd"):
+        settings, terms = photographs.RECIPES[name]
+        monkeypatch.setitem(photographs.RECIPES, name, (replace(settings, batch_size=8), terms))
+    for module in (photographs, table):
+        monkeypatch.setattr(module, "PRESET", "course")
+    monkeypatch.setattr(ClassSentences, "every", lambda self: ["a photo of a frog", "a photo of a boat"])
+    monkeypatch.setattr(photographs, "EXCERPTS", {name: EXCERPTS[name] for name in ("cifar10", "imagenette")})
     root = tmp_path / "root"
     (root / "flickr8k" / "images").mkdir(parents=True)
     for number in range(8):
         (root / "flickr8k" / "images" / f"{number}.png").write_bytes((pictures / f"{number}.png").read_bytes())
-    table = "\n".join(["file_name,image_path,caption"] + [f"{n}.png,images,a caption of {n}" for n in range(8)])
+    rows = "\n".join(["file_name,image_path,caption"] + [f"{n}.png,images,a caption of {n}" for n in range(8)])
     for split in ("train", "val", "test"):
-        (root / "flickr8k" / f"{split}.csv").write_text(table + "\n", encoding="utf-8")
+        (root / "flickr8k" / f"{split}.csv").write_text(rows + "\n", encoding="utf-8")
     shutil.copytree(pictures / "others", root / "unlabelled")
     for excerpt in EXCERPTS.values():
         for name in ("cat", "dog"):
             (root / excerpt.folder / name).mkdir(parents=True)
             for number in range(8):
                 Image.new("RGB", (32, 32), (30 * number, 0, 0)).save(root / excerpt.folder / name / f"{number}.png")
-    monkeypatch.setattr(photo, "EXCERPTS", {name: EXCERPTS[name] for name in ("cifar10", "imagenette")})
+    return root
+
+
+REPORTED = {"test (four fifths)", "val (four fifths)", OWN_SPLIT}
+
+
+def test_the_command_makes_teacher_and_student_and_goes_on(root, tmp_path, capsys):
     arguments = ["photo", "--root_dir", str(root), "--out_dir", str(tmp_path / "out"), "--epochs", "1"]
     arguments += ["--progress", "false"]
     assert main(arguments) == 0
     records = load_results(tmp_path / "out" / "results" / "photo.json")
     assert {record["task"] for record in records} == {"zero_shot", "retrieval"}
-    assert {record["split"] for record in records} == {"test (four fifths)", "val (four fifths)", photo.OWN_SPLIT}
+    assert {record["split"] for record in records} == REPORTED
     before = (tmp_path / "out" / "photo" / "model" / "model.safetensors").read_bytes()
     assert main(arguments) == 0
     assert (tmp_path / "out" / "photo" / "model" / "model.safetensors").read_bytes() == before
     assert "photo-teacher" in capsys.readouterr().out
+    card = (tmp_path / "out" / "photo" / "model" / "README.md").read_text(encoding="utf-8")
+    assert f"`{records[-1]['model']['sha256']}`" in card
+    assert records[-1]["model"]["sha256"] == weights_sha256(load_model(tmp_path / "out" / "photo" / "model")[0])
+
+
+def test_the_study_trains_what_is_compared_and_goes_on_after_a_kill(root, tmp_path, monkeypatch):
+    """A run that is killed between its training and its records; choices are made on other parts than reports."""
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "ships")
+    monkeypatch.setattr(run, "CHECKPOINTS", tmp_path / "models")
+    names = [f"photographs/{name}" for name in ("teacher", "base", "clip", "kd", "base-rate-4e-3", "kd-response-4")]
+    arguments = ["study", *names, "--seeds", "1", "--epochs", "1", "--root_dir", str(root)]
+    arguments += ["--out_dir", str(tmp_path / "runs")]
+    judge, calls = photographs.Photographs.judge, []
+
+    def killed(self, model, tokenizer, name, *rest, **more):
+        calls.append(name)
+        if calls == ["teacher", "teacher", "base", "base", "clip"]:
+            raise KeyboardInterrupt
+        return judge(self, model, tokenizer, name, *rest, **more)
+
+    monkeypatch.setattr(photographs.Photographs, "judge", killed)
+    assert main(arguments) == 130
+    weights = (tmp_path / "runs" / "photographs" / "clip-0" / "model" / "open_clip_model.safetensors").read_bytes()
+    assert main(arguments) == 0
+    folder = tmp_path / "runs" / "photographs"
+    assert (folder / "clip-0" / "model" / "open_clip_model.safetensors").read_bytes() == weights
+    assert {each.name for each in folder.iterdir()} == {"teacher-0", "base-0", "clip-0", "kd-0"}
+    assert not (tmp_path / "ships").exists()
+
+    records = load_results(tmp_path / "runs" / "results" / "photographs.json")
+    reported = {r["model"]["name"] for r in records if r["split"] in REPORTED}
+    assert reported == {"teacher", "base", "clip", "kd"}
+    chosen = [r for r in records if r["task"] == "choice"]
+    assert {r["split"] for r in chosen} == {r["split"] for r in records} - REPORTED == {"the part to choose by"}
+    assert {r["model"]["name"] for r in chosen} == reported | {"base-rate-4e-3", "kd-response-4"}
+    sets = chosen[0]["metrics"]["sets"]
+    assert sets.keys() == {"cifar10", "imagenette", "flickr8k"}
+    assert chosen[0]["metrics"]["mean"] == pytest.approx(np.mean([score["value"] for score in sets.values()]))
+    assert calls.count("kd-response-4") == 1
+
+
+def test_base_of_seed_0_ships_with_its_card(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "ships")
+    monkeypatch.setattr(run, "CHECKPOINTS", tmp_path / "models")
+    short = replace(photographs.RECIPES["base"][0], max_epochs=1, validate_every=1)
+    monkeypatch.setitem(photographs.RECIPES, "base", (short, BASE))
+    names = ["photographs/base", "photographs/base-rate-4e-3"]
+    assert main(["study", *names, "--seeds", "1", "--root_dir", str(root), "--out_dir", str(tmp_path / "runs")]) == 0
+    assert [each.name for each in (tmp_path / "models").iterdir()] == ["photo-base"]
+    records = [r for r in load_results(tmp_path / "ships" / "photographs.json") if r["seed"] == 0]
+    model = tmp_path / "models" / "photo-base"
+    assert weights_sha256(load_model(model)[0]) == records[0]["model"]["sha256"]
+    card = (model / "README.md").read_text(encoding="utf-8")
+    assert records[0]["model"]["sha256"] in card
+    assert "COCO" not in card
+
+
+def test_what_is_compared_sees_equally_many_samples():
+    captioned, others = 6091, 15_697
+    seen = {}
+    for row in table.choose(["photographs"]):
+        settings = table.plan(row)
+        batches = (captioned + others * settings["unlabelled"]) // settings["batch_size"]
+        seen[row.name] = settings["max_epochs"] * batches * settings["batch_size"]
+    del seen["teacher"], seen["base-passes-18"]
+    assert max(seen.values()) / min(seen.values()) < 1.02
+
+
+def test_what_is_searched_differs_in_one_setting_and_never_in_the_seed():
+    for row in table.choose(["photographs"]):
+        if row.group == "search":
+            own, other = table.plan(row), table.plan(table.BY_NAME[f"photographs/{row.against}"])
+            changed = {key for key in own if own[key] != other[key]}
+            assert len(changed - {"max_epochs", "validate_every"} or changed) == 1, row.name
+            assert row.seeds == 1
+
+
+def test_openais_teacher_writes_nothing_that_ships(tmp_path):
+    jobs = {j.row.name: j for j in run.jobs_of(table.choose(["photographs"]), tmp_path, 1, None, "cpu", "openai")}
+    assert {job.file.parent for job in jobs.values()} == {tmp_path / "results"}
+    assert jobs["kd"].teacher == {"teacher_model": "ViT-B-32", "teacher_pretrained": "openai"}
+    assert all(job.is_ready() for job in jobs.values())
+    other = {j.row.name: j for j in run.jobs_of(table.choose(["photographs"]), tmp_path, 1, None, "cpu")}
+    assert not other["kd"].is_ready(), "the teacher of the study is not trained yet"
+    assert other["base"].settings == jobs["base"].settings
 
 
 def test_a_folder_of_a_teacher_without_its_trunk_is_named(pictures, tmp_path, monkeypatch):
@@ -254,3 +354,49 @@ def test_a_fifth_to_choose_by_and_the_rest_to_report(excerpt):
 def test_missing_photographs_are_named(tmp_path):
     with pytest.raises(ConfigError, match="root_dir"):
         photograph_set("caltech101", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:no ImageNet weights")
+def test_profile_gpu_distils_a_vit_b_32_on_coco(pictures, tmp_path, monkeypatch, capsys):
+    """With a randomly initialised ViT-B/32 in the place of OpenAI's, and COCO of a few pictures of noise."""
+    create, asked = teachers.open_clip.create_model, []
+
+    def untrained(name, pretrained=None, **options):
+        asked.append((name, pretrained))
+        return create(name, **options)
+
+    def unreachable(*args, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(teachers.open_clip, "create_model", untrained)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
+    monkeypatch.setenv("MCLIP_CACHE", str(tmp_path / "cache"))
+    coco = tmp_path / "cache" / "coco"
+    for split in ("train", "val"):
+        (coco / f"{split}2017").mkdir(parents=True)
+        for number in range(4):
+            shutil.copy(pictures / f"{number}.png", coco / f"{split}2017" / f"{number}.png")
+        images = [{"id": number, "file_name": f"{number}.png"} for number in range(4)]
+        captions = [{"id": number, "image_id": number, "caption": f"noise {number}"} for number in range(4)]
+        (coco / "annotations").mkdir(exist_ok=True)
+        write_json(coco / "annotations" / f"captions_{split}2017.json", {"images": images, "annotations": captions})
+    arguments = ["distill", "--profile", "gpu", "--max_epochs", "1", "--batch_size", "2", "--accelerator", "cpu"]
+    arguments += ["--views", "1", "--progress", "false", "--checkpoint_dir", str(tmp_path / "runs")]
+    assert main(arguments) == 0, capsys.readouterr().err
+    assert asked == [("ViT-B-32", "openai")]
+    model, _ = load_model(tmp_path / "runs" / "kd" / "model")
+    assert (model.config.embed_dim, model.config.image.image_size) == (256, 224)
+
+
+def test_a_course_on_photographs_trains_on_coco(tmp_path, monkeypatch):
+    """The notebooks get the captions as a user gives them; a path of one's own, or an empty one, wins."""
+    paths = {f"{split}_data_path": f"/coco/captions_{split}2017.json" for split in ("train", "val")}
+    monkeypatch.setattr(course, "captions_of", lambda profile: paths)
+    for number, (given, expected) in enumerate({"": paths["train_data_path"], "-p train_data_path ": ""}.items()):
+        out = tmp_path / str(number)
+        arguments = ["course", "--profile", "gpu", "--only", "04", "--prepare", "--out", str(out)]
+        assert main([*arguments, *given.split(" ")] if given else arguments) == 0
+        [copy] = (out / "notebooks").glob("04_*.ipynb")
+        injected = [c.source for c in nbformat.read(copy, 4).cells if "injected-parameters" in c.metadata.tags]
+        assert f'train_data_path = "{expected}"\n' in injected[0]

@@ -12,7 +12,6 @@ from mclip.config import ConfigError
 from mclip.files import DATA
 from mclip.recipes import load_model
 from mclip.results import load_results, make_result, weights_sha256
-from mclip.scenes.world import SceneConfig, export_scenes, make_scenes
 from mclip.study import measures, run
 from mclip.study.table import BY_NAME, STUDIES, Experiment, choose, plan
 
@@ -201,47 +200,9 @@ def test_the_models_of_seed_0_ship_with_their_logs(smoke, monkeypatch, tmp_path)
     assert {path.name for path in (tmp_path / "results" / "logs").iterdir()} == {"base.jsonl", "kd.jsonl"}
 
 
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    """Results of a run over drawn pictures in files, as if they were photographs."""
-    folder = tmp_path_factory.mktemp("photographs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MCLIP_CACHE", str(folder / "cache"))
-        patch.setattr(run, "RESULTS", folder / "results")
-        for split, count in (("train", 40), ("val", 16)):
-            export_scenes(make_scenes(SceneConfig(count, 64, split), progress=False), folder / split)
-        for index in range(12):
-            source = folder / "test" / ("cat", "dog")[index % 2] / f"{index}.jpg"
-            source.parent.mkdir(parents=True, exist_ok=True)
-            source.write_bytes(sorted((folder / "val").rglob("*.jpg"))[index].read_bytes())
-        arguments = ["study", "photographs", "--seeds", "2", "--epochs", "1", "--out_dir", str(folder / "runs")]
-        for split in ("train", "val"):
-            arguments += [f"--{split}_data_path", str(next((folder / split).glob("*.csv")))]
-        assert main([*arguments, "--datasets", str(folder / "test")]) == 0
-    assert not (folder / "results").exists(), "what ships is overwritten"
-    return folder / "runs"
-
-
-def test_photographs_leave_a_record_of_each_model_seed_and_task(photographs):
-    records = load_results(photographs / "results")
-    found = sorted((r["task"], r["model"]["name"], r["seed"]) for r in records)
-    expected = [("teacher", 0), *((name, seed) for name in ("base", "kd") for seed in (0, 1))]
-    assert found == sorted((task, *each) for task in ("retrieval", "zero_shot") for each in expected)
-    assert {r["n"] for r in records if r["task"] == "zero_shot"} == {12}
-
-
-def test_a_student_waits_for_the_teacher_of_its_study(photographs, tmp_path):
-    rows, files = choose(["photographs"]), {"train_data_path": "a.csv", "val_data_path": "b.csv", "datasets": []}
-    jobs = {job.row.name: job for job in run.jobs_of(rows, tmp_path, 1, None, "cpu", **files)}
-    assert [job.is_ready() for job in jobs.values()] == [True, True, False]
-    assert jobs["kd"].teacher == str(jobs["teacher"].folder / "model")
-    assert (photographs / "photographs" / "teacher-0" / "model").is_dir()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["photographs"], "train_data_path"),
         (["scenes", "--seeds", "0"], "seeds=0"),
         (["scenes", "--epochs", "0"], "epochs=0"),
         (["scene"], "did you mean 'scenes'"),

@@ -24,6 +24,7 @@ from mclip.recipes import (
     train_student,
 )
 from mclip.scenes.world import SceneConfig
+from mclip.sources.caption_sets import captions_of
 from mclip.sources.loading import Decoding, load_pairs
 
 ProfileName = Literal["smoke", "cpu", "gpu"]
@@ -37,7 +38,7 @@ class DataOptions:
 
     Attributes:
         train_data_path: a CSV, TSV or COCO Captions JSON file, a folder of pictures, or WebDataset .tar files;
-            empty draws scenes.
+            empty draws scenes; in profile gpu it is COCO, downloaded.
         val_data_path: the same for validation.
         unlabelled_data_path: a folder of pictures without captions, from which a distilled student learns as well.
         unpaired_texts_path: a text file, one sentence a line, to stand beside those pictures; empty takes captions.
@@ -88,7 +89,10 @@ class RunOptions:
 def _train(data: DataOptions, run: RunOptions, settings: TrainConfig, name: str, **options: Any) -> None:
     config = get_model_config(run.config_path or get_profile(run.profile).preset)
     drawing = {"seed": settings.seed, "progress": settings.progress}
-    training, validation = load_data(run.profile, config.image.image_size, **drawing, **data.reading())
+    reading = data.reading()
+    if not (data.train_data_path or data.val_data_path):
+        reading |= captions_of(run.profile)
+    training, validation = load_data(run.profile, config.image.image_size, **drawing, **reading)
     if run.use_swa and settings.ema_decay is None:
         settings = replace(settings, ema_decay=SWA_DECAY)
     folder = Path(run.checkpoint_dir) / (run.checkpoint_filename or name)

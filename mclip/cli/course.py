@@ -21,10 +21,11 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
-from mclip.config import ConfigError, closest, require
+from mclip.config import ConfigError, closest, get_profile, require
 from mclip.files import write_json
 from mclip.results import load_results
 from mclip.show.parameters import check_parameter
+from mclip.sources.caption_sets import captions_of
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 TYPES: dict[str, type] = {kind.__name__: kind for kind in (bool, int, float, str)}
@@ -68,7 +69,8 @@ def course(
     cannot be written, and :class:`NotebookError` for the first notebook that fails; later ones are not run.
 
     Args:
-        profile: how much work the notebooks do: smoke takes seconds each, cpu minutes, gpu is full size.
+        profile: how much work the notebooks do: smoke takes seconds each, cpu minutes; gpu trains on photographs, the
+            captions of COCO, with OpenAI's ViT-B/32.
         out: folder for notebooks/, results/, figures/ and summary.json.
         parameters: a parameter for every notebook that declares NAME; may be repeated.
         only: numbers of the notebooks to run, such as 04 08; all by default.
@@ -77,7 +79,11 @@ def course(
     """
     require(jobs is None or jobs >= 1, "jobs", jobs, "use 1 or more notebooks at a time")
     notebooks, folder = select(only or [], solutions=prepare), Path(out).resolve()
-    planned = plan(notebooks, dict(parameters or []), {"profile": profile, "out_dir": str(folder), "seed": 0})
+    given, common = dict(parameters or []), {"profile": profile, "out_dir": str(folder), "seed": 0}
+    if get_profile(profile).captions and "train_data_path" not in given:
+        trains = any("train_data_path" in declared_parameters(notebook) for notebook in notebooks)
+        common |= captions_of(profile) if trains else {}
+    planned = plan(notebooks, given, common)
     for name in ("notebooks", "results", "figures"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").unlink(missing_ok=True)  # an older one would speak for a run that fails

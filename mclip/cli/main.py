@@ -23,7 +23,7 @@ COMMANDS = {
     "train": ("mclip.cli.commands:train", "train a student on pairs alone"),
     "distill": ("mclip.cli.commands:distill", "distil a student from a teacher in three phases"),
     "teacher": ("mclip.cli.commands:teacher", "train a small teacher, or tune one to photographs"),
-    "photo": ("mclip.cli.photo:photo", "teacher and student of photographs, in one go"),
+    "photo": ("mclip.study.photographs:photo", "teacher and student of photographs, in one go"),
     "evaluate": ("mclip.cli.evaluate:evaluate", "classify pictures zero-shot"),
     "export": ("mclip.cli.commands:export_student", "write a student into a folder that an app can carry"),
     "download": ("mclip.sources.caption_sets:download", "fetch captions or a test set; resumes"),

@@ -73,22 +73,49 @@ def performance_comparison(records: Records, photographs: Records = ()) -> style
     return fig
 
 
-def photograph_scores(records: Records) -> style.Table:
-    """``{set: {model: {"value", "low", "high"}}}`` of the photograph sets: top-1, and R@5 of Flickr8k by its captions.
+def score_of(record: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
+    """The number by which a set judges a model: its name, and its value with the interval, in percent.
 
-    The models that ship for photographs have the roles of those of scenes: photo is kd, photo-teacher the teacher. A
-    set that is not the official test split says so.
+    Top-1 of a zero-shot record; of one of retrieval, recall at 5 of pictures by their captions.
     """
-    roles, table = {"photo": "kd", "photo-teacher": "teacher", "photo-base": "base", "photo-clip": "clip"}, {}
+    if record["task"] == "retrieval":
+        return "text to image R@5", record["metrics"]["text_to_image"]["r5"]
+    return "top-1", record["metrics"]["top1"]
+
+
+def photographs_by_model(records: Records) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
+    """``{set: {model: [record of each seed]}}`` of the photograph sets; a set that is not the official one says so.
+
+    The models that ship for photographs have the roles of those of scenes: photo is kd, photo-teacher the teacher.
+    """
+    roles, groups = {"photo": "kd", "photo-teacher": "teacher", "photo-base": "base"}, {}
     for record in records:
-        model = roles.get(record["model"]["name"], record["model"]["name"])
-        note = "" if record["split"].partition(" (")[0] in ("test", "val") else ", excerpt"
-        if record["task"] == "zero_shot":
-            table.setdefault(record["dataset"] + note, {})[model] = record["metrics"]["top1"]
-        elif record["task"] == "retrieval":
-            note = ", own split" if note else ""
-            table.setdefault(f"{record['dataset']} R@5{note}", {})[model] = record["metrics"]["text_to_image"]["r5"]
-    return table
+        if record["task"] in ("zero_shot", "retrieval") and "error" not in record:
+            official = record["split"].partition(" (")[0] in ("test", "val")
+            kind, note = ("", ", excerpt") if record["task"] == "zero_shot" else (" R@5", ", own split")
+            models = groups.setdefault(record["dataset"] + kind + note * (not official), {})
+            models.setdefault(roles.get(record["model"]["name"], record["model"]["name"]), []).append(record)
+    return groups
+
+
+def photograph_scores(records: Records) -> style.Table:
+    """``{set: {model: {"value", "low", "high"}}}`` of the photograph sets: :func:`score_of`, over seeds."""
+    return {
+        dataset: {model: over_seeds([score_of(record)[1] for record in group]) for model, group in models.items()}
+        for dataset, models in photographs_by_model(records).items()
+    }
+
+
+def photograph_means(records: Records) -> dict[str, dict[int, float]]:
+    """``{model: {seed: mean over the photograph sets}}`` in percent, of :func:`score_of`."""
+    values: dict[str, dict[int, list[float]]] = {}
+    for models in photographs_by_model(records).values():
+        for model, group in models.items():
+            for record in group:
+                values.setdefault(model, {}).setdefault(record["seed"], []).append(score_of(record)[1]["value"])
+    return {
+        model: {seed: sum(scores) / len(scores) for seed, scores in seeds.items()} for model, seeds in values.items()
+    }
 
 
 @style.styled

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pandas as pd
 
-from mclip.config import ConfigError, closest, require
+from mclip.config import ConfigError, closest, get_profile, require
 from mclip.files import atomic_path, cache_dir
 from mclip.sources.downloads import DownloadError, extract, fetch
 from mclip.sources.zero_shot import TORCHVISION_SETS, torchvision_set
@@ -48,6 +48,13 @@ def caption_set(
         url = ARCHIVES[folder]["url"]
         extract(fetch(url, root / url.rpartition("/")[2], ARCHIVES[folder]["checksum"]), root / folder)
     return root / "annotations" / f"captions_{split}2017.json" if name == "coco" else _flickr8k_csv(root, split)
+
+
+def captions_of(profile: str) -> dict[str, str]:
+    """``train_data_path`` and ``val_data_path`` of a profile of photographs, downloaded; nothing of one of scenes."""
+    name = get_profile(profile).captions
+    splits: tuple[Literal["train", "val"], ...] = ("train", "val") if name else ()
+    return {f"{split}_data_path": str(caption_set(name, download=True, split=split)) for split in splits}
 
 
 def _flickr8k_csv(root: Path, split: str) -> Path:

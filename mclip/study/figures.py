@@ -10,18 +10,19 @@ from mclip.files import DATA, atomic_path
 from mclip.recipes import describe
 from mclip.results import ResultError, load_results
 from mclip.show import tables
-from mclip.show.ablations import ablation_figure, ablation_table, defect_curves, defect_table, means_of
+from mclip.show.ablations import ablation_figure, ablation_table, defect_curves, defect_table, difference, means_of
 from mclip.show.cost import cost_of_models
 from mclip.show.figures import (
     per_class_recall,
     performance_comparison,
+    photograph_means,
     photograph_scores,
     similarity_matrices,
     training_curves,
 )
 from mclip.show.grounding import grounding_scores
 from mclip.show.style import COLOURS, HATCHES, LABELS, NotebookFigure, figure, intervals, name_rows, save_figure, styled
-from mclip.show.tables import Scores, by_model, markdown, milliseconds, reached, retrieval_table, zero_shot_table
+from mclip.show.tables import Scores, by_model, markdown, milliseconds, reached, zero_shot_table
 from mclip.train import read_log
 
 Records = list[dict[str, Any]]
@@ -50,6 +51,17 @@ def paired_markdown(records: Records) -> str:
     seeds = sorted({seed for row in rows.values() for seed in row})
     header = ["kd - base", *(f"seed {seed}" for seed in seeds)]
     return markdown(header, [[name, *(row.get(seed, "") for seed in seeds)] for name, row in rows.items()])
+
+
+def photographs_markdown(records: Records) -> str:
+    """The table of the photograph sets over seeds, and by how much the mean of kd is above that of base."""
+    table = scores_markdown(photograph_scores(records), ("base", "clip", "kd", "teacher"))
+    means = photograph_means(records)
+    if not means.get("kd", {}).keys() & means.get("base", {}).keys():
+        return table
+    effect = difference(means, "kd", "base")
+    spread = f" ({effect['low']:+.1f} to {effect['high']:+.1f})" if "low" in effect else ""
+    return f"{table}\n\nMean of these sets, kd - base: {effect['value']:+.1f} points{spread}, {effect['n']} seeds."
 
 
 def bench_markdown(records: Records) -> str:
@@ -119,7 +131,7 @@ def prompt_sensitivity(models: Mapping[str, Mapping[str, Mapping[str, float]]]) 
 
 
 def load_all() -> dict[str, Records]:
-    """The records of every study by its name."""
+    """The records of every study by its name; none of one that was not run."""
     names = (
         "scenes",
         "ablations",
@@ -132,7 +144,8 @@ def load_all() -> dict[str, Records]:
         "efficiency",
         "bench",
     )
-    return {name: load_results(RESULTS / f"{name}.json") for name in names}
+    files = {name: RESULTS / f"{name}.json" for name in names}
+    return {name: load_results(file) if file.is_file() else [] for name, file in files.items()}
 
 
 def figures_of(records: Mapping[str, Records]) -> dict[str, NotebookFigure]:
@@ -140,7 +153,7 @@ def figures_of(records: Mapping[str, Records]) -> dict[str, NotebookFigure]:
     examples = {record["model"]["name"]: record for record in records["examples"]}
     cosines = {name: record["details"]["cosines"] for name, record in examples.items()}
     return {
-        "performance_comparison": performance_comparison(records["scenes"], records["photo"]),
+        "performance_comparison": performance_comparison(records["scenes"], records["photographs"] or records["photo"]),
         "per_class_recall": per_class_recall(records["scenes"], "shape"),
         "training_curves": training_curves(read_log(RESULTS / "logs" / "kd.jsonl")),
         "grounding": grounding_scores(records["grounding"]),
@@ -154,7 +167,7 @@ def figures_of(records: Mapping[str, Records]) -> dict[str, NotebookFigure]:
 
 def tables_of(records: Mapping[str, Records]) -> dict[str, str]:
     """The blocks of ``figures/README.md``, and of the README those called headline and cost, by their names."""
-    costs, real = records["efficiency"][0]["metrics"], records["photographs"]
+    costs = records["efficiency"][0]["metrics"]
     return {
         "headline": headline(records["scenes"], costs),
         "cost": cost_markdown(records["bench"]),
@@ -165,7 +178,8 @@ def tables_of(records: Mapping[str, Records]) -> dict[str, str]:
         "efficiency": f"{tables.efficiency_table(costs)}\n\n{tables.efficiency_goals(costs)}",
         "views": scores_markdown(zero_shot_table(records["views"]), ("whole", "cached-views", "online")),
         "photo": scores_markdown(photograph_scores(records["photo"]), ("kd", "teacher")),
-        "photographs": scores_markdown(retrieval_table(real) | zero_shot_table(real), ("base", "kd", "teacher")),
+        "photographs": photographs_markdown(records["photographs"]),
+        "search": ablation_table([record for record in records["photographs"] if record["task"] == "choice"]),
         "bench": bench_markdown(records["bench"]),
     }
 

