@@ -13,7 +13,6 @@ import psutil
 import torch
 
 from mclip.config import get_profile
-from mclip.deploy import cost
 from mclip.deploy.cost import CAPTION, RIVALS, Form, candidate, candidate_name, latency, threads
 from mclip.deploy.export import evaluate_deployed, export
 from mclip.deploy.reader import Deployed
@@ -98,22 +97,14 @@ def memory() -> dict[str, float]:
     return {candidate_name(name, form): in_new_process(peak_memory, name, form) for name, form in MODELS}
 
 
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "models": models,
-    "memory": memory,
-    "stages": cost.stage_times,
-    "blocks": cost.block_times,
-    "int8": quantised,
-}
-UNTIMED = ("memory", "int8")
-"""Parts that another day's machine, or a busy one, measures as well."""
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {"models": models, "memory": memory, "int8": quantised}
 
 
 def efficiency(only: list[str] | None = None, out: str = "") -> None:
     """Measure, about a quarter of an hour on two cores; a part that is not measured keeps its old numbers.
 
     Args:
-        only: parts to measure, all by default: models, memory, stages, blocks, int8.
+        only: parts to measure, all by default: models, memory, int8.
         out: file of the record; data/results/efficiency.json if empty.
     """
     file = Path(out or FILE)
@@ -121,6 +112,6 @@ def efficiency(only: list[str] | None = None, out: str = "") -> None:
         kept = [record for record in load_results(file) if record["dataset"] == "costs"] if file.exists() else []
         metrics, details = (kept[0]["metrics"], kept[0]["details"]) if kept else ({}, {})
         metrics = metrics | {name: PARTS[name]()}
-        details = details | {"caption": CAPTION} | ({} if name in UNTIMED else {"machine": describe_machine()})
+        details = details | {"caption": CAPTION} | ({"machine": describe_machine()} if name == "models" else {})
         save_result(file, make_result("efficiency", "costs", "none", len(MODELS), NO_MODEL, metrics, details=details))
         print(f"{name}: measured, {file}", flush=True)
