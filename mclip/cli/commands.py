@@ -3,8 +3,6 @@
 Each is a plain function around :mod:`mclip.recipes`; the notebooks call the same functions beneath.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """The command line, ``python -m mclip COMMAND``; every command is a plain function with typed parameters."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import importlib

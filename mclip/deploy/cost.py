@@ -4,8 +4,6 @@ The models have random weights, because the cost does not depend on them. The ri
 in the form in which they would be deployed; so is the student.
 """
 
-from __future__ import annotations
-
 import io
 import time
 from collections.abc import Callable, Iterator, Mapping

@@ -5,8 +5,6 @@ int8 ones. A float is stored as scale x (integer - zero point), so a number take
 step of the integer is worth (Jacob et al. 2018, https://arxiv.org/abs/1712.05877).
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import io

@@ -3,8 +3,6 @@
 Random weights and noise stand in for models and photographs: nothing can be learnt from them, and they cost the same.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import re

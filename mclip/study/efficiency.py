@@ -1,26 +1,17 @@
 """The command ``efficiency``: what every preset and its rivals cost, all in one run."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
 import torch
 
-from mclip.config import get_profile
 from mclip.deploy.cost import CAPTION, RIVALS, Form, candidate, candidate_name, latency, threads
-from mclip.deploy.export import evaluate_deployed, export
-from mclip.deploy.reader import Deployed
 from mclip.files import DATA
-from mclip.recipes import load_model
 from mclip.results import load_results, make_result, save_result
-from mclip.scenes.test_sets import scene_sets
-from mclip.scenes.world import SceneConfig, make_scenes
 from mclip.study.bench import NO_MODEL, choose, describe_machine, in_new_process, peak_megabytes
 
 FILE = DATA / "results" / "efficiency.json"
@@ -51,26 +42,6 @@ def models(rounds: int = 6) -> dict[str, Any]:
     return measured
 
 
-def quantised() -> dict[str, Any]:
-    """The shipped student, exported, in float32 and with int8 halves: MB, and top-1 (%) of each set of scenes.
-
-    Ranges of activations come from 512 pictures of the training set.
-    """
-    model, _ = load_model("kd")
-    size = model.config.image.image_size
-    seen = make_scenes(SceneConfig(512, size, "train"), progress=False).images
-    sets, forms = scene_sets(size, get_profile("cpu").test_pictures).values(), {}
-    with TemporaryDirectory() as place:
-        export(model, Path(place) / "kd", "kd", seen)
-        for form in ("float32", "int8 text", "int8 image", "int8"):
-            reader = Deployed(Path(place) / "kd", form)
-            megabytes = sum(reader.manifest["files"][graph]["bytes"] for graph in reader.graphs) / 1e6
-            records = [evaluate_deployed(reader, each, form) for each in sets]
-            top1 = {record["dataset"]: record["metrics"]["top1"] for record in records}
-            forms[form] = {"megabytes": megabytes, "top1": top1}
-    return forms
-
-
 def peak_memory(name: str, form: Form = "deployed", batch: int = 1) -> float:
     """MB (2^20 bytes) of the weights and of what a call of each encoder adds to them; call it in a process of its own.
 
@@ -97,14 +68,14 @@ def memory() -> dict[str, float]:
     return {candidate_name(name, form): in_new_process(peak_memory, name, form) for name, form in MODELS}
 
 
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {"models": models, "memory": memory, "int8": quantised}
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {"models": models, "memory": memory}
 
 
 def efficiency(only: list[str] | None = None, out: str = "") -> None:
     """Measure, about a quarter of an hour on two cores; a part that is not measured keeps its old numbers.
 
     Args:
-        only: parts to measure, all by default: models, memory, int8.
+        only: parts to measure, all by default: models, memory.
         out: file of the record; data/results/efficiency.json if empty.
     """
     file = Path(out or FILE)
