@@ -18,7 +18,7 @@ def test_every_part_is_named_in_the_help():
 
 
 def test_the_parts_to_measure_are_named_one_after_the_other(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "FILE", tmp_path / "bench.json")
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
     parts = {name: lambda name=name: iter([bench.row(name, 2.0)]) for name in ("steps", "million", "memory")}
     monkeypatch.setattr(bench, "PARTS", parts)
     assert main.main(["bench", "--only", "million", "steps"]) == 0

@@ -19,7 +19,7 @@ from torch import nn
 from mclip.cli.main import main
 from mclip.config import ConfigError
 from mclip.deploy import cost
-from mclip.deploy.cost import candidate, latency, multiply_adds, parameter_parts, random_model, threads
+from mclip.deploy.cost import candidate, latency, multiply_adds, random_model, threads
 from mclip.deploy.fused import fold_batch_norm, fused
 from mclip.deploy.reader import session
 from mclip.files import DATA
@@ -28,9 +28,8 @@ from mclip.recipes import load_model
 from mclip.results import ResultError, load_results, weights_sha256
 from mclip.show import tables
 from mclip.show.cost import cost_of_models, pareto_front
-from mclip.study import efficiency
-from mclip.study.bench import in_new_process
-from mclip.study.efficiency import peak_memory
+from mclip.study import bench
+from mclip.study.bench import in_new_process, peak_memory
 
 
 @settings(deadline=None, max_examples=20)
@@ -51,19 +50,11 @@ def test_multiply_adds_of_a_transformer_block_count_attention():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_parts_are_all_parameters():
-    for model in (random_model("course")[0], load_model("clip")[0], load_model("teacher")[0]):
-        parts = parameter_parts(model)
-        total = parts.pop("total")
-        assert total == sum(parts.values()) == sum(p.numel() for p in model.parameters())
-        table = next(m for m in model.modules() if isinstance(m, nn.Embedding))
-        assert parts["token table"] >= table.weight.numel()
-
-
 def test_the_published_count_and_its_56_8_per_cent():
     """klmobile rebuilds the published student to half a per cent; CLIP is counted to the last parameter."""
     small, large = (candidate(name, "trained").parameters["total"] for name in ("klmobile", "ViT-B-32"))
     assert large == 151_277_313
+    assert candidate("ViT-B-32", "trained").parameters["token table"] == 49_408 * 512
     assert small == pytest.approx(65_315_793, rel=0.005)
     assert 100 * (1 - small / large) == pytest.approx(56.8, abs=0.3)
 
@@ -236,7 +227,7 @@ def record():
 def test_the_figure_shows_the_committed_numbers(record):
     left, right = cost_of_models(record).axes
     drawn = {text.get_text(): text.xy for text in left.texts}
-    assert drawn.keys() == {name for name, form in efficiency.MODELS if form == "deployed"}
+    assert drawn.keys() == {name for name, form in bench.MODELS if form == "deployed"}
     for name, (x, y) in drawn.items():
         halves = record["models"][name]["latency"]["1 thread, batch 1"]
         assert x == pytest.approx(halves["image"]["median"] + halves["text"]["median"])
@@ -268,9 +259,9 @@ def test_a_form_that_was_not_timed_has_a_row_without_milliseconds(record):
 
 
 def test_parts_are_kept_one_by_one(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(efficiency, "FILE", tmp_path / "efficiency.json")
-    parts = {name: lambda name=name: {name: 1.0} for name in efficiency.PARTS}
-    monkeypatch.setattr(efficiency, "PARTS", parts)
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    parts = {name: lambda name=name: {name: 1.0} for name in bench.COSTS}
+    monkeypatch.setattr(bench, "COSTS", parts)
     assert main(["efficiency", "--only", "models"]) == 0
     assert main(["efficiency", "--only", "memory"]) == 0
     (kept,) = load_results(tmp_path / "efficiency.json")

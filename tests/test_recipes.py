@@ -115,7 +115,7 @@ def test_progress_false_silences_the_preparation_of_data_too(shown, command, tmp
         raise ConfigError("the data are there")
 
     for name in ("train_student", "train_open_clip"):
-        monkeypatch.setattr(f"mclip.cli.commands.{name}", stop)
+        monkeypatch.setattr(f"mclip.recipes.{name}", stop)
     size = ["--pictures", "64"] if command == "teacher" else ["--profile", "smoke"]
     assert main([command, *size, "--progress", str(shown).lower()]) == 2
     error = capsys.readouterr().err

@@ -1,8 +1,10 @@
-"""Speed and memory, in ratios of one run: ``make bench`` writes ``data/results/bench.json``.
+"""Speed and memory: ``make bench`` measures training, the command ``efficiency`` what each model costs to run.
 
 Random weights and noise stand in for models and photographs: nothing can be learnt from them, and they cost the same.
 """
 
+import ctypes
+import gc
 import os
 import platform
 import re
@@ -20,19 +22,19 @@ import psutil
 import torch
 
 from mclip.config import DistillConfig, TrainConfig, closest, require
-from mclip.deploy.cost import random_model
+from mclip.deploy.cost import CAPTION, RIVALS, Form, candidate, candidate_name, latency, random_model, threads
 from mclip.files import DATA
 from mclip.objectives import Distillation
 from mclip.pairs import BatchSource, Pairs, Targets
 from mclip.recipes import student_prepare
-from mclip.results import make_result, save_result
+from mclip.results import load_results, make_result, save_result
 from mclip.scenes.world import SceneConfig, export_scenes, make_scenes
 from mclip.sources.loading import load_pairs
 from mclip.targets import embed_captions, embed_pictures
 from mclip.teacher import load_teacher
 from mclip.train import train
 
-FILE = DATA / "results" / "bench.json"
+RESULTS = DATA / "results"
 Row = dict[str, Any]
 NO_MODEL = {"name": "random weights", "parameters": 0, "sha256": "0" * 64}
 ALL_TERMS = DistillConfig(phases=(0.0, 0.0, 0.0), ramp=0.0)
@@ -44,30 +46,18 @@ def row(what: str, value: float, unit: str = "times", bar: str = "", **more: Any
     return {"what": what, "value": float(value), "unit": unit, "bar": bar, **more}
 
 
-class Noise:
-    """Pictures (N, 3, side, side) uint8 that are drawn when they are read, and take no memory before."""
-
-    dtype = np.dtype(np.uint8)
-
-    def __init__(self, count: int, side: int) -> None:
-        self.shape = (count, 3, side, side)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        return np.random.default_rng(rows.tolist()).integers(0, 256, (len(rows), *self.shape[1:]), np.uint8)
-
-
 def pairs_per_second(preset: str, batch_size: int, count: int, pieces: int = 1) -> float:
     """Median pace of distillation steps with all three terms, through the one training loop, once it is warm.
 
     ``count`` batches of noise have captions of eleven words and random targets.
     """
     model, config = random_model(preset)
-    size, rng = batch_size * count, np.random.default_rng(0)
+    size, side, rng = batch_size * count, config.image.image_size, np.random.default_rng(0)
+    noise = rng.integers(0, 256, 3 * side**2 + size, np.uint8)
+    # Each picture is the one before, shifted by a number: all are different, and together take the memory of one.
+    pictures = np.lib.stride_tricks.as_strided(noise, (size, 3, side, side), (1, side**2, side, 1), writeable=False)
     captions = [[" ".join(rng.choice(SENTENCE.split(), 11))] for _ in range(size)]
-    pairs = Pairs(Noise(size, config.image.image_size), captions, "noise", "noise")
+    pairs = Pairs(pictures, captions, "noise", "noise")
     vectors = rng.standard_normal((2, size, 512))
     targets = Targets(*(vectors / np.linalg.norm(vectors, axis=2, keepdims=True)).astype(np.float16), 100.0, "noise")
     source = BatchSource(pairs, model.tokenizer, student_prepare(config), batch_size, 0, targets)
@@ -182,4 +172,77 @@ def bench(only: list[str] | None = None, out: str = "") -> None:
         metrics, details = {each["what"]: each["value"] for each in rows}, {"rows": rows, "machine": describe_machine()}
         seconds = time.perf_counter() - begun
         record = make_result("bench", name, "none", len(rows), NO_MODEL, metrics, seconds=seconds, details=details)
-        save_result(out or FILE, record)
+        save_result(out or RESULTS / "bench.json", record)
+
+
+MODELS: tuple[tuple[str, Form], ...] = (
+    *((name, "deployed") for name in ("mobile-256", "mobile-512", "klmobile", *RIVALS)),
+    *((name, "trained") for name in ("mobile-256", "MobileCLIP2-S0")),
+    *(("mobile-256", form) for form in ("ONNX", "int8")),
+)
+"""Name and form of all that is measured."""
+
+
+def models(rounds: int = 6) -> dict[str, Any]:
+    """Parameters, multiply-adds, megabytes and latency of :data:`MODELS`: 1 and 2 threads, 1 and 32 samples."""
+    candidates = [candidate(name, form) for name, form in MODELS]
+    measured: dict[str, Any] = {}
+    for each in candidates:
+        costs = {key: getattr(each, key) for key in ("parameters", "image_size", "megabytes")} | {"latency": {}}
+        adds = each.multiply_adds()
+        measured[each.name] = costs | ({"multiply_adds": adds} if adds else {})
+    for count in (1, 2):
+        for batch, turns, repeats in ((1, rounds, 3), (32, max(2, rounds // 5), 1)):
+            with threads(count):
+                calls = {(each.name, half): call for each in candidates for half, call in each.calls(batch).items()}
+                clock = latency(calls, turns, repeats)
+            setting = f"{count} thread{'s' * (count > 1)}, batch {batch}"
+            for (name, half), numbers in clock.items():
+                measured[name]["latency"].setdefault(setting, {})[half] = numbers
+    return measured
+
+
+def peak_memory(name: str, form: Form = "deployed", batch: int = 1) -> float:
+    """MB (2^20 bytes) of the weights and of what a call of each encoder adds to them; call it in a process of its own.
+
+    What building the model took, and what of it was never given back, such as the unfused copy or the ranges seen
+    in calibration, is not counted, because a device never builds it. Linux only.
+    """
+    torch.set_num_threads(1)
+    each = candidate(name, form)
+    calls = each.calls(batch)
+    # Freed memory goes back to the system; else the calls would find what they need in it and seem to need nothing.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    built = psutil.Process().memory_info().rss / 2**20
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of building the model
+    with torch.inference_mode():
+        for call in calls.values():
+            call()
+    added = peak_megabytes() - built
+    return 1e6 * each.megabytes / 2**20 + added  # last: it makes a copy of the weights
+
+
+def peaks() -> dict[str, float]:
+    """Peak memory in MB of :data:`MODELS`, by the names that they have there; each in a process of its own."""
+    return {candidate_name(name, form): in_new_process(peak_memory, name, form) for name, form in MODELS}
+
+
+COSTS: dict[str, Callable[[], dict[str, Any]]] = {"models": models, "memory": peaks}
+
+
+def efficiency(only: list[str] | None = None, out: str = "") -> None:
+    """Measure, about a quarter of an hour on two cores; a part that is not measured keeps its old numbers.
+
+    Args:
+        only: parts to measure, all by default: models, memory.
+        out: file of the record; data/results/efficiency.json if empty.
+    """
+    file = Path(out or RESULTS / "efficiency.json")
+    for name in choose(only, COSTS):
+        kept = [record for record in load_results(file) if record["dataset"] == "costs"] if file.exists() else []
+        metrics, details = (kept[0]["metrics"], kept[0]["details"]) if kept else ({}, {})
+        metrics = metrics | {name: COSTS[name]()}
+        details = details | {"caption": CAPTION} | ({"machine": describe_machine()} if name == "models" else {})
+        save_result(file, make_result("efficiency", "costs", "none", len(MODELS), NO_MODEL, metrics, details=details))
+        print(f"{name}: measured, {file}", flush=True)
