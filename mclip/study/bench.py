@@ -21,13 +21,16 @@ import open_clip
 import psutil
 import torch
 
-from mclip.config import DistillConfig, TrainConfig, closest, require
+from mclip.config import DistillConfig, TrainConfig, closest, get_profile, require
 from mclip.deploy.cost import CAPTION, RIVALS, Form, candidate, candidate_name, latency, random_model, threads
+from mclip.deploy.export import evaluate_deployed, export
+from mclip.deploy.reader import Deployed
 from mclip.files import DATA
 from mclip.objectives import Distillation
 from mclip.pairs import BatchSource, Pairs, Targets
-from mclip.recipes import student_prepare
+from mclip.recipes import load_model, student_prepare
 from mclip.results import load_results, make_result, save_result
+from mclip.scenes.test_sets import scene_sets
 from mclip.scenes.world import SceneConfig, export_scenes, make_scenes
 from mclip.sources.loading import load_pairs
 from mclip.targets import embed_captions, embed_pictures
@@ -202,6 +205,26 @@ def models(rounds: int = 6) -> dict[str, Any]:
     return measured
 
 
+def quantised() -> dict[str, Any]:
+    """The shipped student, exported, in float32 and with int8 halves: MB, and top-1 (%) of each set of scenes.
+
+    Ranges of activations come from 512 pictures of the training set.
+    """
+    model, _ = load_model("kd")
+    size = model.config.image.image_size
+    seen = make_scenes(SceneConfig(512, size, "train"), progress=False).images
+    sets, forms = scene_sets(size, get_profile("cpu").test_pictures).values(), {}
+    with tempfile.TemporaryDirectory() as place:
+        export(model, Path(place) / "kd", "kd", seen)
+        for form in ("float32", "int8 text", "int8 image", "int8"):
+            reader = Deployed(Path(place) / "kd", form)
+            megabytes = sum(reader.manifest["files"][graph]["bytes"] for graph in reader.graphs) / 1e6
+            records = [evaluate_deployed(reader, each, form) for each in sets]
+            top1 = {record["dataset"]: record["metrics"]["top1"] for record in records}
+            forms[form] = {"megabytes": megabytes, "top1": top1}
+    return forms
+
+
 def peak_memory(name: str, form: Form = "deployed", batch: int = 1) -> float:
     """MB (2^20 bytes) of the weights and of what a call of each encoder adds to them; call it in a process of its own.
 
@@ -228,14 +251,14 @@ def peaks() -> dict[str, float]:
     return {candidate_name(name, form): in_new_process(peak_memory, name, form) for name, form in MODELS}
 
 
-COSTS: dict[str, Callable[[], dict[str, Any]]] = {"models": models, "memory": peaks}
+COSTS: dict[str, Callable[[], dict[str, Any]]] = {"models": models, "memory": peaks, "int8": quantised}
 
 
 def efficiency(only: list[str] | None = None, out: str = "") -> None:
     """Measure, about a quarter of an hour on two cores; a part that is not measured keeps its old numbers.
 
     Args:
-        only: parts to measure, all by default: models, memory.
+        only: parts to measure, all by default: models, memory, int8.
         out: file of the record; data/results/efficiency.json if empty.
     """
     file = Path(out or RESULTS / "efficiency.json")
