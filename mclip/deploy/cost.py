@@ -38,7 +38,7 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to be measured, in evaluation mode; ``parameters`` are "total" and "token table", as trained.
+    """A model to be measured, in evaluation mode, with the numbers of parameters that it has as trained, by part.
 
     With ``graphs``, these are measured in place of the model.
     """
@@ -96,9 +96,7 @@ def candidate(name: str, form: Form = "deployed") -> Candidate:
             model, tokenizer = open_clip.create_model(name), open_clip.get_tokenizer(name)
         size = model.visual.image_size
         size = size if isinstance(size, int) else size[0]
-    sizes = {key: parameter.numel() for key, parameter in model.eval().named_parameters()}
-    table = sum(size for key, size in sizes.items() if "token_embedding" in key)
-    counts, graphs = {"total": sum(sizes.values()), "token table": table}, ()
+    counts, graphs = parameter_parts(model.eval()), ()
     if exported:
         with TemporaryDirectory() as folder:
             write_graphs(model, Path(folder))
@@ -121,6 +119,19 @@ def random_model(name: str) -> tuple[MobileCLIP, ModelConfig]:
     config = replace(PRESETS[name], image=replace(PRESETS[name].image, pretrained=False))
     torch.manual_seed(0)
     return MobileCLIP(config), config
+
+
+def parameter_parts(model: nn.Module) -> dict[str, int]:
+    """Numbers of parameters of a student or an open_clip model: image, text, token table, other, total.
+
+    Projections count with their encoder; the token table is not counted in the text.
+    """
+    parts = dict.fromkeys(("image", "text", "token table", "other"), 0)
+    for name, parameter in model.named_parameters():
+        kind = "image" if name.startswith(("visual.", "image_")) else "text"
+        kind = "token table" if "token_embedding" in name else "other" if name.startswith("logit_") else kind
+        parts[kind] += parameter.numel()
+    return {**parts, "total": sum(parts.values())}
 
 
 def multiply_adds(call: Call) -> int:
