@@ -170,19 +170,9 @@ class ModelConfig(Settings):
         self.at_least(1, "embed_dim")
 
 
-COURSE_IMAGE = ImageConfig(width=0.5, image_size=64, bn_momentum=0.1)
-COURSE_TEXT = TextConfig(width=128, heads=4, kernels=(3, 7, 15, 15), feed_forward=128, embedding_rank=24)
-POCKET_IMAGE = ImageConfig(image_size=128, bn_momentum=0.1)
-POCKET_TEXT = TextConfig(width=192, heads=4, kernels=(3, 7, 15, 15), feed_forward=192, embedding_rank=24)
-MOBILE_TEXT = TextConfig(kernels=(3, 7, 15, 15, 31, 31))
-KL_KERNELS = (15,) * 2 + (31,) * 4 + (63,) * 6
-KL_TEXT = TextConfig(kernels=KL_KERNELS, feed_forward=1024, context_length=77, embedding_rank=None)
+_STORED = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8"))
 PRESETS = {
-    "course": ModelConfig("course", 256, COURSE_IMAGE, COURSE_TEXT),
-    "pocket-256": ModelConfig("pocket-256", 256, POCKET_IMAGE, POCKET_TEXT),
-    "mobile-256": ModelConfig("mobile-256", 256, ImageConfig(pretrained=True), MOBILE_TEXT),
-    "mobile-512": ModelConfig("mobile-512", 512, ImageConfig(pretrained=True), MOBILE_TEXT),
-    "klmobile": ModelConfig("klmobile", 2048, ImageConfig(head=(1280, 1280)), KL_TEXT),
+    name: from_mapping(ModelConfig, {"name": name, **each}, f"{name}.") for name, each in _STORED["presets"].items()
 }
 
 
@@ -293,21 +283,7 @@ class Profile:
         return TrainConfig(**(decided | changes))
 
 
-PROFILES = {
-    "smoke": Profile(pictures=256, max_epochs=1, batch_size=64, test_pictures=128),
-    "cpu": Profile(pictures=10_000, max_epochs=7, batch_size=64, test_pictures=2000),
-    "gpu": Profile(
-        100_000,
-        30,
-        512,
-        5000,
-        1e-3,
-        preset="mobile-256",
-        teacher="ViT-B-32",
-        teacher_pretrained="openai",
-        captions="coco",
-    ),
-}
+PROFILES = {name: from_mapping(Profile, each, f"{name}.") for name, each in _STORED["profiles"].items()}
 
 
 def get_profile(name: str) -> Profile:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose
 
 from mclip.config import ConfigError, require
-from mclip.metrics import EvaluationError, answers, class_ranks, rank_metrics, require_finite, retrieval
+from mclip.metrics import answers, class_ranks, rank_metrics, require_finite, retrieval
 from mclip.pairs import Pairs, normalise
-from mclip.pictures import UNREADABLE, PictureError, as_rgb, open_picture, pool
+from mclip.pictures import as_rgb, named, open_picture, pool
 from mclip.results import describe_model, make_result
 
 BATCH_SIZE = 128  # beyond it the feature maps leave a processor's cache: 256 is slower on two cores
@@ -120,17 +120,12 @@ def _batches(reads: Input, images: Any, batch_size: int) -> Iterator[tuple[Tenso
 
 
 def _read(images: Any, transform: Callable[[Image], Tensor], number: int) -> tuple[Tensor, int]:
-    """A PIL picture, alone or with a label, as the model reads it; EvaluationError names one that cannot be read."""
-    try:
+    """A PIL picture, alone or with a label, as the model reads it; PictureError names one that cannot be read."""
+    samples = getattr(images, "samples", None)
+    with named(samples[number][0] if samples else f"picture {number}"):
         item = images[number]
         picture, label = item if isinstance(item, tuple) else (item, -1)
         picture = as_rgb(picture)
-    except PictureError as error:  # which names the file
-        raise EvaluationError(f"{error}.") from error
-    except UNREADABLE as error:
-        samples = getattr(images, "samples", None)
-        where = samples[number][0] if samples else f"picture {number}"
-        raise EvaluationError(f"{where}: not readable as a picture ({error}).") from error
     try:
         return transform(picture), operator.index(label)
     except TypeError:

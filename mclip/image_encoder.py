@@ -126,10 +126,3 @@ class ImageEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, S, S) -> features (B, ``features``)."""
         return self.head(self.trunk(images).mean((2, 3)))
-
-    def intermediates(self, images: Tensor) -> dict[str, Tensor]:
-        """Feature maps (B, C, H, W) at the end of each of :func:`stage_names`, from side S/2 to S/32."""
-        maps, x = {}, images
-        for name, layer in zip(stage_names(), self.trunk, strict=True):
-            maps[name] = x = layer(x)
-        return maps

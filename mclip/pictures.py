@@ -77,10 +77,12 @@ def as_rgb(picture: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _named(name: str | Path) -> Iterator[None]:
+def named(name: str | Path) -> Iterator[None]:
     """PictureError for a picture that cannot be read; trouble of the system (a faulty disk) stays as it is."""
     try:
         yield
+    except PictureError:
+        raise
     except UNREADABLE as error:
         if isinstance(error, OSError) and error.errno is not None and error.errno not in NO_FILE:
             raise
@@ -121,13 +123,13 @@ def _opened(name: str) -> tuple[bytes, Image.Image]:
 def open_picture(picture: str | Path | Image.Image) -> Image.Image:
     """A file, or a picture that Pillow has opened, as :func:`as_rgb` makes it. Raises: PictureError."""
     opened = picture if isinstance(picture, Image.Image) else None
-    with _named(picture if opened is None else getattr(opened, "filename", "") or "a picture"):
+    with named(picture if opened is None else getattr(opened, "filename", "") or "a picture"):
         return as_rgb(opened or _opened(str(picture))[1])
 
 
 def read_picture(name: str) -> Tensor:
     """The picture ``name`` (3, H, W) uint8; a JPEG in half the time of :func:`open_picture`. Raises: PictureError."""
-    with _named(name):
+    with named(name):
         content, opened = _opened(name)
         whole = middle(*opened.size) == (0, 0, *opened.size)
         if opened.format == "JPEG" and opened.mode in ("RGB", "L") and whole:

@@ -97,9 +97,8 @@ class Stepper:
         own = torch.tensor(sum(len(piece.tokens) for piece in pieces), device=self.fabric.device)
         counts = self.fabric.all_gather(own).reshape(-1).tolist()  # a process may hold fewer rows than another
         embeddings = [key for key, value in outputs[0].items() if value.ndim]
-        sides = [
-            key for key in ("index", "teacher_image", "teacher_text", "paired") if getattr(pieces[0], key) is not None
-        ]
+        names = ("index", "teacher_image", "teacher_text", "paired")
+        sides = [name for name in names if getattr(pieces[0], name) is not None]
         output = {key: self._gather([output[key] for output in outputs], counts) for key in embeddings}
         batch = {key: self._gather([getattr(piece, key) for piece in pieces], counts) for key in sides}
         return outputs[0] | output, replace(pieces[0], **batch)

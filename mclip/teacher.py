@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import open_clip
 import timm
@@ -95,15 +96,14 @@ def _from_folder(folder: Path) -> tuple[nn.Module, Tokenize]:
         raise TeacherError(f"{folder}: no {CONFIG_FILE} in it; {remedy}.")
     own_words = {"bpe_path": str(folder / MERGES_FILE)} if (folder / MERGES_FILE).is_file() else {}
     try:
-        stored = read_json(folder / CONFIG_FILE).get("sha256")
+        settings = read_json(folder / CONFIG_FILE)
+        stored = settings.get("sha256")
         if stored and stored != file_hash(folder / WEIGHTS_FILE):  # a folder that open_clip itself wrote names none
             raise ValueError(f"damaged: the SHA-256 of {WEIGHTS_FILE} is not the one in {CONFIG_FILE}")
-        own_trunk = read_json(folder / CONFIG_FILE).get("trunk")
-        model = (
-            _on_trunk(folder, own_trunk)
-            if own_trunk
-            else open_clip.create_model(f"local-dir:{folder}", output_dict=True)
-        )
+        if "trunk" in settings:
+            model = _on_trunk(folder, settings)
+        else:
+            model = open_clip.create_model(f"local-dir:{folder}", output_dict=True)
         return model, open_clip.get_tokenizer(f"local-dir:{folder}", **own_words)
     except (*UNLOADABLE, TypeError, AttributeError) as error:
         unusable = f"not loadable as an open_clip model ({error}); copy or train it again"
@@ -134,9 +134,9 @@ def load_trunk(trunk: Mapping[str, str]) -> dict[str, Tensor]:
     return dict(zip(names, stored.values(), strict=True))
 
 
-def _on_trunk(folder: Path, trunk: Mapping[str, str]) -> nn.Module:
+def _on_trunk(folder: Path, settings: Mapping[str, Any]) -> nn.Module:
     """A model whose folder holds all but the image trunk."""
-    settings = read_json(folder / CONFIG_FILE)
+    trunk = settings["trunk"]
     config = {key: value for key, value in settings["model_cfg"].items() if key != "custom_text"}
     model = open_clip.CustomTextCLIP(**config, output_dict=True)
     weights = {f"visual.trunk.{key}": value for key, value in load_trunk(trunk).items() if "classifier" not in key}

@@ -69,13 +69,6 @@ def mix_steps(matrices: Tensor, x: Tensor) -> Tensor:
     return (matrices @ x).view(heads, length, batch, -1).permute(2, 1, 0, 3).reshape(batch, length, channels)
 
 
-def light_conv_reference(x: Tensor, kernel: Tensor) -> Tensor:
-    """Depthwise conv1d of x (B, T, C) along time; C/H channels in a row share a row of ``kernel`` (H, K)."""
-    channels, (heads, taps) = x.shape[2], kernel.shape
-    weight = kernel.repeat_interleave(channels // heads, 0)[:, None]
-    return F.conv1d(x.transpose(1, 2), weight, padding=taps // 2, groups=channels).transpose(1, 2)
-
-
 class LightConv(nn.Module):
     """Depthwise convolution along time; a head's channels share a softmax-normalised kernel (Wu et al. 2019)."""
 
@@ -139,9 +132,8 @@ class TextEncoder(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(config.context_length, width))
         nn.init.normal_(self.position_embedding, std=0.01)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(
-            LSRABlock(width, config.heads, k, config.feed_forward, config.dropout) for k in config.kernels
-        )
+        rest = config.feed_forward, config.dropout
+        self.blocks = nn.ModuleList(LSRABlock(width, config.heads, kernel, *rest) for kernel in config.kernels)
         self.norm = nn.LayerNorm(width)
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import nn
 from mclip.cli.main import main
 from mclip.config import ConfigError
 from mclip.deploy import cost
-from mclip.deploy.cost import candidate, latency, multiply_adds, parameter_parts, random_model, stage_times, threads
+from mclip.deploy.cost import candidate, latency, multiply_adds, parameter_parts, random_model, threads
 from mclip.deploy.fused import fold_batch_norm, fused
 from mclip.deploy.reader import session
 from mclip.files import DATA
@@ -28,9 +28,8 @@ from mclip.recipes import load_model
 from mclip.results import ResultError, load_results, weights_sha256
 from mclip.show import tables
 from mclip.show.cost import cost_of_models, pareto_front
-from mclip.study import efficiency
-from mclip.study.bench import in_new_process
-from mclip.study.efficiency import peak_memory
+from mclip.study import bench
+from mclip.study.bench import in_new_process, peak_memory
 
 
 @settings(deadline=None, max_examples=20)
@@ -213,12 +212,6 @@ def test_stages_are_named_layer_by_layer():
     assert sides == {"stem": 32, "stage1": 32, "stage2": 16, "stage3": 8, "stage4": 4, "stage5": 2, "last": 2}
 
 
-def test_stages_are_timed_one_by_one():
-    times = stage_times("course", rounds=2)
-    assert list(times) == list(dict.fromkeys(stage_names()))
-    assert min(times.values()) > 0
-
-
 def test_a_wrong_model_or_form_is_named():
     with pytest.raises(ConfigError, match="did you mean 'mobile-256'"):
         candidate("mobile-265")
@@ -242,7 +235,7 @@ def record():
 def test_the_figure_shows_the_committed_numbers(record):
     left, right = cost_of_models(record).axes
     drawn = {text.get_text(): text.xy for text in left.texts}
-    assert drawn.keys() == {name for name, form in efficiency.MODELS if form == "deployed"}
+    assert drawn.keys() == {name for name, form in bench.MODELS if form == "deployed"}
     for name, (x, y) in drawn.items():
         halves = record["models"][name]["latency"]["1 thread, batch 1"]
         assert x == pytest.approx(halves["image"]["median"] + halves["text"]["median"])
@@ -274,14 +267,14 @@ def test_a_form_that_was_not_timed_has_a_row_without_milliseconds(record):
 
 
 def test_parts_are_kept_one_by_one(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(efficiency, "FILE", tmp_path / "efficiency.json")
-    parts = {name: lambda name=name: {name: 1.0} for name in efficiency.PARTS}
-    monkeypatch.setattr(efficiency, "PARTS", parts)
-    assert main(["efficiency", "--only", "stages"]) == 0
-    assert main(["efficiency", "--only", "int8", "blocks"]) == 0
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    parts = {name: lambda name=name: {name: 1.0} for name in bench.COSTS}
+    monkeypatch.setattr(bench, "COSTS", parts)
+    assert main(["efficiency", "--only", "models"]) == 0
+    assert main(["efficiency", "--only", "int8", "memory"]) == 0
     (kept,) = load_results(tmp_path / "efficiency.json")
-    assert kept["metrics"] == {name: {name: 1.0} for name in ("stages", "int8", "blocks")}
-    assert main(["efficiency", "--only", "stage"]) == 2
-    assert "stages" in capsys.readouterr().err
-    assert main(["efficiency", "--only", "stages", "--out", str(tmp_path / "other.json")]) == 0
-    assert load_results(tmp_path / "other.json")[0]["metrics"] == {"stages": {"stages": 1.0}}
+    assert kept["metrics"] == {name: {name: 1.0} for name in ("models", "int8", "memory")}
+    assert main(["efficiency", "--only", "model"]) == 2
+    assert "models" in capsys.readouterr().err
+    assert main(["efficiency", "--only", "models", "--out", str(tmp_path / "other.json")]) == 0
+    assert load_results(tmp_path / "other.json")[0]["metrics"] == {"models": {"models": 1.0}}

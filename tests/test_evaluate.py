@@ -25,6 +25,7 @@ from mclip.evaluate import ZeroShotSet
 from mclip.metrics import EvaluationError, bootstrap_interval, first_hit_ranks, retrieval, zero_shot_metrics
 from mclip.model import MobileCLIP
 from mclip.pairs import Pairs
+from mclip.pictures import PictureError
 from mclip.results import validate_result
 from mclip.sources import zero_shot
 from mclip.sources.loading import Pictures, load_pairs
@@ -390,7 +391,7 @@ def test_image_folders(tmp_path, student):
     zoo = zero_shot_set(tmp_path / "zoo" / "test")
     assert (zoo.name, zoo.split, zoo.class_names) == ("zoo", "test", ["big cat", "dog"])
     (tmp_path / "zoo" / "test" / "dog" / "0.png").write_bytes(b"not a picture")
-    with pytest.raises(EvaluationError, match=r"dog/0\.png: not readable"):
+    with pytest.raises(PictureError, match=r"dog/0\.png: not readable"):
         evaluate.evaluate_zero_shot(student, student.tokenizer, zoo, "base")
     with pytest.raises(ConfigError, match="one sub-folder per class"):
         image_folder_set(tmp_path / "zoo" / "none")
@@ -425,7 +426,7 @@ def test_a_picture_that_cannot_be_evaluated_is_named(tmp_path, student, monkeypa
     else:
         Image.new("F", (20, 30)).save(bad.with_suffix(".tiff"))
         bad.unlink()
-    with pytest.raises(EvaluationError, match=r"^\S*dog/0\.\w+: not readable as a picture \([^:]*(: save it .*)?\)\.$"):
+    with pytest.raises(PictureError, match=r"^\S*dog/0\.\w+: not readable as a picture \([^:]*(: save it .*)?\)$"):
         evaluate.embed_images(student, image_folder_set(tmp_path).images)
 
 
@@ -437,7 +438,7 @@ def test_pictures_of_every_mode_are_evaluated_as_they_are_seen(student):
     different = (found[1] - found[2]).norm()
     assert (found[0] - found[1]).norm() < 0.01 * different
     assert (found[2] - found[3]).norm() < 0.01 * different
-    with pytest.raises(EvaluationError, match=r"^picture 1: not readable .*mode F"):
+    with pytest.raises(PictureError, match=r"^picture 1: not readable .*mode F"):
         evaluate.embed_images(student, [eight, Image.new("F", (64, 64))])
 
 

@@ -12,7 +12,7 @@ from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
 from torchvision.models.mobilenetv3 import _mobilenet_v3_conf
 
 from mclip.config import ConfigError, ImageConfig
-from mclip.image_encoder import STAGES, DepthwiseConv, ImageEncoder, stage_table
+from mclip.image_encoder import DepthwiseConv, ImageEncoder, stage_table
 
 
 def count(module: torch.nn.Module) -> int:
@@ -77,34 +77,6 @@ def test_parameters_agree_with_timm():
     fully_connected = 960 * 1280 + 1280 + 1280 * 1000 + 1000
     assert count(network) == 5_483_032
     assert count(ImageEncoder(ImageConfig())) == count(network) - fully_connected == 2_971_952
-
-
-def test_intermediates_end_in_the_pooled_features():
-    encoder = ImageEncoder(ImageConfig(width=0.5, image_size=64)).eval()
-    images = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        maps, pooled = encoder.intermediates(images), encoder(images)
-    assert list(maps) == ["stem", "stage1", "stage2", "stage3", "stage4", "stage5", "last"]
-    assert [m.shape[2] for m in maps.values()] == [32, 32, 16, 8, 4, 2, 2]
-    assert [m.shape[1] for m in maps.values()] == [8, 8, 16, 24, 56, 80, 480]
-    torch.testing.assert_close(maps["last"].mean((2, 3)), pooled)
-
-
-def test_intermediates_are_not_overwritten_by_later_layers():
-    """Activations work in place inside torchvision's blocks; a map handed out must keep its values."""
-    encoder = ImageEncoder(ImageConfig(width=0.5, image_size=64)).eval()
-    images = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        maps, x = encoder.intermediates(images), images
-        halving = [row for row, (*_, stride) in enumerate(STAGES) if stride == 2]
-        ends = []
-        for index, layer in enumerate(encoder.trunk):  # the layer of row r has index r + 1
-            x = layer(x)
-            if index in (*halving, len(STAGES)):
-                ends.append(x.clone())
-    assert len(ends) == 5
-    for number, expected in enumerate(ends, start=1):
-        assert torch.equal(maps[f"stage{number}"], expected)
 
 
 def test_head_and_momentum_follow_the_configuration():

@@ -115,7 +115,7 @@ def test_progress_false_silences_the_preparation_of_data_too(shown, command, tmp
         raise ConfigError("the data are there")
 
     for name in ("train_student", "train_open_clip"):
-        monkeypatch.setattr(f"mclip.cli.commands.{name}", stop)
+        monkeypatch.setattr(f"mclip.recipes.{name}", stop)
     size = ["--pictures", "64"] if command == "teacher" else ["--profile", "smoke"]
     assert main([command, *size, "--progress", str(shown).lower()]) == 2
     error = capsys.readouterr().err
@@ -157,9 +157,9 @@ def test_a_run_starts_from_a_model_that_ships_by_its_name(data, tmp_path):
 
 
 def test_an_installed_package_finds_its_data_and_keeps_its_cache_in_the_users_folder(tmp_path):
-    for name in ("__init__", "config", "files"):
+    for name in ("__init__.py", "config.py", "files.py", "presets.yaml"):
         (tmp_path / "site" / "mclip").mkdir(parents=True, exist_ok=True)
-        shutil.copy(files.PACKAGE / f"{name}.py", tmp_path / "site" / "mclip")
+        shutil.copy(files.PACKAGE / name, tmp_path / "site" / "mclip")
     code = "from mclip.files import DATA, cache_dir; print(DATA, cache_dir(), sep='\\n')"
     environment = {"PYTHONPATH": str(tmp_path / "site"), "HOME": str(tmp_path), "PATH": os.environ["PATH"]}
     for more, cache in (

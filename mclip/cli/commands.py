@@ -3,26 +3,15 @@
 Each is a plain function around :mod:`mclip.recipes`; the notebooks call the same functions beneath.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mclip.config import DistillConfig, TrainConfig, get_profile, require
+from mclip import recipes
+from mclip.config import DistillConfig, TrainConfig, documented, get_profile, require
 from mclip.files import processes
 from mclip.locked_image import tune, write_sentences
 from mclip.model import MobileCLIP
-from mclip.recipes import (
-    BASE,
-    get_model_config,
-    load_data,
-    load_model,
-    open_clip_config,
-    require_both,
-    train_open_clip,
-    train_student,
-)
 from mclip.scenes.world import SceneConfig
 from mclip.sources.caption_sets import captions_of
 from mclip.sources.loading import Decoding, load_pairs
@@ -32,34 +21,21 @@ SWA_DECAY = 0.999
 TEACHER_SETTINGS = TrainConfig(max_epochs=7, batch_size=128, learning_rate=1.5e-3, weight_decay=0.1, warmup=0.03)
 
 
+@documented
 @dataclass(frozen=True)
 class DataOptions:
-    """Pairs to train on and to validate with.
+    """Pairs to train on and to validate with."""
 
-    Attributes:
-        train_data_path: a CSV, TSV or COCO Captions JSON file, a folder of pictures, or WebDataset .tar files;
-            empty draws scenes; in profile gpu it is COCO, downloaded.
-        val_data_path: the same for validation.
-        unlabelled_data_path: a folder of pictures without captions, from which a distilled student learns as well.
-        unpaired_texts_path: a text file, one sentence a line, to stand beside those pictures; empty takes captions.
-        data_size: share of the pictures to train on, in (0, 1].
-        csv_img_key: column of a CSV that names the pictures.
-        csv_caption_key: column of a CSV that holds the captions.
-        csv_separator: what separates the columns of a CSV; empty is a tab for .tsv files and a comma for others.
-        on_error: stop at a bad row (raise), or leave it out and count it (skip).
-        decoding: keep decoded pictures in the cache (once) or decode them in each epoch (always); auto keeps 4 GiB.
-    """
-
-    train_data_path: str = ""
-    val_data_path: str = ""
-    unlabelled_data_path: str = ""
-    unpaired_texts_path: str = ""
-    data_size: float = 1.0
-    csv_img_key: str = "file_name"
-    csv_caption_key: str = "caption"
-    csv_separator: str = ""
-    on_error: Literal["raise", "skip"] = "raise"
-    decoding: Decoding = "auto"
+    train_data_path: str = ""  # CSV, TSV, COCO JSON, folder or WebDataset .tar files; empty draws scenes (gpu: COCO)
+    val_data_path: str = ""  # the same for validation
+    unlabelled_data_path: str = ""  # a folder of pictures without captions, from which a student learns as well
+    unpaired_texts_path: str = ""  # a file with a sentence a line, for those pictures; empty takes captions
+    data_size: float = 1.0  # share of the pictures to train on, in (0, 1]
+    csv_img_key: str = "file_name"  # column of a CSV that names the pictures
+    csv_caption_key: str = "caption"  # column of a CSV that holds the captions
+    csv_separator: str = ""  # between the columns of a CSV; empty is a tab for .tsv files and a comma for others
+    on_error: Literal["raise", "skip"] = "raise"  # stop at a bad row (raise), or leave it out and count it (skip)
+    decoding: Decoding = "auto"  # cache decoded pictures (once), or decode in each epoch (always); auto caches 4 GiB
 
     def reading(self) -> dict[str, Any]:
         """All options by the names of the parameters of :func:`~mclip.recipes.load_data`."""
@@ -67,36 +43,29 @@ class DataOptions:
         return {names.get(key, key): value for key, value in vars(self).items()}
 
 
+@documented
 @dataclass(frozen=True)
 class RunOptions:
-    """The model, the size of the run, and where it is written.
+    """The model, the size of the run, and where it is written."""
 
-    Attributes:
-        profile: smoke, cpu or gpu: how many scenes, and the defaults of the options below it.
-        config_path: a preset (course, mobile-256, mobile-512, klmobile) or a YAML file; empty is the profile's.
-        checkpoint_dir: folder for runs.
-        checkpoint_filename: name of this run's folder in it; base or kd if empty.
-        use_swa: train with a moving average of the weights, of decay 0.999 if ema_decay names no other.
-    """
-
-    profile: ProfileName = "cpu"
-    config_path: str = ""
-    checkpoint_dir: str = "runs"
-    checkpoint_filename: str = ""
-    use_swa: bool = False
+    profile: ProfileName = "cpu"  # how many scenes, and the defaults of the options below it
+    config_path: str = ""  # a preset (course, mobile-256, mobile-512, klmobile) or a YAML file; empty: the profile's
+    checkpoint_dir: str = "runs"  # folder for runs
+    checkpoint_filename: str = ""  # name of this run's folder in it; base or kd if empty
+    use_swa: bool = False  # keep a moving average of the weights, of decay 0.999 if ema_decay names no other
 
 
 def _train(data: DataOptions, run: RunOptions, settings: TrainConfig, name: str, **options: Any) -> None:
-    config = get_model_config(run.config_path or get_profile(run.profile).preset)
+    config = recipes.get_model_config(run.config_path or get_profile(run.profile).preset)
     drawing = {"seed": settings.seed, "progress": settings.progress}
     reading = data.reading()
     if not (data.train_data_path or data.val_data_path):
         reading |= captions_of(run.profile)
-    training, validation = load_data(run.profile, config.image.image_size, **drawing, **reading)
+    training, validation = recipes.load_data(run.profile, config.image.image_size, **drawing, **reading)
     if run.use_swa and settings.ema_decay is None:
         settings = replace(settings, ema_decay=SWA_DECAY)
     folder = Path(run.checkpoint_dir) / (run.checkpoint_filename or name)
-    result = train_student(config, training, validation, settings, folder, **options)
+    result = recipes.train_student(config, training, validation, settings, folder, **options)
     if processes()[0] == 0:
         print(f"{folder / 'model'}: {result.steps} steps, validation {result.validations()[-1]['validation']}")
 
@@ -114,7 +83,7 @@ def train(
         task: the contrastive loss.
         base_checkpoint: base, kd, or a model folder to start from; empty starts from random weights.
     """
-    _train(data, run, settings, "base", distill=replace(BASE, task=task), base_checkpoint=base_checkpoint)
+    _train(data, run, settings, "base", distill=replace(recipes.BASE, task=task), base_checkpoint=base_checkpoint)
 
 
 def distill(
@@ -159,11 +128,11 @@ def teacher(
         out_dir: the run's folder; the model is its sub-folder "model".
         pictures: number of scenes. They have clean captions, and no student sees any of them.
     """
-    require_both(data.train_data_path, data.val_data_path)
+    recipes.require_both(data.train_data_path, data.val_data_path)
     if trunk:
         tune_teacher(data, settings, out_dir)
         return
-    size = open_clip_config("teacher")["model_cfg"]["vision_cfg"]["image_size"]
+    size = recipes.open_clip_config("teacher")["model_cfg"]["vision_cfg"]["image_size"]
     reading = data.reading() | {"progress": settings.progress}
     train_path, val_path = reading.pop("train_data_path"), reading.pop("val_data_path")
     for key in ("unlabelled_data_path", "unpaired_texts_path"):
@@ -173,7 +142,7 @@ def teacher(
     training = load_pairs(train_path, size, scenes=scenes, **reading)
     scenes = SceneConfig(500, size, "val", captions="clean")
     validation = load_pairs(val_path, size, split="val", scenes=scenes, **reading | {"data_size": 1.0})
-    result = train_open_clip("teacher", training, validation, settings, out_dir)
+    result = recipes.train_open_clip("teacher", training, validation, settings, out_dir)
     folder, metrics = Path(out_dir) / "model", result.validations()[-1]["validation"]
     print(f"{folder}: {result.steps} steps in {result.seconds:.0f} s, validation {metrics}")
 
@@ -184,7 +153,7 @@ def tune_teacher(data: DataOptions, settings: TrainConfig, out_dir: str) -> None
     require(data.train_data_path != "", "train_data_path", "", remedy)
     remedy = "the covariance of features, and what the classifier knows, come from pictures without captions"
     require(data.unlabelled_data_path != "", "unlabelled_data_path", "", remedy)
-    training, validation = load_data("cpu", 64, **data.reading(), progress=settings.progress)
+    training, validation = recipes.load_data("cpu", 64, **data.reading(), progress=settings.progress)
     result = tune(training, validation, settings, out_dir)
     write_sentences(Path(out_dir) / "class_sentences.txt")
     print(f"{Path(out_dir) / 'model'}: {result.steps} steps, validation {result.validations()[-1]['validation']}")
@@ -209,7 +178,7 @@ def export_student(
     from mclip.deploy.export import export  # onnx and onnxruntime take seconds, and no other command needs them
 
     require(pictures > 0, "pictures", pictures, "calibration needs one or more")
-    model, _ = load_model(model_checkpoint)
+    model, _ = recipes.load_model(model_checkpoint)
     remedy = "only a student can be exported: base, kd, or the model folder of a run"
     require(isinstance(model, MobileCLIP), "model_checkpoint", model_checkpoint, remedy)
     calibration, size = None, model.config.image.image_size

@@ -1,7 +1,5 @@
 """The command ``course``: execute the notebooks, two at a time, and summarise what they leave."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Mapping

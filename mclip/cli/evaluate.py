@@ -1,7 +1,5 @@
 """The command ``evaluate``: one model, or two side by side, on a set to classify or on captions to retrieve."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The command line, ``python -m mclip COMMAND``; every command is a plain function with typed parameters."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import importlib
@@ -28,7 +26,7 @@ COMMANDS = {
     "export": ("mclip.cli.commands:export_student", "write a student into a folder that an app can carry"),
     "download": ("mclip.sources.caption_sets:download", "fetch captions or a test set; resumes"),
     "study": ("mclip.study.run:study", "train or measure what data/results has no record of: studies by name"),
-    "efficiency": ("mclip.study.efficiency:efficiency", "what presets and rivals cost, all measured in one run"),
+    "efficiency": ("mclip.study.bench:efficiency", "what presets and rivals cost, all measured in one run"),
     "bench": ("mclip.study.bench:bench", "measure speed and memory, in ratios of one run"),
     "figures": ("mclip.study.figures:figures", "draw the figures from the results files"),
     "app": ("mclip.cli.app:app", "serve the course's explorers as a page without code"),

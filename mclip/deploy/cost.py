@@ -4,8 +4,6 @@ The models have random weights, because the cost does not depend on them. The ri
 in the form in which they would be deployed; so is the student.
 """
 
-from __future__ import annotations
-
 import io
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,9 +25,7 @@ from mclip.config import PRESETS, ModelConfig, closest, require
 from mclip.deploy.export import quiet, write_graphs, write_int8
 from mclip.deploy.fused import fold_batch_norm, fused
 from mclip.deploy.reader import GRAPHS, session
-from mclip.image_encoder import stage_names
 from mclip.model import MobileCLIP
-from mclip.text_encoder import padding_mask
 
 CAPTION = "a small brown dog runs across the green grass today"
 """Ten words, twelve tokens with start and end."""
@@ -184,39 +180,3 @@ def latency(calls: Mapping[str, Call], rounds: int = 20, repeats: int = 3) -> di
         median, p95 = np.quantile(times, [0.5, 0.95]).tolist()
         summary[name] = {"median": median, "p95": p95}
     return summary
-
-
-def stage_times(preset: str = "mobile-256", rounds: int = 20) -> dict[str, float]:
-    """Median milliseconds of one picture in each stage of the deployed image encoder, on one thread."""
-    measured = candidate(preset)
-    x = torch.rand(1, 3, measured.image_size, measured.image_size).contiguous(memory_format=torch.channels_last)
-    calls, stages = {}, dict.fromkeys(stage_names(), 0.0)
-    with torch.inference_mode():
-        for number, layer in enumerate(measured.model.image_encoder.trunk):
-            calls[number] = lambda layer=layer, x=x: layer(x)
-            x = layer(x)
-    with threads(1):
-        clock = latency(calls, rounds)
-    for number, name in enumerate(stage_names()):
-        stages[name] += clock[number]["median"]
-    return stages
-
-
-def block_times(preset: str = "klmobile", rounds: int = 30) -> dict[str, dict[str, Any]]:
-    """An LSRA block, as deployed, beside PyTorch's transformer block of the same width, heads and feed-forward.
-
-    By number of tokens, one caption, one thread: milliseconds, and multiply-adds, of each.
-    """
-    model, config = random_model(preset)
-    text = config.text
-    lsra = fused(model.eval()).text_encoder.blocks[len(text.kernels) // 2]
-    plain = nn.TransformerEncoderLayer(text.width, text.heads, text.feed_forward, batch_first=True, norm_first=True)
-    plain = plain.eval().requires_grad_(False)
-    times = {}
-    for length in (12, text.context_length):
-        x, padding = torch.randn(1, length, text.width), padding_mask(torch.ones(1, length, dtype=torch.long))
-        calls = {"LSRA": lambda x=x, padding=padding: lsra(x, padding), "plain": lambda x=x: plain(x)}
-        with threads(1):
-            clock = latency(calls, rounds)
-        times[str(length)] = {name: clock[name] | {"multiply_adds": multiply_adds(calls[name])} for name in calls}
-    return times

@@ -5,8 +5,6 @@ int8 ones. A float is stored as scale x (integer - zero point), so a number take
 step of the integer is worth (Jacob et al. 2018, https://arxiv.org/abs/1712.05877).
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import io
@@ -238,6 +236,5 @@ def evaluate_deployed(reader: Deployed, dataset: ZeroShotSet, name: str, *, seed
     embeddings = torch.from_numpy(reader.encode_images(np.asarray(dataset.images).transpose(0, 2, 3, 1)))
     graphs = "".join(reader.manifest["files"][graph]["sha256"] for graph in reader.graphs)
     described = {**reader.manifest["model"], "name": name, "sha256": hashlib.sha256(graphs.encode()).hexdigest()}
-    return zero_shot_record(
-        dataset, described, embeddings, classifier, dataset.labels, start, templates=templates, seed=seed
-    )
+    more = {"templates": templates, "seed": seed}
+    return zero_shot_record(dataset, described, embeddings, classifier, dataset.labels, start, **more)

@@ -4,8 +4,6 @@ What training needs and inference does not is worked out once: BatchNorm, whose 
 part of the convolution before it, and the kernels of LightConv become the matrices that they stand for.
 """
 
-from __future__ import annotations
-
 import copy
 from itertools import pairwise
 

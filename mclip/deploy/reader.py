@@ -4,8 +4,6 @@ It reads a folder that :mod:`mclip.deploy.export` wrote, and needs numpy, Pillow
 nothing else of mclip: a copy of this file beside the folder is enough.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

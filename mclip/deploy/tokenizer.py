@@ -4,8 +4,6 @@ The library exists for Rust, Python, JavaScript, Swift and others, and the file 
 byte pairs, start and end, the longest caption, padding.
 """
 
-from __future__ import annotations
-
 import gzip
 
 from open_clip.tokenizer import bytes_to_unicode, default_bpe

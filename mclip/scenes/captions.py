@@ -1,7 +1,5 @@
 """Captions as people write them: attributes are left out or paraphrased, and a few captions are of another picture."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from mclip.scenes.drawing import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, WORDS

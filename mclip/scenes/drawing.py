@@ -7,8 +7,6 @@ Quilez's (iquilezles.org/articles/distfunctions2d).
 Coordinates: a picture spans [0, 1] x [0, 1], y downwards; a shape lives in its own frame of radius about 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

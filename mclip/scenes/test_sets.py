@@ -1,7 +1,5 @@
 """Zero-shot test sets drawn from the embedded world, and the two-way test of spatial relations."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -4,8 +4,6 @@ Everything follows from :class:`SceneConfig`. The same settings give the same ta
 same pixels on one machine. On another, rounding in ``sin`` and ``cos`` may change a pixel by one level of 255.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

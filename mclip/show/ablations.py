@@ -4,8 +4,6 @@ Records say themselves what they are: ``details.experiment`` holds the configura
 what it is compared with.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Figures of what models cost, from ``data/results/efficiency.json``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Where a model looks when it reads a phrase: Grad-CAM of their similarity, its scores, and an explorer."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

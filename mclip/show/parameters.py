@@ -1,7 +1,5 @@
 """The parameters of a lesson: which values can work, and where their paths begin."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 from collections.abc import Callable

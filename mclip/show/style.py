@@ -1,7 +1,5 @@
 """How every figure looks: colours, patterns, sizes and bars, and PNG files that depend on the data alone."""
 
-from __future__ import annotations
-
 import functools
 import io
 import textwrap

@@ -1,7 +1,5 @@
 """Tables made from results records: grouped by dataset and model, and summed up over seeds."""
 
-from __future__ import annotations
-
 import math
 import operator
 import statistics

@@ -1,7 +1,5 @@
 """Named sets of pictures with captions, and the command ``download``."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Literal

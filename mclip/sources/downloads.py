@@ -1,7 +1,5 @@
 """Downloads that survive a bad network: resumed, timed out, tried again, checked, and whole or not there."""
 
-from __future__ import annotations
-
 import time
 import zipfile
 import zlib
@@ -74,9 +72,7 @@ def _append(url: str, part: Path) -> None:
     headers = {"Accept-Encoding": "identity", "User-Agent": f"mclip/{__version__}"}
     headers |= {"Range": f"bytes={have}-"} if have else {}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if (
-            have and response.status_code == 416
-        ):  # the server has no byte after those; the checksum tells if all is well
+        if have and response.status_code == 416:  # no byte comes after those; the checksum tells if all is well
             return
         response.raise_for_status()
         start = have if response.headers.get("Content-Range", "").startswith(f"bytes {have}-") else 0

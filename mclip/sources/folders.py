@@ -3,8 +3,6 @@
 What is hidden in a folder of pictures, such as ``.ipynb_checkpoints`` and ``._1.jpg``, is never read.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

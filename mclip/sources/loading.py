@@ -4,8 +4,6 @@ Whatever the source, training reads one form: pictures as uint8 at the student's
 Few enough pictures are decoded once and kept memory-mapped in the cache; more are decoded when they are needed.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ Each reader yields rows. :func:`collect` checks them, stops at bad ones or leave
 each picture together. Millions of paths and captions are kept in arrays of numpy's StringDType.
 """
 
-from __future__ import annotations
-
 import codecs
 import csv
 import json
@@ -18,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -75,14 +73,14 @@ class Table:
     where: str
     skipped: int
 
-    def take(self, numbers: Sequence[int] | np.ndarray) -> Table:
+    def take(self, numbers: Sequence[int] | np.ndarray) -> Self:
         """The table of the pictures with these numbers, in their order."""
         before, numbers = self.captions.first, np.asarray(numbers, np.int64)
         counts = np.diff(before)[numbers]
         first = np.concatenate([[0], np.cumsum(counts)])
         texts = self.captions.texts[np.arange(first[-1]) + np.repeat(before[numbers] - first[:-1], counts)]
         captions = CaptionLists(texts, first)
-        return Table(self.pictures[numbers], captions, self.rows[numbers], self.where, self.skipped)
+        return type(self)(self.pictures[numbers], captions, self.rows[numbers], self.where, self.skipped)
 
 
 def reject(message: str, on_error: OnError) -> None:

@@ -5,8 +5,6 @@ judged by; torchvision and open_clip have the rest. Of CLIP's 27 sets (Radford e
 those below, and PASCAL VOC, KITTI and two sets of videos, whose labels or pictures would have to be made first.
 """
 
-from __future__ import annotations
-
 import json
 import operator
 import re

@@ -1,17 +1,17 @@
-"""Speed and memory, in ratios of one run: ``make bench`` writes ``data/results/bench.json``.
+"""Speed and memory: ``make bench`` measures training, the command ``efficiency`` what each model costs to run.
 
 Random weights and noise stand in for models and photographs: nothing can be learnt from them, and they cost the same.
 """
 
-from __future__ import annotations
-
+import ctypes
+import gc
 import os
 import platform
 import re
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -20,27 +20,24 @@ import numpy as np
 import open_clip
 import psutil
 import torch
-from PIL import Image
-from torch import Tensor, nn
-from torchvision.io import decode_jpeg, read_file
-from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms.v2 import functional as VF
 
-from mclip.config import DistillConfig, TrainConfig, closest, require
-from mclip.deploy.cost import Call, latency, random_model
+from mclip.config import DistillConfig, TrainConfig, closest, get_profile, require
+from mclip.deploy.cost import CAPTION, RIVALS, Form, candidate, candidate_name, latency, random_model, threads
+from mclip.deploy.export import evaluate_deployed, export
+from mclip.deploy.reader import Deployed
 from mclip.files import DATA
-from mclip.objectives import Contrastive, Distillation
+from mclip.objectives import Distillation
 from mclip.pairs import BatchSource, Pairs, Targets
-from mclip.pictures import Crops
-from mclip.recipes import BASE, student_prepare
-from mclip.results import make_result, save_result
+from mclip.recipes import load_model, student_prepare
+from mclip.results import load_results, make_result, save_result
+from mclip.scenes.test_sets import scene_sets
+from mclip.scenes.world import SceneConfig, export_scenes, make_scenes
 from mclip.sources.loading import load_pairs
 from mclip.targets import embed_captions, embed_pictures
 from mclip.teacher import load_teacher
-from mclip.text_encoder import LightConv, light_conv_reference
 from mclip.train import train
 
-FILE = DATA / "results" / "bench.json"
+RESULTS = DATA / "results"
 Row = dict[str, Any]
 NO_MODEL = {"name": "random weights", "parameters": 0, "sha256": "0" * 64}
 ALL_TERMS = DistillConfig(phases=(0.0, 0.0, 0.0), ramp=0.0)
@@ -52,39 +49,24 @@ def row(what: str, value: float, unit: str = "times", bar: str = "", **more: Any
     return {"what": what, "value": float(value), "unit": unit, "bar": bar, **more}
 
 
-class Noise:
-    """Pictures (N, 3, side, side) uint8 that are drawn when they are read, and take no memory before."""
+def pairs_per_second(preset: str, batch_size: int, count: int, pieces: int = 1) -> float:
+    """Median pace of distillation steps with all three terms, through the one training loop, once it is warm.
 
-    dtype = np.dtype(np.uint8)
-
-    def __init__(self, count: int, side: int) -> None:
-        self.shape = (count, 3, side, side)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        return np.random.default_rng(rows.tolist()).integers(0, 256, (len(rows), *self.shape[1:]), np.uint8)
-
-
-def student_and_batches(preset: str, batch_size: int, count: int = 1) -> tuple[nn.Module, BatchSource]:
-    """A student with random weights, and ``count`` batches of noise, captions of eleven words and random targets."""
+    ``count`` batches of noise have captions of eleven words and random targets.
+    """
     model, config = random_model(preset)
-    size, rng = batch_size * count, np.random.default_rng(0)
+    size, side, rng = batch_size * count, config.image.image_size, np.random.default_rng(0)
+    noise = rng.integers(0, 256, 3 * side**2 + size, np.uint8)
+    # Each picture is the one before, shifted by a number: all are different, and together take the memory of one.
+    pictures = np.lib.stride_tricks.as_strided(noise, (size, 3, side, side), (1, side**2, side, 1), writeable=False)
     captions = [[" ".join(rng.choice(SENTENCE.split(), 11))] for _ in range(size)]
-    pairs = Pairs(Noise(size, config.image.image_size), captions, "noise", "noise")
+    pairs = Pairs(pictures, captions, "noise", "noise")
     vectors = rng.standard_normal((2, size, 512))
     targets = Targets(*(vectors / np.linalg.norm(vectors, axis=2, keepdims=True)).astype(np.float16), 100.0, "noise")
-    return model, BatchSource(pairs, model.tokenizer, student_prepare(config), batch_size, 0, targets)
-
-
-def pairs_per_second(preset: str, batch_size: int, count: int, pieces: int = 1) -> float:
-    """Median pace of distillation steps with all three terms, through the one training loop, once it is warm."""
-    model, source = student_and_batches(preset, batch_size, count)
-    settings = TrainConfig(
-        max_epochs=1, batch_size=batch_size, accumulate_grad_batches=pieces, progress=False, accelerator="cpu"
-    )
-    objective, clock = Distillation(ALL_TERMS, (model.config.embed_dim,) * 2, 512, 100.0), []
+    source = BatchSource(pairs, model.tokenizer, student_prepare(config), batch_size, 0, targets)
+    once = {"max_epochs": 1, "progress": False, "accelerator": "cpu"}
+    settings = TrainConfig(batch_size=batch_size, accumulate_grad_batches=pieces, **once)
+    objective, clock = Distillation(ALL_TERMS, (config.embed_dim,) * 2, 512, 100.0), []
     with tempfile.TemporaryDirectory() as folder:
         run = {"objective": objective, "out_dir": folder}
         train(model, source, settings, on_record=lambda record: clock.append(time.perf_counter()), **run)
@@ -99,27 +81,13 @@ def steps(batch_size: int = 16, count: int = 16) -> Iterator[Row]:
         yield row(what, pairs_per_second(name, batch_size, count), "pairs/s", f"at least {bar}", key=name)
 
 
-def write_photographs(folder: str, count: int = 256) -> Path:
-    """A CSV of JPEGs of 500 x 375 pixels, as smooth as photographs, in ``folder``."""
-    rng = np.random.default_rng(0)
-    lines = ["file_name,caption"]
-    for number in range(count):
-        coarse = Image.fromarray(rng.integers(0, 256, (19, 25, 3), dtype=np.uint8)).resize((500, 375))
-        noise = rng.integers(-12, 13, (375, 500, 3))
-        picture = np.clip(np.asarray(coarse, np.int16) + noise, 0, 255).astype(np.uint8)
-        Image.fromarray(picture).save(Path(folder, f"{number}.jpg"), quality=85)
-        lines.append(f"{number}.jpg,picture {number}")
-    table = Path(folder, "pairs.csv")
-    table.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return table
-
-
 def targets(count: int = 256) -> Iterator[Row]:
     """Pace of a ViT-B/32 that embeds JPEGs and captions for the cache, and the bytes that each takes."""
     with tempfile.TemporaryDirectory() as folder:
         torch.save(open_clip.create_model("ViT-B-32").state_dict(), f"{folder}/random.pt")
         teacher = load_teacher("ViT-B-32", f"{folder}/random.pt")
-        pairs = load_pairs(write_photographs(folder, count), 64, progress=False)
+        export_scenes(make_scenes(SceneConfig(count, 384), progress=False), f"{folder}/scenes")
+        pairs = load_pairs(f"{folder}/scenes/captions.csv", 64, progress=False)
         begun = time.perf_counter()
         embedded = embed_pictures(teacher, pairs, np.arange(count))
         between = time.perf_counter()
@@ -128,44 +96,6 @@ def targets(count: int = 256) -> Iterator[Row]:
     for kind, taken in seconds.items():
         yield row(f"{kind} embedded by ViT-B/32 for the cache", count / taken, f"{kind}/s", key=f"teacher {kind}")
     yield row("size of a ViT-B/32 target", embedded[0].nbytes, "bytes", key="bytes of a target")
-
-
-def ratio(what: str, forms: dict[str, Call], rounds: int, bar: str = "") -> Row:
-    """How many times as long the first of two forms takes as the second."""
-    milliseconds = {name: clock["median"] for name, clock in latency(forms, rounds, 1).items()}
-    first, second = milliseconds.values()
-    return row(what, first / second, bar=bar, milliseconds=milliseconds)
-
-
-def loading(rounds: int = 3) -> Iterator[Row]:
-    """Decode, crop at random and resize to 224 pixels: our batches against bare loops on as many threads, in turns."""
-    scale, shape = (0.5, 1.0), (3 / 4, 4 / 3)
-
-    def with_pillow(file: str) -> np.ndarray:
-        picture = Image.open(file).convert("RGB")
-        top, left, height, width = RandomResizedCrop.get_params(picture, scale, shape)
-        box = (left, top, left + width, top + height)
-        return np.asarray(picture.resize((224, 224), Image.Resampling.BICUBIC, box=box)).transpose(2, 0, 1)
-
-    def with_torchvision(file: str) -> np.ndarray:
-        picture = decode_jpeg(read_file(file))
-        box = RandomResizedCrop.get_params(picture, scale, shape)
-        return VF.resized_crop(picture, *box, [224, 224], VF.InterpolationMode.BICUBIC, antialias=True).numpy()
-
-    def bare(read: Callable[[str], np.ndarray]) -> None:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            pictures = list(pool.map(read, pairs.files))
-        for start in range(0, len(pictures), 64):
-            np.stack(pictures[start : start + 64])
-
-    with tempfile.TemporaryDirectory() as folder:
-        pairs = load_pairs(write_photographs(folder), 224, decoding="always", progress=False)
-        tokenizer = random_model("course")[0].tokenizer
-        source = BatchSource(pairs, tokenizer, lambda pixels: pixels, 64, 0, crops=Crops(scale[0], 0, 0))
-        for name, read in (("Pillow", with_pillow), ("torchvision.io", with_torchvision)):
-            forms = {name: lambda read=read: bare(read), "ours": lambda: list(source.epoch(0))}
-            what = f"224 px JPEGs decoded, cropped and resized, against a bare loop of {name}"
-            yield ratio(what, forms, rounds, "at least 0.9")
 
 
 def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -214,48 +144,7 @@ def million(rows: int = 1_000_000) -> Iterator[Row]:
     yield row(f"{what}: memory beyond that of the imports", megabytes, "MB", "at most 600")
 
 
-def backward(module: nn.Module, loss: Callable[[], Tensor]) -> Call:
-    """A forward and a backward pass; the optimiser is left out, because it is the same in all forms."""
-
-    @torch.inference_mode(False)  # in which latency calls
-    @torch.enable_grad()
-    def step() -> None:
-        loss().backward()
-        module.zero_grad(set_to_none=True)
-
-    return step
-
-
-def distillation(batch_size: int = 64, rounds: int = 12) -> Iterator[Row]:
-    """What cached distillation adds to a step of the course's student."""
-    model, source = student_and_batches("course", batch_size)
-    batch = next(source.epoch(0))
-    all_terms = Distillation(ALL_TERMS, (model.config.embed_dim,) * 2, 512, 100.0)
-
-    def loss(objective: Contrastive, names: list[str]) -> Tensor:
-        return sum(objective(model(batch.images, batch.tokens), batch, names, 4.0).values())
-
-    forms = {
-        "distillation": backward(model, lambda: loss(all_terms, ["original", "feature", "response"])),
-        "base": backward(model, lambda: loss(Contrastive(BASE), ["original"])),
-    }
-    what = "distillation step with cached targets against a step of the student alone, course"
-    yield ratio(what, forms, rounds, "at most 1.15")
-
-
-def forms(rounds: int = 40) -> Iterator[Row]:
-    """LightConv as a banded matrix against the plain form."""
-    torch.manual_seed(0)
-    conv, x = LightConv(256, 8, 15), torch.randn(64, 32, 256, requires_grad=True)
-    plain = backward(conv, lambda: light_conv_reference(x, conv.weight.softmax(1)).square().sum())
-    matrix = backward(conv, lambda: conv(x).square().sum())
-    what = "LightConv as conv1d against a banded matrix, T = 32"
-    yield ratio(what, {"conv1d": plain, "matrix": matrix}, rounds, "at least 4")
-
-
-PARTS: dict[str, Callable[[], Iterator[Row]]] = {
-    part.__name__: part for part in (steps, targets, loading, memory, million, distillation, forms)
-}
+PARTS: dict[str, Callable[[], Iterator[Row]]] = {part.__name__: part for part in (steps, targets, memory, million)}
 
 
 def describe_machine() -> dict[str, Any]:
@@ -276,7 +165,7 @@ def bench(only: list[str] | None = None, out: str = "") -> None:
     """Measure, print, and keep one record of each part; a part that is not measured keeps its old rows.
 
     Args:
-        only: parts to measure, all by default: steps, targets, loading, memory, million, distillation, forms.
+        only: parts to measure, all by default: steps, targets, memory, million.
         out: file of the records; data/results/bench.json if empty.
     """
     for name in choose(only, PARTS):
@@ -286,4 +175,97 @@ def bench(only: list[str] | None = None, out: str = "") -> None:
         metrics, details = {each["what"]: each["value"] for each in rows}, {"rows": rows, "machine": describe_machine()}
         seconds = time.perf_counter() - begun
         record = make_result("bench", name, "none", len(rows), NO_MODEL, metrics, seconds=seconds, details=details)
-        save_result(out or FILE, record)
+        save_result(out or RESULTS / "bench.json", record)
+
+
+MODELS: tuple[tuple[str, Form], ...] = (
+    *((name, "deployed") for name in ("mobile-256", "mobile-512", "klmobile", *RIVALS)),
+    *((name, "trained") for name in ("mobile-256", "MobileCLIP2-S0")),
+    *(("mobile-256", form) for form in ("ONNX", "int8")),
+)
+"""Name and form of all that is measured."""
+
+
+def models(rounds: int = 6) -> dict[str, Any]:
+    """Parameters, multiply-adds, megabytes and latency of :data:`MODELS`: 1 and 2 threads, 1 and 32 samples."""
+    candidates = [candidate(name, form) for name, form in MODELS]
+    measured: dict[str, Any] = {}
+    for each in candidates:
+        costs = {key: getattr(each, key) for key in ("parameters", "image_size", "megabytes")} | {"latency": {}}
+        adds = each.multiply_adds()
+        measured[each.name] = costs | ({"multiply_adds": adds} if adds else {})
+    for count in (1, 2):
+        for batch, turns, repeats in ((1, rounds, 3), (32, max(2, rounds // 5), 1)):
+            with threads(count):
+                calls = {(each.name, half): call for each in candidates for half, call in each.calls(batch).items()}
+                clock = latency(calls, turns, repeats)
+            setting = f"{count} thread{'s' * (count > 1)}, batch {batch}"
+            for (name, half), numbers in clock.items():
+                measured[name]["latency"].setdefault(setting, {})[half] = numbers
+    return measured
+
+
+def quantised() -> dict[str, Any]:
+    """The shipped student, exported, in float32 and with int8 halves: MB, and top-1 (%) of each set of scenes.
+
+    Ranges of activations come from 512 pictures of the training set.
+    """
+    model, _ = load_model("kd")
+    size = model.config.image.image_size
+    seen = make_scenes(SceneConfig(512, size, "train"), progress=False).images
+    sets, forms = scene_sets(size, get_profile("cpu").test_pictures).values(), {}
+    with tempfile.TemporaryDirectory() as place:
+        export(model, Path(place) / "kd", "kd", seen)
+        for form in ("float32", "int8 text", "int8 image", "int8"):
+            reader = Deployed(Path(place) / "kd", form)
+            megabytes = sum(reader.manifest["files"][graph]["bytes"] for graph in reader.graphs) / 1e6
+            records = [evaluate_deployed(reader, each, form) for each in sets]
+            top1 = {record["dataset"]: record["metrics"]["top1"] for record in records}
+            forms[form] = {"megabytes": megabytes, "top1": top1}
+    return forms
+
+
+def peak_memory(name: str, form: Form = "deployed", batch: int = 1) -> float:
+    """MB (2^20 bytes) of the weights and of what a call of each encoder adds to them; call it in a process of its own.
+
+    What building the model took, and what of it was never given back, such as the unfused copy or the ranges seen
+    in calibration, is not counted, because a device never builds it. Linux only.
+    """
+    torch.set_num_threads(1)
+    each = candidate(name, form)
+    calls = each.calls(batch)
+    # Freed memory goes back to the system; else the calls would find what they need in it and seem to need nothing.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    built = psutil.Process().memory_info().rss / 2**20
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of building the model
+    with torch.inference_mode():
+        for call in calls.values():
+            call()
+    added = peak_megabytes() - built
+    return 1e6 * each.megabytes / 2**20 + added  # last: it makes a copy of the weights
+
+
+def peaks() -> dict[str, float]:
+    """Peak memory in MB of :data:`MODELS`, by the names that they have there; each in a process of its own."""
+    return {candidate_name(name, form): in_new_process(peak_memory, name, form) for name, form in MODELS}
+
+
+COSTS: dict[str, Callable[[], dict[str, Any]]] = {"models": models, "memory": peaks, "int8": quantised}
+
+
+def efficiency(only: list[str] | None = None, out: str = "") -> None:
+    """Measure, about a quarter of an hour on two cores; a part that is not measured keeps its old numbers.
+
+    Args:
+        only: parts to measure, all by default: models, memory, int8.
+        out: file of the record; data/results/efficiency.json if empty.
+    """
+    file = Path(out or RESULTS / "efficiency.json")
+    for name in choose(only, COSTS):
+        kept = [record for record in load_results(file) if record["dataset"] == "costs"] if file.exists() else []
+        metrics, details = (kept[0]["metrics"], kept[0]["details"]) if kept else ({}, {})
+        metrics = metrics | {name: COSTS[name]()}
+        details = details | {"caption": CAPTION} | ({"machine": describe_machine()} if name == "models" else {})
+        save_result(file, make_result("efficiency", "costs", "none", len(MODELS), NO_MODEL, metrics, details=details))
+        print(f"{name}: measured, {file}", flush=True)

@@ -4,8 +4,6 @@ A defect is a few lines that take the place of ours. While it is on, nothing may
 experiments.yaml lists for it fail.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import time

@@ -3,8 +3,6 @@
 Each function takes the row and its settings, and returns the records.
 """
 
-from __future__ import annotations
-
 import pickle
 import statistics
 import tempfile
