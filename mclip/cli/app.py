@@ -22,11 +22,12 @@ WELCOME = """\
 # A small CLIP to play with
 
 CLIP is a pair of networks, one for pictures and one for sentences, that says how well a picture and a sentence fit.
-This one is small enough for a phone. It has learnt from drawn pictures, each of a shape or two on some ground, and
-from captions such as *a striped red star on grass*: about anything else it can only guess.
+The ones here are small enough for a phone. The first has learnt from photographs. It is often wrong: its card in
+`data/checkpoints/photo` says how often. The second has learnt from drawn shapes and can only guess about other things.
 
-**What to do:** change what stands in the boxes, then click outside: the chart below them answers. What you type stays
-on this machine. How all of this works is the subject of the course's notebooks; `make lab` opens them.
+**What to do:** choose a picture or upload your own, change what stands in the boxes, then click outside: the chart
+below them answers. Pictures and words stay on this machine. The course's notebooks say how it works; `make lab` opens
+them.
 """
 LIMITS = (
     "--VoilaExecutor.startup_timeout=60",  # seconds until a kernel has to answer
