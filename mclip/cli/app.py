@@ -29,6 +29,7 @@ The ones here are small enough for a phone. The first has learnt from photograph
 below them answers. Pictures and words stay on this machine. The course's notebooks say how it works; `make lab` opens
 them.
 """
+LARGEST_UPLOAD = 100 * 2**20  # bytes
 LIMITS = (
     "--VoilaExecutor.startup_timeout=60",  # seconds until a kernel has to answer
     "--VoilaExecutor.timeout=300",  # seconds that a cell may take
@@ -72,4 +73,5 @@ def app(out: str = "runs/app", port: int = 8866, open_browser: bool = True) -> N
     with atomic_path(path) as temporary:
         temporary.write_text(nbformat.writes(make_page()), encoding="utf-8")
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # a kernel of this Python, whatever others the user has
-    Voila.launch_instance([str(path), f"--port={port}", f"--Voila.open_browser={open_browser}", *LIMITS])
+    words = [str(path), f"--port={port}", f"--Voila.open_browser={open_browser}", *LIMITS]
+    Voila.launch_instance(words, tornado_settings={"websocket_max_message_size": LARGEST_UPLOAD})
