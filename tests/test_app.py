@@ -20,6 +20,13 @@ def test_the_first_lesson_is_served():
     assert NOTEBOOKS / "00_start_here.ipynb" in LISTED
 
 
+def test_the_page_begins_with_photographs():
+    code = [cell.source for cell in app.make_page().cells if cell.cell_type == "code"]
+    first = next(source for source in code if "_explorer(" in source)
+    assert "photographs" in first
+    assert any("free_photographs()" in source for source in code[: code.index(first)])
+
+
 @pytest.mark.parametrize("path", LISTED, ids=lambda path: path.stem)
 def test_a_served_notebook_says_what_to_show(path):
     """A heading for strangers, the explorer last, and the parameters before what needs them."""

@@ -19,8 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from mclip.cli.course import NOTEBOOKS
 from mclip.config import DistillConfig
@@ -130,6 +132,13 @@ def wait_for_change(page, source: str | None) -> bytes:
     return picture(page)
 
 
+def upload(page, path: Path) -> None:
+    """Click the first upload button of the page and give it the file ``path``."""
+    with page.expect_file_chooser() as opened:
+        page.get_by_text("your own picture").first.click()
+    opened.value.set_files(path)
+
+
 def scratch_copy(folder: Path, name: str, *words: str) -> Path:
     """A copy of the lesson ``name`` with those code cells alone that hold one of ``words``, without outputs."""
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
@@ -176,7 +185,7 @@ def test_a_click_in_jupyterlab_changes_the_schedule_explorer(page, tmp_path):
         assert wait_for_change(page, before) != training_curves(replay(log, fixed))._repr_png_()
 
 
-def test_typing_in_the_app_changes_the_prompt_explorer(page, tmp_path):
+def test_the_app_answers_what_is_typed_chosen_and_uploaded(page, tmp_path):
     with serve(
         tmp_path, "mclip", "app", "--port", "PORT", "--open_browser", "false", "--out", str(tmp_path)
     ) as address:
@@ -186,7 +195,8 @@ def test_typing_in_the_app_changes_the_prompt_explorer(page, tmp_path):
         assert "A small CLIP to play with" in title.inner_text()
         assert "import " not in page.inner_text("body"), "the page shows code"
 
-        box = page.locator(".widget-textarea textarea")
+        # The first explorer is that of photographs: a sentence, one from the menu, and files of one's own.
+        box = page.locator(".widget-textarea textarea").first
         box.fill("a star\na star")
         title.click()
         page.get_by_text("no two alike").wait_for()
@@ -195,22 +205,38 @@ def test_typing_in_the_app_changes_the_prompt_explorer(page, tmp_path):
         before = page.locator(CHART).first.get_attribute("src")
         box.fill("a dark night\na white page\na $5 note")
         title.click()
-        second = wait_for_change(page, before)
+        charts = [first, wait_for_change(page, before)]
 
+        chooser = page.locator(".widget-dropdown select").first
         before = page.locator(CHART).first.get_attribute("src")
-        chooser = page.locator(".widget-text input").first
-        chooser.fill("2")
-        chooser.press("Enter")
-        assert len({first, second, wait_for_change(page, before)}) == 3
+        chooser.select_option("coffee")
+        charts.append(wait_for_change(page, before))
 
-        # The second explorer of the page: a phrase, and the map of it.
-        second_chart = f"{CHART} >> nth=1"
-        page.locator(second_chart).wait_for()
-        before = page.locator(second_chart).get_attribute("src")
+        noise = np.random.default_rng(0).integers(0, 256, (2000, 2000, 3), np.uint8)  # 12 MB, as a camera's may have
+        files = {name: tmp_path / name for name in ("own photo.png", "notes.txt")}
+        Image.fromarray(noise).save(files["own photo.png"])
+        files["notes.txt"].write_text("no picture")
+        before = page.locator(CHART).first.get_attribute("src")
+        upload(page, files["own photo.png"])
+        charts.append(wait_for_change(page, before))
+        assert len(set(charts)) == 4
+
+        upload(page, files["notes.txt"])
+        page.get_by_text("notes.txt: not readable as a picture").wait_for()
+        page.locator(CHART).first.wait_for(state="hidden")
+        chooser.select_option("own photo.png")
+        page.locator(CHART).first.wait_for()
+        assert picture(page) == charts[-1]
+        page.screenshot(path=tmp_path / "photographs.png", full_page=True)
+
+        # The last explorer of the page: a phrase, and the map of it.
+        last_chart = f"{CHART} >> nth=2"
+        page.locator(last_chart).wait_for()
+        before = page.locator(last_chart).get_attribute("src")
         page.locator(".widget-text input[type=text]").first.fill("the grass")
         title.click()
         page.wait_for_function(
-            "([chart, old]) => (i => i.src !== old && i.naturalWidth)(document.querySelectorAll(chart)[1])",
+            "([chart, old]) => (i => i.src !== old && i.naturalWidth)(document.querySelectorAll(chart)[2])",
             arg=[CHART, before],
         )
         page.screenshot(path=tmp_path / "grounding.png", full_page=True)

@@ -22,12 +22,14 @@ WELCOME = """\
 # A small CLIP to play with
 
 CLIP is a pair of networks, one for pictures and one for sentences, that says how well a picture and a sentence fit.
-This one is small enough for a phone. It has learnt from drawn pictures, each of a shape or two on some ground, and
-from captions such as *a striped red star on grass*: about anything else it can only guess.
+The ones here are small enough for a phone. The first has learnt from photographs. It is often wrong: its card in
+`data/checkpoints/photo` says how often. The second has learnt from drawn shapes and can only guess about other things.
 
-**What to do:** change what stands in the boxes, then click outside: the chart below them answers. What you type stays
-on this machine. How all of this works is the subject of the course's notebooks; `make lab` opens them.
+**What to do:** choose a picture or upload your own, change what stands in the boxes, then click outside: the chart
+below them answers. Pictures and words stay on this machine. The course's notebooks say how it works; `make lab` opens
+them.
 """
+LARGEST_UPLOAD = 100 * 2**20  # bytes
 LIMITS = (
     "--VoilaExecutor.startup_timeout=60",  # seconds until a kernel has to answer
     "--VoilaExecutor.timeout=300",  # seconds that a cell may take
@@ -71,4 +73,5 @@ def app(out: str = "runs/app", port: int = 8866, open_browser: bool = True) -> N
     with atomic_path(path) as temporary:
         temporary.write_text(nbformat.writes(make_page()), encoding="utf-8")
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # a kernel of this Python, whatever others the user has
-    Voila.launch_instance([str(path), f"--port={port}", f"--Voila.open_browser={open_browser}", *LIMITS])
+    words = [str(path), f"--port={port}", f"--Voila.open_browser={open_browser}", *LIMITS]
+    Voila.launch_instance(words, tornado_settings={"websocket_max_message_size": LARGEST_UPLOAD})

@@ -1,4 +1,4 @@
-"""Where a model looks when it reads a phrase: Grad-CAM of their similarity, its scores, and an explorer."""
+"""Where a model looks when it reads a phrase: Grad-CAM of their similarity, its scores, and explorers."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mclip.config import closest, require
-from mclip.evaluate import embed_texts, evaluating, input_of
+from mclip.evaluate import embed_images, embed_texts, evaluating, input_of
 from mclip.image_encoder import stage_names
+from mclip.pictures import square
 from mclip.results import ResultError
 from mclip.show.style import COLOURS, HATCHES, LABELS, NotebookFigure, figure, interval_bars, label, name_rows, styled
-from mclip.show.widgets import follow
+from mclip.show.widgets import compare_prompts, follow, open_upload, picture_chooser, prompt_chart, read_prompts
 
 Model = nn.Module
 BASELINES = {"random": ":", "centre": "-."}
@@ -141,6 +142,28 @@ def grounding_chart(image: np.ndarray, maps: dict[str, np.ndarray], name: str = 
         shown = ax.imshow(heat, cmap="viridis", alpha=0.65, vmin=0, vmax=1)
     fig.colorbar(shown, ax=axes[-1], label=name, ticks=(0, 1), shrink=0.8)
     return fig
+
+
+def prompt_explorer(
+    model: nn.Module, tokenizer: Any, pictures: Mapping[str, Image.Image], prompts: Sequence[str], layer: str
+) -> ipywidgets.VBox:
+    """A text box of prompts and a chooser over ``pictures`` and the reader's own; the chart follows both.
+
+    It shows the square that the model reads, the Grad-CAM at ``layer`` of the best prompt, and a bar for each prompt.
+    """
+    chooser, upload = picture_chooser(pictures)
+    look = {"rows": max(4, len(prompts)), "continuous_update": False, "layout": {"width": "400px"}}
+    box = ipywidgets.Textarea("\n".join(prompts), description="prompts", **look)
+
+    def draw(text: str, chosen: Any) -> NotebookFigure:
+        lines = read_prompts(text)
+        picture = chosen if isinstance(chosen, Image.Image) else open_upload(chosen)
+        cosines, shares = compare_prompts(model, tokenizer, embed_images(model, [picture])[0][0], lines)
+        side, prepared = min(*picture.size, 320), input_of(model).transform(picture)[None]  # a chart shows no more
+        heat = phrase_maps(model, tokenizer, prepared, [lines[cosines.argmax()]], layer, side)[0].numpy()
+        return prompt_chart(np.asarray(square(picture, side)).transpose(2, 0, 1), lines, cosines, shares, heat)
+
+    return follow([box, chooser], draw, upload)
 
 
 def grounding_explorer(model: nn.Module, tokenizer: Any, images: Any, layer: str, phrase: str) -> ipywidgets.VBox:

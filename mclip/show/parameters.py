@@ -10,11 +10,12 @@ from mclip.config import PRESETS, PROFILES, closest, from_mapping, require
 
 ROOT = Path(__file__).resolve().parents[2]
 """The repository. Relative paths in a lesson start here, whatever the working directory of its kernel is."""
-INPUTS = ("train_data_path", "val_data_path", "auto_kd_config", "photograph")
+INPUTS = ("train_data_path", "val_data_path", "auto_kd_config", "photograph", "photographs_path")
 """Paths that must exist, unless they are empty."""
 OUTPUTS = ("checkpoint_dir", "root_dir", "out_dir", "save_results")
 """Paths that a lesson may create."""
-NAMES_OR_PATHS = ("base_checkpoint", "model_checkpoint", "config_path", "teacher_model", "teacher_pretrained")
+STUDENT_PATHS = ("base_checkpoint", "base_model", "model_checkpoint")
+NAMES_OR_PATHS = (*STUDENT_PATHS, "config_path", "teacher_model", "teacher_pretrained")
 """A path, or the name of something that ships or that open_clip knows."""
 STUDENTS = ("kd", "base", "photo")
 """Students that ship. The teacher and the plain CLIP have another architecture."""
@@ -27,7 +28,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda seed: seed >= 0, "use 0 or more"),
 }
 RULES |= dict.fromkeys(INPUTS, (lambda path: not path or Path(path).exists(), "no such file or folder"))
-for key in ("model_checkpoint", "base_checkpoint"):
+for key in STUDENT_PATHS:
     remedy = f"give the folder of a student, or one that ships: {' or '.join(STUDENTS)}"
     RULES[key] = (lambda student: student in ("", *STUDENTS) or Path(student).is_dir(), remedy)
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import html
+import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets
 import numpy as np
 import pandas as pd
+import skimage.data
 import torch
 from matplotlib.patches import Rectangle
+from PIL import Image
 from torch import Tensor, nn
 
 from mclip import losses
 from mclip.balancing import STRATEGIES, Balancer, Schedule, gradient_norms
 from mclip.config import DistillConfig, TrainConfig, require
-from mclip.evaluate import embed_images, embed_texts
+from mclip.evaluate import embed_texts
+from mclip.pictures import UNREADABLE, PictureError, as_rgb
 from mclip.show.figures import caption_matrix, training_curves
 from mclip.show.style import COLOURS, HATCHES, PALETTE, NotebookFigure, figure, interval_bars, label, name_rows, styled
 from mclip.train import make_optimizer
@@ -29,11 +33,13 @@ Log = Sequence[Mapping[str, Any]]
 Array = np.ndarray
 
 
-def follow(controls: Sequence[ipywidgets.ValueWidget], draw: Callable[..., NotebookFigure]) -> ipywidgets.VBox:
+def follow(
+    controls: Sequence[ipywidgets.ValueWidget], draw: Callable[..., NotebookFigure], *beside: ipywidgets.Widget
+) -> ipywidgets.VBox:
     """The chart that ``draw`` makes of the values of ``controls``, under these; drawn anew when one changes.
 
-    A ValueError, such as a ConfigError, hides the chart, and its message takes the place. Any other error appears
-    with its traceback under the chart.
+    ``beside`` stand behind the controls. A ValueError, such as a ConfigError, hides the chart, and its message takes
+    the place. Any other error appears with its traceback under the chart.
     """
     chart, message = ipywidgets.Image(width=800, layout={"max_width": "100%"}), ipywidgets.HTML()
 
@@ -49,7 +55,7 @@ def follow(controls: Sequence[ipywidgets.ValueWidget], draw: Callable[..., Noteb
     errors = ipywidgets.interactive_output(update, {f"control {i}": each for i, each in enumerate(controls)})
     for control in controls:
         control.style.description_width = "initial"
-    above = ipywidgets.HBox(controls, layout={"flex_flow": "row wrap", "align_items": "flex-start"})
+    above = ipywidgets.HBox([*controls, *beside], layout={"flex_flow": "row wrap", "align_items": "flex-start"})
     return ipywidgets.VBox([above, message, chart, errors])
 
 
@@ -72,12 +78,24 @@ def compare_prompts(model: nn.Module, tokenizer: Any, image: Tensor, prompts: Se
 
 
 @styled
-def prompt_chart(image: Array, prompts: Sequence[str], cosines: Array, shares: Array) -> NotebookFigure:
-    """The picture, uint8 (3, H, W), beside a bar for each prompt, with its cosine behind the bar."""
-    fig = figure(7.5, max(2.2, 1.2 + 0.28 * len(prompts)))
-    left, right = fig.subplots(1, 2, width_ratios=(1, 2.2))
-    left.imshow(np.asarray(image).transpose(1, 2, 0), interpolation="nearest")
+def prompt_chart(
+    image: Array, prompts: Sequence[str], cosines: Array, shares: Array, heat: Array | None = None
+) -> NotebookFigure:
+    """The picture, uint8 (3, H, W), beside a bar for each prompt, with its cosine behind the bar.
+
+    ``heat`` (H, W), from 0 to 1, shows over a grey copy of the picture where the best prompt was found.
+    """
+    width, ratios = (7.5, (1, 2.2)) if heat is None else (8.6, (1, 1, 1.9))
+    fig = figure(width, max(2.2, 1.2 + 0.28 * len(prompts)))
+    left, *middle, right = fig.subplots(1, len(ratios), width_ratios=ratios)
+    picture = np.asarray(image).transpose(1, 2, 0)
+    left.imshow(picture, interpolation="nearest")
     left.axis("off")
+    for ax in middle:
+        ax.imshow(picture.mean(2), cmap="gray", interpolation="nearest")
+        ax.imshow(heat, cmap="viridis", alpha=0.65, vmin=0, vmax=1)
+        ax.set_title("Where it looks")
+        ax.axis("off")
     bars = right.barh(range(len(prompts)), shares, color=PALETTE[7])
     bars[int(np.argmax(cosines))].set_facecolor(PALETTE[0])
     for row, (cosine, share) in enumerate(zip(cosines, shares, strict=True)):
@@ -88,19 +106,42 @@ def prompt_chart(image: Array, prompts: Sequence[str], cosines: Array, shares: A
     return fig
 
 
-def prompt_explorer(model: nn.Module, tokenizer: Any, images: Any, prompts: Sequence[str]) -> ipywidgets.VBox:
-    """A text box of prompts and a picture chooser over ``images``, uint8 (N, 3, H, W); the chart follows both."""
-    embeddings, _ = embed_images(model, images)
-    look = {"rows": max(4, len(prompts)), "continuous_update": False, "layout": {"width": "400px"}}
-    box = ipywidgets.Textarea("\n".join(prompts), description="prompts", **look)
-    chooser = ipywidgets.BoundedIntText(1, min=1, max=len(images), description=f"picture, 1 to {len(images)}")
+def free_photographs() -> dict[str, Image.Image]:
+    """Six photographs that anyone may use, from scikit-image and scikit-learn, by name."""
+    from sklearn.datasets import load_sample_images  # takes a second or two to import
 
-    def draw(text: str, number: int) -> NotebookFigure:
-        lines = read_prompts(text)
-        cosines, shares = compare_prompts(model, tokenizer, embeddings[number - 1], lines)
-        return prompt_chart(np.asarray(images[number - 1]), lines, cosines, shares)
+    names = ("astronaut", "chelsea", "coffee", "rocket")
+    arrays = [*(getattr(skimage.data, name)() for name in names), *load_sample_images().images]
+    return dict(zip((*names, "temple", "flower"), map(Image.fromarray, arrays), strict=True))
 
-    return follow([box, chooser], draw)
+
+def open_upload(file: Mapping[str, Any]) -> Image.Image:
+    """The picture in a file from an upload widget, ``{"name", "content"}``, as :func:`~mclip.pictures.as_rgb` makes it.
+
+    Raises: PictureError, which names the file and the remedy.
+    """
+    try:
+        return as_rgb(Image.open(io.BytesIO(file["content"])))
+    except UNREADABLE as error:
+        cause = str(error).partition(" <")[0]  # Pillow names the buffer by its address
+        remedy = "choose a picture, such as a JPEG or PNG file"
+        raise PictureError(f"{file['name']}: not readable as a picture ({cause}); {remedy}.") from error
+
+
+def picture_chooser(pictures: Mapping[str, Image.Image]) -> tuple[ipywidgets.Dropdown, ipywidgets.FileUpload]:
+    """A chooser over ``pictures``, and a button that adds the reader's own file and chooses it.
+
+    The chooser's value is one of ``pictures``, or a file for :func:`open_upload`.
+    """
+    chooser = ipywidgets.Dropdown(options=dict(pictures), description="picture")
+    upload = ipywidgets.FileUpload(accept="image/*", description="your own picture", layout={"width": "180px"})
+
+    def add(change: Mapping[str, Any]) -> None:
+        own = {file["name"]: file for file in change["new"]}
+        chooser.options = own | chooser.options | own  # the first of new options is chosen
+
+    upload.observe(add, "value")
+    return chooser, upload
 
 
 def response_and_gradient(student: Model, teacher: Model, temperature: float) -> tuple[float, float]:
