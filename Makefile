@@ -15,7 +15,7 @@ LESSONS = $(if $(findstring not slow,$(ARGS)),echo left out,$(NBVAL) -p no:cache
 SYNC  := UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON=.venv/bin/python UV_PYTHON_DOWNLOADS=never .venv/bin/uv sync --locked --inexact
 NEWS  := {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}
 
-.PHONY: help course test lab app photo reproduce bench figures
+.PHONY: help course test lab app photo phone reproduce bench figures
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -42,6 +42,10 @@ app: $(READY) ## serve the explorers as a page without code; ARGS="--port 8866"
 
 photo: $(READY) ## a teacher and a student of photographs; ROOT=folder of the photographs, TEACHER=lite2|openai
 	$(MCLIP) photo --root_dir "$(ROOT)" --teacher $(TEACHER) $(ARGS)
+
+phone: $(READY) ## show the student of photographs in a browser or on a phone; ARGS="--host ADDRESS --https"
+	test -d runs/phone/web || $(MCLIP) export --model_checkpoint photo --out_dir runs/phone --web
+	$(MCLIP) serve --out_dir runs/phone $(ARGS)
 
 reproduce: $(READY) ## the long run: train and measure what data/results has no record of; ARGS="ablations --seeds 3"
 	$(MCLIP) study $(ARGS)

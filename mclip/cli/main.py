@@ -26,6 +26,7 @@ COMMANDS = {
     "photo": ("mclip.cli.photo:photo", "teacher and student of photographs, in one go"),
     "evaluate": ("mclip.cli.evaluate:evaluate", "classify pictures zero-shot"),
     "export": ("mclip.cli.commands:export_student", "write a student into a folder that an app can carry"),
+    "serve": ("mclip.cli.serve:serve", "serve the page of an exported student, for a browser or a phone"),
     "download": ("mclip.sources.caption_sets:download", "fetch captions or a test set; resumes"),
     "study": ("mclip.study.run:study", "train or measure what data/results has no record of: studies by name"),
     "efficiency": ("mclip.study.efficiency:efficiency", "what presets and rivals cost, all measured in one run"),
