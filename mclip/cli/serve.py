@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 import ssl
 import subprocess
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from mclip.config import ConfigError, require
 from mclip.files import cache_dir, missing_folder
@@ -30,6 +32,11 @@ class PageHandler(SimpleHTTPRequestHandler):
         self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
         self.send_header("Cache-Control", "no-cache")
         super().end_headers()
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        """Send a file; a browser that has closed the page no longer wants it."""
+        with suppress(ConnectionError):
+            super().copyfile(source, outputfile)
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Say nothing of files that were found."""

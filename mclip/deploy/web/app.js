@@ -302,8 +302,9 @@ export async function examine(file, sentence) {
   await ready;
   const bitmap = await openPicture(file);
   const { levels } = prepare(bitmap, bitmap.width, bitmap.height);
+  bitmap.close();
   const [image, text] = [await embedLevels(levels), await embedText(sentence)];
-  return { levels: [...levels], image: [...image.embedding], ids: text.ids, text: [...text.embedding] };
+  return { levels, image: image.embedding, ids: text.ids, text: text.embedding };
 }
 
 /* ---- the self-check ---- */
