@@ -297,14 +297,14 @@ function prepare(source, width, height) {
   return { levels, ms: performance.now() - start };
 }
 
-/* For tests: a file's levels and embedding, and a sentence's tokens and embedding, by the form that is loaded. */
+/* For tests and measurements: a file's levels and embedding, a sentence's tokens and embedding, milliseconds of both. */
 export async function examine(file, sentence) {
   await ready;
   const bitmap = await openPicture(file);
   const { levels } = prepare(bitmap, bitmap.width, bitmap.height);
   bitmap.close();
   const [image, text] = [await embedLevels(levels), await embedText(sentence)];
-  return { levels, image: image.embedding, ids: text.ids, text: text.embedding };
+  return { levels, image: image.embedding, ids: text.ids, text: text.embedding, ms: [image.ms, text.ms] };
 }
 
 /* ---- the self-check ---- */
