@@ -15,11 +15,11 @@ LESSONS = $(if $(findstring not slow,$(ARGS)),echo left out,$(NBVAL) -p no:cache
 SYNC  := UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON=.venv/bin/python UV_PYTHON_DOWNLOADS=never .venv/bin/uv sync --locked --inexact
 NEWS  := {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}
 
-.PHONY: help course test lab app photo photographs reproduce bench figures
+.PHONY: help course test lab app photo photographs phone reproduce bench figures
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 course: $(READY) ## run the whole course; PROFILE=smoke|cpu|gpu, OUT=folder, ARGS="-p NAME VALUE --only 04 08"
 	$(MCLIP) course --profile $(PROFILE) --out "$(OUT)" $(ARGS)
@@ -45,6 +45,10 @@ photo: $(READY) ## a teacher and a student of photographs; ROOT=folder of the ph
 
 photographs: $(READY) ## the comparison on photographs: base, clip, kd of three seeds, and the teacher; ROOT, TEACHER as for photo
 	$(MCLIP) study photographs --root_dir "$(ROOT)" --teacher $(TEACHER) $(ARGS)
+
+phone: $(READY) ## show the student of photographs in a browser or on a phone; ARGS="--host ADDRESS --https"
+	test -d runs/phone/web || $(MCLIP) export --model_checkpoint photo --out_dir runs/phone --web
+	$(MCLIP) serve --out_dir runs/phone $(ARGS)
 
 reproduce: $(READY) ## the long run: train and measure what data/results has no record of; ARGS="ablations --seeds 3"
 	$(MCLIP) study $(ARGS)

@@ -165,6 +165,7 @@ def export_student(
     int8: bool = True,
     train_data_path: str = "",
     pictures: int = 256,
+    web: bool = False,
 ) -> None:
     """Write a student into a folder that an app can carry, and check it there.
 
@@ -174,9 +175,14 @@ def export_student(
         int8: write graphs in 8-bit integers as well, a quarter of the size.
         train_data_path: the pairs that the model was trained on, whose pictures calibrate int8; empty draws scenes.
         pictures: how many of them.
+        web: add a page that runs the student in a browser; needs Node.js once, to fetch its libraries.
     """
     from mclip.deploy.export import export  # onnx and onnxruntime take seconds, and no other command needs them
+    from mclip.deploy.web import libraries, write_web
 
+    require(int8 or not web, "int8", int8, "the page starts with the int8 graphs")
+    if web:
+        libraries()  # where they cannot be fetched, that is said before the minute of the export
     require(pictures > 0, "pictures", pictures, "calibration needs one or more")
     model, _ = recipes.load_model(model_checkpoint)
     remedy = "only a student can be exported: base, kd, or the model folder of a run"
@@ -189,3 +195,6 @@ def export_student(
     for name, file in manifest["files"].items():
         print(f"{name:16}{file['bytes']:12,} bytes")
     print(f"{out_dir}: written, read again without PyTorch, and checked: {', '.join(manifest['forms'])}")
+    if web:
+        sizes = ", ".join(f"{part} {size / 1e6:.2f} MB" for part, size in write_web(out_dir).items())
+        print(f"{out_dir}/web: the page ({sizes}); python -m mclip serve --out_dir {out_dir}")

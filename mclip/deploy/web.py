@@ -1,0 +1,111 @@
+"""The page that runs an exported student in a browser: ``web/`` in the exported folder, for any static host.
+
+The page's own files lie in ``mclip/deploy/web``. ONNX Runtime (MIT licence) and the tokenizers library (Apache 2.0)
+come from npm in the versions of its lock file. They are fetched once and kept in the cache.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mclip.deploy.reader import GOLDEN, GRAPHS, MANIFEST, PREPROCESS, TOKENIZER, DeployError
+from mclip.files import atomic_folder, cache_dir, content_key, file_hash, missing_folder, read_json
+
+PAGE = Path(__file__).with_name("web")
+LOCKED = ("package.json", "package-lock.json")
+WORKER = "sw.js"
+LIBRARIES = {
+    "vendor": (
+        "@huggingface/tokenizers/dist/tokenizers.min.mjs",
+        "onnxruntime-web/dist/ort.wasm.min.mjs",
+        "onnxruntime-web/dist/ort-wasm-simd-threaded.mjs",
+        "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm",
+    ),
+    "vendor/webgpu": (
+        "onnxruntime-web/dist/ort.webgpu.min.mjs",
+        "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.mjs",
+        "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.wasm",
+    ),
+}
+"""By folder of the page, files of the npm packages. A browser loads those of WebGPU only when asked to."""
+
+
+def libraries() -> Path:
+    """The folder of the npm packages that the lock file names, from the cache or fetched.
+
+    Raises: DeployError where there is no npm, or where it cannot fetch them.
+    """
+    folder = cache_dir() / "npm" / content_key(*((PAGE / name).read_text() for name in LOCKED))
+    with missing_folder(folder) as new:
+        if new is None:
+            return folder / "node_modules"
+        npm = shutil.which("npm")
+        if npm is None:
+            remedy = "install Node.js, which is needed once, to fetch the libraries of the page"
+            raise DeployError(f"npm: not found; {remedy}, or export without --web.")
+        for name in LOCKED:
+            shutil.copy(PAGE / name, new)
+        command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+        told = subprocess.run(command, cwd=new, capture_output=True, text=True)
+        if told.returncode:
+            raise DeployError(f"npm ci: the libraries of the page could not be fetched ({told.stderr.strip()[-400:]}).")
+    return folder / "node_modules"
+
+
+def golden_json(folder: Path) -> dict[str, Any]:
+    """The examples of ``golden.npz`` as JSON: files and prepared levels (S, S, 3) in base 64, tokens, embeddings."""
+    settings = read_json(folder / PREPROCESS)
+    with np.load(folder / GOLDEN, allow_pickle=False) as golden:
+        prepared = golden["prepared"].astype(np.float32).transpose(0, 2, 3, 1)
+        levels = np.rint((prepared * settings["std"] + settings["mean"]) * 255).astype(np.uint8)
+        pictures = [
+            {
+                "name": name,
+                "file": base64.b64encode(golden[name].tobytes()).decode(),
+                "levels": base64.b64encode(own.tobytes()).decode(),
+                "embedding": embedding.tolist(),
+            }
+            for name, own, embedding in zip(golden["pictures"], levels, golden["image_embeddings"], strict=True)
+        ]
+        rows = zip(golden["texts"], golden["tokens"], golden["text_embeddings"], strict=True)
+        texts = [{"text": str(text), "tokens": ids.tolist(), "embedding": own.tolist()} for text, ids, own in rows]
+    return {"pictures": pictures, "texts": texts}
+
+
+def write_web(folder: str | Path) -> dict[str, int]:
+    """Write ``web/`` into an exported ``folder``, whole or not at all.
+
+    Returns: bytes by part of the page: page, model (int8), float32, and vendor, which is what npm gave.
+
+    Raises: DeployError for a folder without int8 graphs, or as :func:`libraries`.
+    """
+    folder = Path(folder).expanduser()
+    if "int8" not in read_json(folder / MANIFEST)["forms"]:
+        raise DeployError(f"{folder}: the page starts with the int8 graphs, which are not there; export with int8.")
+    packages = libraries()
+    with atomic_folder(folder / "web") as new:
+        shutil.copytree(PAGE, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*LOCKED))
+        parts = {"model": (*GRAPHS["int8"], PREPROCESS, MANIFEST), "float32": GRAPHS["float32"]} | LIBRARIES
+        for part, names in parts.items():
+            (new / part).mkdir()
+            for name in names:
+                shutil.copy((packages if part in LIBRARIES else folder) / name, new / part)
+        packed = {TOKENIZER: (folder / TOKENIZER).read_bytes(), "golden.json": json.dumps(golden_json(folder)).encode()}
+        for name, content in packed.items():
+            (new / "model" / f"{name}.gz").write_bytes(gzip.compress(content, mtime=0))
+        paths = {path.relative_to(new).as_posix(): path for path in sorted(new.rglob("*")) if path.is_file()}
+        hashes = {name: file_hash(path)[path.name] for name, path in paths.items() if name != WORKER}
+        (new / WORKER).write_text(f"const FILES = {json.dumps(hashes)};\n{(PAGE / WORKER).read_text()}")
+        sizes = dict.fromkeys(("page", "model", "float32", "vendor"), 0)
+        for name, path in paths.items():
+            part = name.split("/")[0]
+            sizes[part if part in sizes else "page"] += path.stat().st_size
+    return sizes

@@ -1,0 +1,99 @@
+"""The command ``page``: an exported student in a browser beside native ONNX Runtime, on the same machine in one run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mclip.config import require
+from mclip.deploy.cost import CAPTION
+from mclip.deploy.reader import Deployed
+from mclip.deploy.serve import page_server
+from mclip.files import DATA
+from mclip.results import make_result, save_result
+from mclip.study.bench import describe_machine
+
+FILE = DATA / "results" / "web.json"
+READY = "() => !document.querySelector('#settings').disabled && document.querySelector('#check').textContent"
+BARS = "() => document.querySelectorAll('#bars li').length"
+CAMERA = "() => document.querySelector('#speed').textContent.includes('frames per second')"
+CALL = """async ([name, sentence]) => {
+  const { examine } = await import(new URL("app.js", location).href);
+  return (await examine(await (await fetch(name)).blob(), sentence)).ms;
+}"""
+"""One picture and one sentence -> milliseconds of the image graph, and of tokenizer and text graph together."""
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median and 95th percentile."""
+    return dict(zip(("median", "p95"), np.quantile(times, [0.5, 0.95]).tolist(), strict=True))
+
+
+def measure(page: Any, folder: Path, form: str, rounds: int) -> dict[str, Any]:
+    """Milliseconds of both halves in ``page``, which has loaded ``form``, and natively, in turns."""
+    count = int(re.search(r"(\d+) thread", page.inner_text("#status"))[1])
+    readers = {f"native, {n} thread{'s' * (n > 1)}": Deployed(folder, form, threads=n) for n in sorted({1, count})}
+    size = next(iter(readers.values())).settings["size"]
+    pixels, name = np.zeros((1, 3, size, size), np.float32), f"page, {count} thread{'s' * (count > 1)}"
+    clock: dict[str, dict[str, list[float]]] = {each: {"image": [], "text": []} for each in (name, *readers)}
+    for _ in range(rounds):
+        for half, milliseconds in zip(("image", "text"), page.evaluate(CALL, ["icon-192.png", CAPTION]), strict=True):
+            clock[name][half].append(milliseconds)
+        for each, reader in readers.items():
+            for half, encode, given in (
+                ("image", reader.encode_prepared, pixels),
+                ("text", reader.encode_texts, [CAPTION]),
+            ):
+                begun = time.perf_counter()
+                encode(given)
+                clock[each][half].append(1000 * (time.perf_counter() - begun))
+    return {each: {half: summary(times[1:]) for half, times in halves.items()} for each, halves in clock.items()}
+
+
+def page(out_dir: str = "runs/phone", rounds: int = 40, out: str = "") -> None:
+    """Open the page in Chromium, and measure the first answer, frames per second, and latency in int8 and float32.
+
+    Args:
+        out_dir: a folder that export --web wrote.
+        rounds: calls of each half.
+        out: file of the record; data/results/web.json if empty.
+    """
+    from playwright.sync_api import sync_playwright  # of the dependency group dev
+
+    chromium, folder, file = shutil.which("chromium"), Path(out_dir).expanduser(), Path(out or FILE)
+    require(chromium is not None, "chromium", None, "the page is measured in it; install it")
+    with page_server(out_dir, port=0) as server, sync_playwright() as driver:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        options = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        browser = driver.chromium.launch(executable_path=chromium, args=options)
+        tab, begun = browser.new_page(), time.perf_counter()
+        tab.set_default_timeout(300_000)
+        tab.goto(f"http://127.0.0.1:{server.server_address[1]}/")
+        tab.set_input_files("#file", folder / "web" / "icon-192.png")
+        tab.wait_for_function(BARS)
+        metrics: dict[str, Any] = {"first_answer_seconds": time.perf_counter() - begun}
+        tab.get_by_text("the page opens without network").wait_for()
+        metrics["int8"] = measure(tab, folder, "int8", rounds)
+        tab.click("#camera")
+        tab.wait_for_function(CAMERA)
+        time.sleep(5)
+        metrics["frames_per_second"] = float(re.search(r"([\d.]+) frames", tab.inner_text("#speed"))[1])
+        tab.click("#camera")
+        tab.check("#float32")
+        tab.wait_for_function(READY)
+        metrics["float32"] = measure(tab, folder, "float32", rounds)
+        details = {"browser": browser.version, "caption": CAPTION, "machine": describe_machine()}
+        model = Deployed(folder, check=False).manifest["model"]
+        browser.close()
+        server.shutdown()
+    small = [each for each in (folder / "web").rglob("*") if each.is_file()]
+    small = [each for each in small if each.relative_to(folder / "web").parts[0] not in ("vendor", "float32")]
+    metrics["megabytes_without_runtime"] = sum(each.stat().st_size for each in small) / 1e6
+    save_result(file, make_result("efficiency", "page", "none", rounds, model, metrics, details=details))
+    print(f"{file}: first answer after {metrics['first_answer_seconds']:.1f} s")

@@ -1,0 +1,504 @@
+"""The page of an exported student in a real browser: Chromium without a screen, steered by Playwright.
+
+Pixels and tokens are compared with Python's, embeddings with PyTorch's. Every control is used, and every failure that
+the page can meet is brought about.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+import re
+import shutil
+import ssl
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+import mclip
+from mclip.cli.main import main
+from mclip.config import ConfigError
+from mclip.deploy import web
+from mclip.deploy.reader import Deployed, DeployError, prepare
+from mclip.deploy.serve import page_server
+from mclip.pictures import open_picture
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = pytest.mark.browser
+
+SECONDS = 120  # for whatever a page waits for: other work may share the cores
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CAMERA = ("--use-fake-device-for-media-stream",)  # a green screen with a pie that turns
+READY = "() => !document.querySelector('#settings').disabled && document.querySelector('#check').textContent"
+BARS = "() => document.querySelectorAll('#bars li').length"
+EXAMINE = """async pairs => {
+  const { examine } = await import(new URL("app.js", location).href);
+  const pack = array => btoa(new Uint8Array(array.buffer).reduce((text, byte) => text + String.fromCharCode(byte), ""));
+  const found = [];
+  for (const [content, sentence] of pairs) {
+    const bytes = Uint8Array.from(atob(content), letter => letter.charCodeAt(0));
+    const { levels, image, ids, text } = await examine(new Blob([bytes]), sentence);
+    found.push({ levels: pack(levels), image: pack(image), ids, text: pack(text) });
+  }
+  return found;
+}"""
+GIVE = """([kind, content, type]) => {
+  const transfer = new DataTransfer();
+  const bytes = Uint8Array.from(atob(content), letter => letter.charCodeAt(0));
+  if (type === "text/plain") transfer.setData(type, "no picture");
+  else transfer.items.add(new File([bytes], "given.png", { type }));
+  const options = { bubbles: true, cancelable: true };
+  const event = kind === "paste"
+    ? new ClipboardEvent("paste", { ...options, clipboardData: transfer })
+    : new DragEvent("drop", { ...options, dataTransfer: transfer });
+  document.querySelector("#stage").dispatchEvent(event);
+}"""
+COPY = """async content => {
+  const bytes = Uint8Array.from(atob(content), letter => letter.charCodeAt(0));
+  await navigator.clipboard.write([new ClipboardItem({ "image/png": new Blob([bytes], { type: "image/png" }) })]);
+}"""
+SENTENCES = (
+    "A photo of a DOG.",
+    "  “Two”\n people’s café, crème brûlée!! ",
+    "it's 10 o'clock",
+    "",
+    "a very long caption " * 40,
+    "Straße ½ ﬁ 日本 \N{GRINNING FACE} ΟΔΟΣ İstanbul\x1c",
+)
+
+
+@pytest.fixture(scope="module")
+def student() -> tuple[Any, Any, Any]:
+    return mclip.load("photo")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The student of photographs, exported with its page."""
+    try:
+        web.libraries()
+    except DeployError as error:
+        pytest.skip(f"the libraries of the page cannot be had here: {error}")
+    path = tmp_path_factory.mktemp("web") / "photo"
+    words = ["--model_checkpoint", "photo", "--out_dir", str(path), "--pictures", "64", "--web"]
+    assert main(["export", *words]) == 0
+    return path
+
+
+@contextmanager
+def serving(folder: Path, **options: Any) -> Iterator[str]:
+    with page_server(str(folder), port=0, **options) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http{'s' * options.get('https', False)}://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def address(folder) -> Iterator[str]:
+    with serving(folder) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def driver():
+    with playwright.sync_playwright() as driver:
+        yield driver
+
+
+@contextmanager
+def launched(driver: Any, *options: str) -> Iterator[Any]:
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is installed; on Debian: apt-get install chromium")
+    browser = driver.chromium.launch(executable_path=path, args=list(options))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def browser(driver):
+    with launched(driver, *CAMERA) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def shared_page(browser, address):
+    """One page, loaded once, for the tests that leave nothing behind."""
+    page = opened(browser.new_context(), address)
+    yield page
+    page.context.close()
+
+
+def opened(context: Any, address: str, wait: str = READY) -> Any:
+    page = context.new_page()
+    page.set_default_timeout(1000 * SECONDS)
+    page.goto(address)
+    page.wait_for_function(wait)
+    return page
+
+
+def encoded(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def examine(page: Any, contents: list[bytes], sentences: list[str]) -> list[dict[str, np.ndarray]]:
+    """What the page makes of each picture and sentence."""
+    found = page.evaluate(EXAMINE, [[encoded(c), s] for c, s in zip(contents, sentences, strict=True)])
+    kinds = {"levels": np.uint8, "image": np.float32, "text": np.float32}
+    return [
+        {"ids": each["ids"]} | {key: np.frombuffer(base64.b64decode(each[key]), kind) for key, kind in kinds.items()}
+        for each in found
+    ]
+
+
+def smooth(width: int, height: int, channels: int = 3, seed: int = 0) -> Image.Image:
+    rough = np.random.default_rng(seed).integers(0, 256, (6, 5, channels), np.uint8)
+    return Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def odd_pictures() -> dict[str, bytes]:
+    """Files of the kinds that readers get wrong."""
+    turned = {}
+    for orientation in range(1, 9):
+        note = Image.Exif()
+        note[ExifTags.Base.Orientation] = orientation
+        turned[f"turned {orientation}"] = saved(smooth(300, 200), "JPEG", exif=note)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (333, 500, 3), np.uint8))
+    return turned | {
+        "noise": saved(noise, "PNG"),
+        "large": saved(smooth(2400, 1800), "JPEG"),
+        "alpha": saved(smooth(200, 260, 4), "PNG"),
+        "palette": saved(smooth(200, 260).quantize(16), "PNG", transparency=bytes(range(0, 256, 17))),
+        "animation": saved(smooth(200, 260), "GIF", save_all=True, append_images=[smooth(200, 260, seed=1)]),
+        "grey": saved(smooth(201, 260).convert("L"), "JPEG"),
+        "cmyk": saved(smooth(300, 200).convert("CMYK"), "JPEG"),
+        "one bit": saved(smooth(200, 200).convert("1"), "PNG"),
+        "very long": saved(smooth(40, 3000), "PNG"),
+        "smaller than the student reads": saved(smooth(9, 7), "PNG"),
+    }
+
+
+def test_pixels_tokens_and_embeddings_are_those_of_python(shared_page, folder, student):
+    """float32: pixels to the level, tokens to the id, embeddings to a cosine distance of 1e-3."""
+    model, preprocess, tokenizer = student
+    pictures = odd_pictures()
+    shared_page.check("#float32")
+    shared_page.wait_for_function(READY)
+    sentences = [SENTENCES[number % len(SENTENCES)] for number in range(len(pictures))]
+    settings = json.loads((folder / "preprocess.json").read_text())
+    try:
+        found = examine(shared_page, list(pictures.values()), sentences)
+    finally:
+        shared_page.uncheck("#float32")
+        shared_page.wait_for_function(READY)
+    for (name, content), sentence, own in zip(pictures.items(), sentences, found, strict=True):
+        opened = Image.open(io.BytesIO(content))
+        exact = prepare(opened, settings).transpose(1, 2, 0) * settings["std"] + settings["mean"]
+        off = np.abs(own["levels"].reshape(exact.shape) - 255 * exact).max()
+        assert off < 1.5, (name, off)
+        tokens = tokenizer([sentence])
+        ids = tokens[0, : len(own["ids"])].tolist()
+        assert own["ids"] == ids
+        assert ids[-1] == 49407
+        with torch.inference_mode():
+            image = model.encode_image(preprocess(open_picture(opened))[None], normalize=True)[0].numpy()
+            text = model.encode_text(tokens, normalize=True)[0].numpy()
+        assert 1 - image @ own["image"] < 1e-3, name
+        assert 1 - text @ own["text"] < 1e-3, sentence
+
+
+def test_int8_gives_pytorchs_answer_for_95_of_100_photographs(shared_page, student, real_data):
+    """On average over the page's own sets of sentences."""
+    model, preprocess, tokenizer = student
+    paths = random.Random(1).sample(sorted((real_data / "flickr8k-mini" / "images").iterdir()), 100)
+    sets = json.loads((web.PAGE / "sets.json").read_text())
+    sentences = [sentence for own in sets.values() for sentence in own]
+    contents = [path.read_bytes() for path in paths]
+    found = examine(shared_page, contents, (sentences * 100)[:100])
+    images, texts = np.stack([own["image"] for own in found]), np.stack([own["text"] for own in found])
+    with torch.inference_mode():
+        batch = torch.stack([preprocess(open_picture(path)) for path in paths])
+        own_images = model.encode_image(batch, normalize=True).numpy()
+        own_texts = model.encode_text(tokenizer(sentences), normalize=True).numpy()
+    same, start = [], 0
+    for own in sets.values():
+        part = slice(start, start + len(own))
+        start += len(own)
+        answers = (images @ texts[part].T).argmax(1)
+        same.append(100 * (answers == (own_images @ own_texts[part].T).argmax(1)).mean())
+    assert np.mean(same) >= 95, same
+    assert min(same) >= 90, same
+
+
+def shares(page: Any) -> list[str]:
+    return page.locator("#bars output").all_inner_texts()
+
+
+def test_every_control_is_used(browser, address, folder, tmp_path):
+    """A visit from the first picture to the last button, with what each step has to show."""
+    context = browser.new_context(viewport={"width": 1200, "height": 900})
+    context.grant_permissions(["camera", "clipboard-read", "clipboard-write"])
+    page = opened(context, address)
+    used = set()
+
+    def use(name: str) -> Any:
+        used.add(name)
+        return page.locator(f"#{name}")
+
+    (tmp_path / "one.png").write_bytes(saved(smooth(300, 200), "PNG"))
+    use("file").set_input_files(tmp_path / "one.png")
+    page.wait_for_function(BARS)
+    chosen = shares(page)
+    assert len(chosen) == 6
+    assert re.search(r"image half \d.* ms .* text half \d.* ms a sentence", page.inner_text("#speed"))
+    assert "int8, 6." in page.inner_text("#status")
+
+    page.evaluate(GIVE, ["paste", encoded(saved(smooth(300, 200, seed=1), "PNG")), "image/png"])
+    page.wait_for_function("old => document.querySelector('#bars output').textContent !== old", arg=chosen[0])
+    pasted = shares(page)
+    page.evaluate(GIVE, ["drop", encoded(saved(smooth(300, 200), "PNG")), "image/png"])
+    page.wait_for_function("old => document.querySelector('#bars output').textContent !== old", arg=pasted[0])
+    assert shares(page) == chosen
+    page.evaluate(COPY, encoded(saved(smooth(300, 200, seed=1), "PNG")))
+    use("paste").click()
+    page.wait_for_function("old => document.querySelector('#bars output').textContent !== old", arg=chosen[0])
+    assert shares(page) == pasted
+
+    use("set").select_option("Places")
+    page.get_by_role("listitem").filter(has_text="a beach").wait_for()
+    use("sentences").fill("a dog\n\na dog\n a cat ")
+    page.wait_for_function("() => document.querySelectorAll('#bars li').length === 2")
+    assert page.locator("#bars span").all_inner_texts() == ["a dog", "a cat"]
+    page.screenshot(path=tmp_path / "ask.png", full_page=True)
+
+    use("camera").click()
+    page.wait_for_function("() => document.querySelector('#speed').textContent.includes('frames per second')")
+    assert page.locator("#camera").get_attribute("aria-pressed") == "true"
+    use("camera").click()
+    assert page.locator("#video").is_hidden()
+
+    use("float32").check()
+    page.wait_for_function(READY)
+    assert "float32, 22." in page.inner_text("#status")
+    assert "give the exported answers" in page.inner_text("#check")
+    assert page.locator("#webgpu-label").is_hidden() == page.evaluate("!navigator.gpu")
+    if page.locator("#webgpu-label").is_visible():  # WebGPU, or a sentence that says why not
+        page.check("#webgpu")
+        page.wait_for_function(READY)
+        assert re.search("WebGPU|cannot compute", page.inner_text("#status") + page.inner_text("#problem"))
+    used.add("webgpu")
+    use("float32").uncheck()
+    page.wait_for_function(READY)
+
+    use("search-tab").click()
+    album = tmp_path / "album"
+    album.mkdir()
+    for number in range(20):
+        (album / f"{number}.jpg").write_bytes(saved(smooth(300, 200, seed=number), "JPEG"))
+    (album / "notes.txt").write_text("no picture")
+    use("folder").set_input_files(album)
+    page.wait_for_function("() => document.querySelector('#album').textContent.includes('20 of 20 looked at in')")
+    use("query").fill("a photo of the sea")
+    page.wait_for_function("() => document.querySelectorAll('#found li').length === 20")
+    reader = Deployed(folder, "int8", threads=1)
+    paths = sorted(album.glob("*.jpg"))
+    cosines = reader.encode_images(paths) @ reader.encode_texts(["a photo of the sea"])[0]
+    best = page.locator("#found figcaption").first.inner_text()
+    expected = {f"{path.name}": cosine for path, cosine in zip(paths, cosines, strict=True)}
+    assert expected[best.split(" (")[0]] > max(cosines) - 0.02
+    values = [float(re.search(r"\((.*)\)", text)[1]) for text in page.locator("#found figcaption").all_inner_texts()]
+    assert values == sorted(values, reverse=True)
+    page.screenshot(path=tmp_path / "search.png", full_page=True)
+
+    page.reload()
+    page.wait_for_function(READY)
+    page.click("#search-tab")
+    assert "20 photographs are kept" in page.inner_text("#album")
+    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+    use("files").set_input_files([album / "3.jpg", tmp_path / "broken.jpg"])
+    page.get_by_text("1 files are no pictures that this browser can read: broken.jpg").wait_for()
+    many = [tmp_path / f"{number}.png" for number in range(40)]
+    for number, path in enumerate(many):
+        path.write_bytes(saved(smooth(900, 900, seed=100 + number), "PNG"))
+    page.locator("#files").set_input_files(many)
+    use("stop").click()
+    page.get_by_text("then stopped").wait_for()
+    use("forget").click()
+    page.get_by_text("No photographs yet.").wait_for()
+    use("ask-tab").click()
+
+    controls = page.locator("button, input, select, textarea").evaluate_all("all => all.map(each => each.id)")
+    assert used == set(controls)
+    context.close()
+
+
+def test_the_page_works_without_network_once_it_was_loaded(browser, folder, tmp_path):
+    context = browser.new_context()
+    with serving(folder) as url:
+        page = opened(context, url)
+        page.get_by_text("the page opens without network").wait_for()
+    context.set_offline(True)
+    page.reload()
+    page.wait_for_function(READY)
+    assert page.evaluate("crossOriginIsolated")
+    (tmp_path / "one.png").write_bytes(saved(smooth(300, 200), "PNG"))
+    page.set_input_files("#file", tmp_path / "one.png")
+    page.wait_for_function(BARS)
+    page.check("#float32")  # was never loaded
+    page.get_by_text("there is no network, and no copy of it was kept").wait_for()
+    page.wait_for_function(READY)
+    assert not page.is_checked("#float32")
+    assert page.evaluate("fetch('manifest.webmanifest').then(answer => answer.json())")["display"] == "standalone"
+    context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_narrow_screen_by_touch_and_by_keyboard(browser, address, tmp_path, scheme):
+    phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True, "color_scheme": scheme}
+    context = browser.new_context(**phone)
+    page = opened(context, address)
+    (tmp_path / "one.png").write_bytes(saved(smooth(300, 200), "PNG"))
+    page.set_input_files("#file", tmp_path / "one.png")
+    page.wait_for_function(BARS)
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    small = """() => [...document.querySelectorAll("button, .button, select")]
+      .filter(each => each.offsetParent && each.getBoundingClientRect().height < 44).map(each => each.id)"""
+    assert page.evaluate(small) == []
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+    assert dark == (scheme == "dark")
+    page.screenshot(path=tmp_path / f"narrow-{scheme}.png", full_page=True)
+    page.tap("#search-tab")
+    assert page.locator("#query").is_visible()
+
+    page.focus("#search-tab")
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("#sentences").is_visible()
+    for name in ("file", "paste", "camera", "set", "sentences", "float32"):
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.id") == name
+    context.close()
+
+
+def test_failures_are_sentences(browser, address, tmp_path):
+    context = browser.new_context()  # the camera is not allowed
+    page = opened(context, address)
+    problem = page.locator("#problem")
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    page.set_input_files("#file", tmp_path / "broken.png")
+    page.get_by_text("broken.png is no picture that this browser can read.").wait_for()
+    page.evaluate(GIVE, ["drop", "", "text/plain"])
+    page.get_by_text("There is no picture in what you gave").wait_for()
+    page.click("#camera")
+    page.get_by_text("The camera was not allowed").wait_for()
+    page.click("#paste")
+    page.get_by_text("The clipboard could not be read").wait_for()
+    page.click("#search-tab")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no picture")
+    page.set_input_files("#folder", tmp_path / "empty")
+    page.get_by_text("There is no picture among the 1 files that you chose.").wait_for()
+    assert problem.is_visible()
+    context.close()
+
+
+@pytest.mark.parametrize(
+    ("before", "sentence"),
+    [
+        ("delete window.WebAssembly", "This browser has no WebAssembly"),
+        ("Object.defineProperty(navigator, 'mediaDevices', { value: undefined })", "gives no page the camera"),
+        (
+            "navigator.mediaDevices.getUserMedia = async () => { throw new DOMException('', 'NotFoundError') }",
+            "no camera;",
+        ),
+        ("Object.defineProperty(navigator, 'clipboard', { value: undefined })", "only by the keys"),
+    ],
+    ids=["WebAssembly", "media", "camera", "clipboard"],
+)
+def test_what_a_browser_lacks_is_said(browser, address, before, sentence):
+    context = browser.new_context()
+    context.add_init_script(before)
+    wait = READY if "WebAssembly" not in before else "() => !document.querySelector('#problem').hidden"
+    page = opened(context, address, wait)
+    if "WebAssembly" not in before:
+        page.click("#paste" if "clipboard" in before else "#camera")
+    page.locator("#problem", has_text=sentence).wait_for()
+    context.close()
+
+
+def test_a_device_that_disagrees_is_found(browser, address, folder):
+    golden = web.golden_json(folder)
+    golden["texts"][1]["tokens"][2] += 1
+    context = browser.new_context(service_workers="block")
+    context.route("**/golden.json.gz", lambda route: route.fulfill(json=golden))
+    page = opened(context, address)
+    assert "This device disagrees, do not trust its answers: the sentence" in page.inner_text("#check")
+    assert page.locator("#problem").is_visible()
+    context.close()
+
+
+def test_plain_http_from_another_machine_falls_back_to_the_file_input(driver, address, tmp_path):
+    port = address.rstrip("/").rsplit(":", 1)[1]
+    with launched(driver, "--host-resolver-rules=MAP phone.test 127.0.0.1") as browser:
+        page = opened(browser.new_context(), f"http://phone.test:{port}/")
+        assert "came over plain http" in page.inner_text("#notes")
+        assert "1 thread." in page.inner_text("#status")
+        page.click("#camera")
+        page.get_by_text("Over plain http a browser gives no page the camera").wait_for()
+        (tmp_path / "one.png").write_bytes(saved(smooth(300, 200), "PNG"))
+        page.set_input_files("#file", tmp_path / "one.png")
+        page.wait_for_function(BARS)
+
+
+def test_the_page_is_small_and_whole(folder):
+    """The bar: 8 MB for the page with the int8 student, without the runtime and without float32's own folder."""
+    site = folder / "web"
+    sizes = {path.relative_to(site).as_posix(): path.stat().st_size for path in site.rglob("*") if path.is_file()}
+    own = {name: size for name, size in sizes.items() if not name.startswith(("vendor/", "float32/"))}
+    assert sum(own.values()) <= 8e6
+    listed = json.loads((site / "sw.js").read_text().splitlines()[0].removeprefix("const FILES = ").rstrip(";"))
+    assert set(listed) == set(sizes) - {"sw.js"}
+    assert not re.search(
+        r"https?://(?!www\.w3\.org)", (site / "index.html").read_text() + (site / "app.js").read_text()
+    )
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_https_with_a_certificate_of_its_own(folder):
+    with serving(folder, https=True) as url:
+        trusting = ssl.create_default_context()
+        trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+        with urllib.request.urlopen(url, context=trusting) as answer:
+            assert answer.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+            assert b"mclip" in answer.read()
+
+
+def test_what_cannot_be_served_or_written_is_said(folder, tmp_path, monkeypatch, capsys):
+    with page_server(str(folder), port=0) as server:
+        port = str(server.server_address[1])
+        assert main(["serve", "--out_dir", str(folder), "--port", port]) == 2
+        assert "nothing can listen there" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="no page is there; write one with python -m mclip export --web"):
+        page_server(str(tmp_path), port=0)
+    assert main(["export", "--web", "--int8", "false", "--out_dir", str(tmp_path / "new")]) == 2
+    assert "the page starts with the int8 graphs" in capsys.readouterr().err
+    monkeypatch.setenv("MCLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["export", "--web", "--out_dir", str(tmp_path / "new")]) == 2
+    assert "install Node.js" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
