@@ -51,12 +51,23 @@ TRUNK = "visual.trunk."  # the names of its weights begin with this; they stay i
 MERGES = 6000
 """Of CLIP's byte pairs, the most frequent: enough for captions, and a small table of tokens."""
 CONTEXT, WIDTH, LAYERS, HEADS, EMBED_DIM = 32, 256, 3, 4, 512
-PLAIN = ("{}", "a {}", "a photo of a {}", "a photo of the {}")
-WORDY = tuple(template("{}").rstrip(".") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
-ENDS = ("", ".", " .")
+TEMPLATES = (
+    "{}",
+    "a {}",
+    "a photo of a {}",
+    "a photo of the {}",
+    "a picture of a {}",
+    "a blurry photo of a {}",
+    "a low resolution photo of a {}",
+    "a photo of a small {}",
+    "a photo of a large {}",
+    "a close-up photo of a {}",
+    "a good photo of a {}",
+    "there is a {}",
+)
 TEXTS_AT_ONCE = 128
-FEATURE_DROPOUT, TOKEN_DROPOUT = 0.3, 0.1
-SCATTER = 0.75  # share of the spread of known photographs around their class's mean that a drawn class gets
+FEATURE_DROPOUT = 0.2
+SCATTER = 0.5  # share of the spread of known photographs around their class's mean that a drawn class gets
 MEMBERS = 10  # known photographs from which on their mean counts as that of their class
 CONFIDENT = 0.4  # probability from which on the classifier's answer for a photograph counts
 CLASS_SHARES = (0.5, 2.0)  # of known photographs, and of means of classes, for each captioned picture of a batch
@@ -81,9 +92,8 @@ def class_means(features: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
 class ClassSentences:
     """Sentences about the 1,000 classes of ImageNet: names and synonyms in templates, definitions, single words.
 
-    The last word of a name says what kind of thing it is ("folding chair"), and a word of a definition stands for every
-    class that has it there, so that "frog" is learnt from "a tropical frog that ...". Names and definitions are
-    WordNet's, through timm; half of the templates are those with which Radford et al. (2021) ask about ImageNet.
+    A word of a definition stands for every class that has it there, so that "frog" is learnt from the tree frog, "a
+    tropical frog that ...". Names and definitions are WordNet's, through timm.
     """
 
     def __init__(self) -> None:
@@ -91,7 +101,6 @@ class ClassSentences:
         described = [info.index_to_description(number, detailed=True) for number in range(info.num_classes())]
         names, self.definitions = zip(*(text.split(": ", 1) for text in described), strict=True)
         self.names = [[name.strip() for name in each.split(",")] for each in names]
-        self.kinds = [[name.split()[-1] for name in own if " " in name] for own in self.names]
         self.words = [sorted(set(_WORD.findall(text.lower())) - ENGLISH_STOP_WORDS) for text in described]
 
     def __len__(self) -> int:
@@ -100,15 +109,13 @@ class ClassSentences:
     def draw(self, number: int, rng: random.Random) -> str:
         """A sentence about class ``number``."""
         kind, name = rng.random(), rng.choice(self.names[number])
-        if kind < 0.05:
+        if kind < 0.6:
+            return rng.choice(TEMPLATES).format(name)
+        if kind < 0.65:
             return self.definitions[number]
-        if kind < 0.12:
+        if kind < 0.72:
             return f"{name}, {self.definitions[number]}"
-        if kind < 0.24:
-            name = rng.choice(self.kinds[number] or [name])
-        elif kind < 0.48:
-            name = rng.choice(self.words[number] or [name])
-        return rng.choice(rng.choice((PLAIN, WORDY))).format(name) + rng.choice(ENDS)
+        return rng.choice(TEMPLATES).format(rng.choice(self.words[number] or [name]))
 
     def every(self) -> list[str]:
         """Every name in a photograph, every definition, and every word: what a student can be told about."""
@@ -163,18 +170,8 @@ class LockedImage(nn.Module):
     def forward(self, features: Tensor, tokens: Tensor) -> Output:
         """Normalised embeddings, and the scale of their similarities."""
         features = F.dropout(features, FEATURE_DROPOUT, self.training)
-        tokens = without_some(tokens) if self.training else tokens
         images, texts = self.encode_image(features, True), self.encode_text(tokens, True)
         return {"image_features": images, "text_features": texts, "logit_scale": self.logit_scale.exp().clamp(max=100)}
-
-
-def without_some(tokens: Tensor) -> Tensor:
-    """Token ids (B, T) of which some are left out and the others move up; the first and the last always stay."""
-    kept = torch.rand(tokens.shape, device=tokens.device) >= TOKEN_DROPOUT
-    kept[:, 0] = True
-    kept |= tokens == tokens.max(1, keepdim=True).values  # the end token has the highest number
-    tokens = tokens * kept
-    return tokens.gather(1, (tokens == 0).int().argsort(stable=True, dim=1))
 
 
 class ClassContrastive(Contrastive):
@@ -246,7 +243,7 @@ def write_untuned(folder: Path, image_size: int, seed: int) -> None:
 
 
 def tune(
-    training: Pairs, validation: Pairs, settings: TrainConfig, out_dir: str | Path, image_size: int = 224, **run: Any
+    training: Pairs, validation: Pairs, settings: TrainConfig, out_dir: str | Path, image_size: int = 160, **run: Any
 ) -> TrainResult:
     """Train the projection and the text tower of a teacher on the trunk ``LITE2``; ``out_dir/model`` is its folder.
 
