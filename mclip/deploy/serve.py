@@ -18,14 +18,6 @@ from mclip.files import cache_dir, missing_folder
 class PageHandler(SimpleHTTPRequestHandler):
     """Files of one folder, with the headers that threads in WebAssembly need."""
 
-    extensions_map = SimpleHTTPRequestHandler.extensions_map | {
-        ".js": "text/javascript",
-        ".mjs": "text/javascript",
-        ".wasm": "application/wasm",
-        ".webmanifest": "application/manifest+json",
-        ".gz": "application/octet-stream",
-    }
-
     def end_headers(self) -> None:
         """Add isolation, and let the browser ask each time whether a file has changed."""
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")
