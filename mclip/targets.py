@@ -175,7 +175,7 @@ class OnlineTargets:
 class Narrowed:
     """Targets in fewer dimensions: their projection on the columns of ``basis`` (D, d), normalised again."""
 
-    targets: Targets | OnlineTargets
+    targets: Targets
     basis: Tensor
 
     @property
