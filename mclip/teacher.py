@@ -144,7 +144,7 @@ def _on_trunk(folder: Path, settings: Mapping[str, Any]) -> nn.Module:
     size = config["vision_cfg"]["image_size"]
     open_clip.model.set_model_preprocess_cfg(model, settings["preprocess_cfg"] | {"size": size})
     model.shared_trunk = trunk["timm_name"]
-    return model
+    return model.to(memory_format=torch.channels_last)  # its convolutions then take half the time on a processor
 
 
 def _from_architecture(name: str, pretrained: str) -> tuple[nn.Module, Tokenize]:

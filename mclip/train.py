@@ -5,7 +5,6 @@ balancer -> one scalar -> step. Lightning Fabric moves it to the device and the 
 processes that torchrun has started.
 """
 
-import ctypes
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from tqdm.auto import tqdm
 from mclip.balancing import Balancer, Schedule
 from mclip.checkpoints import RunState, run_identity
 from mclip.config import TrainConfig, require
+from mclip.evaluate import keep_freed_memory
 from mclip.objectives import Contrastive
 from mclip.pairs import Batch, BatchSource
 from mclip.steps import Record, Stepper, Student, TrainError
@@ -214,15 +214,3 @@ def interruptible() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc's allocator to keep what is freed; other systems have no such setting.
-
-    Mapping the largest activations anew in every step takes as long as the arithmetic at 224 pixels.
-    """
-    allocator = ctypes.CDLL(None)
-    if hasattr(allocator, "mallopt"):
-        trim_threshold, mmap_max = -1, -4  # malloc.h
-        allocator.mallopt(mmap_max, 0)
-        allocator.mallopt(trim_threshold, 2**31 - 1)
