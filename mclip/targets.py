@@ -210,10 +210,13 @@ def check_targets(targets: Targets) -> None:
 
 
 def get_crops(settings: TrainConfig, online: bool = False) -> Crops | None:
-    """The random crops that a run shows, if any; an online teacher has a new one in each epoch."""
+    """The random crops that a run shows, if any; an online teacher has a new one in each epoch.
+
+    Views that are shown in turns are the same for every seed of the run, so that all runs share a cache.
+    """
     views = 0 if online else settings.views
     changed = settings.crop_scale < 1 or settings.mirrored or settings.coarse
-    crops = Crops(settings.crop_scale, views, settings.seed, settings.mirrored, settings.coarse)
+    crops = Crops(settings.crop_scale, views, 0 if views else settings.seed, settings.mirrored, settings.coarse)
     return crops if changed else None
 
 

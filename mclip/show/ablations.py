@@ -119,7 +119,7 @@ def ablation_table(records: Sequence[Mapping[str, Any]]) -> str:
             spread = f" ({e['low']:+.1f} to {e['high']:+.1f})" if "low" in e else ""
             row[4:] = [plan[each["against"]]["title"], f"{e['value']:+.1f}{spread}", e["verdict"]]
         rows.append(row)
-    header = ("question", "configuration", "seeds", "mean top-1, %", "against", "points", "verdict")
+    header = ("question", "configuration", "seeds", "mean, %", "against", "points", "verdict")
     return markdown(header, rows)
 
 

@@ -29,7 +29,7 @@ from mclip.steps import TrainError
 from mclip.study import measures
 from mclip.study.defects import NO_REFUSAL, PATCHES, switched_on
 from mclip.study.photographs import Photographs, TeacherName, write_card
-from mclip.study.table import BY_NAME, STUDIES, TRAINED_HERE, Experiment, Settings, Study, choose, plan
+from mclip.study.table import BY_NAME, STUDIES, Experiment, Settings, Study, choose, plan
 from mclip.teacher import load_open_clip
 from mclip.train import TrainResult
 
@@ -70,18 +70,8 @@ class Job:
 
     @property
     def teacher(self) -> dict[str, Any]:
-        """What the run calls its teacher; the folder of its model where a row of the study trains it."""
-        names = {key: self.settings.get(key) for key in ("teacher_model", "teacher_pretrained")}
-        if names["teacher_model"] == TRAINED_HERE:
-            names["teacher_model"] = str(self.folder.parent / "teacher-0" / "model")
-        return names
-
-    def is_ready(self) -> bool:
-        """Whether nothing is missing that another job makes: a teacher's folder is there before it is trained."""
-        if self.settings.get("teacher_model") != TRAINED_HERE:
-            return True
-        row = BY_NAME[f"{self.row.study}/teacher"]
-        return replace(self, row=row, settings=plan(row, profile=self.settings["profile"])).is_finished()
+        """What the run calls its teacher."""
+        return {key: self.settings.get(key) for key in ("teacher_model", "teacher_pretrained")}
 
 
 def jobs_of(
@@ -111,12 +101,13 @@ def jobs_of(
 
 def train(job: Job) -> TrainResult:
     """Train the model of ``job``, which is then found in its folder."""
-    settings, config = job.settings, PRESETS[job.settings["preset"]]
+    settings = job.settings
+    if job.study.world == "photographs" and job.row.student == "teacher":
+        return TrainResult(nn.Identity(), [], 0.0, 0)  # it comes trained
+    config = PRESETS[settings["preset"]]
     own = [{each.name: settings[each.name] for each in fields(kind)} for kind in (TrainConfig, DistillConfig)]
     loop, terms = from_mapping(TrainConfig, own[0]), from_mapping(DistillConfig, own[1])
     if job.study.world == "photographs":
-        if job.row.student == "teacher" and job.teacher["teacher_model"]:
-            return TrainResult(nn.Identity(), [], 0.0, 0)  # it comes trained
         how = {"unlabelled": settings["unlabelled"], "preset": settings["preset"], **job.teacher}
         return job.photographs.train(job.row.student, replace(loop, progress=True), terms, job.folder, **how)
     reading = {key: settings[key] for key in ("data_size", "noise", "seed")}
@@ -148,7 +139,7 @@ def summed_up(job: Job, result: TrainResult, records: Records) -> dict[str, Any]
     metrics = {"mean": sum(score["value"] for score in sets.values()) / len(sets), "sets": sets}
     curve = [[record["step"], round(record["loss"], 4)] for record in result.log if "loss" in record]
     details = {
-        "samples_seen": result.steps * job.settings["batch_size"],
+        "samples_seen": result.steps * job.settings.get("batch_size", 0),
         "validation": [[record["step"], record["validation"]["r1"]] for record in result.validations()],
         "loss": curve[:: max(1, len(curve) // 100)],
     }
@@ -242,8 +233,6 @@ def _turns(jobs: list[Job], out_dir: Path, bar: tqdm) -> Iterator[Job]:
     left = list(jobs)
     for patience in (0, -1):
         for job in list(left):
-            if patience == 0 and not job.is_ready():
-                continue
             try:
                 with FileLock(out_dir / f".{job.row.study}-{job.folder.name}.lock", timeout=patience):
                     if not job.is_finished():  # another process may have been faster
@@ -275,7 +264,7 @@ def study(
         epochs: passes over all pictures; those of the records that ship if null.
         profile: smoke, cpu or gpu: how many scenes.
         root_dir: folder of the photographs, as of the command photo; what is missing is downloaded.
-        teacher: of photographs: lite2 is tuned here, openai is OpenAI's CLIP ViT-B/32.
+        teacher: of photographs: lite2 is the one that ships, openai is OpenAI's CLIP ViT-B/32.
         list: show what there is and how much of it is done, and run nothing.
     """
     for key, value in {"seeds": seeds, "epochs": epochs}.items():

@@ -11,13 +11,11 @@ from typing import Any, Literal
 import yaml
 
 from mclip.config import DistillConfig, closest, from_mapping, get_profile, require
-from mclip.recipes import BASE, load_model
+from mclip.recipes import BASE, load_model, open_clip_config
 from mclip.results import weights_sha256
 from mclip.study.photographs import OPENAI, PRESET, TeacherName, recipe
 
 Settings = dict[str, Any]
-TRAINED_HERE = "trained here"
-"""As a teacher: the row "teacher" of the same study."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +105,14 @@ def plan(
         weights = weights_sha256(load_model(row.student)[0]) if row.student else ""
         return {"profile": profile, "model": weights} | ({"defect": row.defect} if row.defect else {})
     size, study = get_profile(profile), STUDIES[row.study]
+    if study.world == "photographs" and row.student == "teacher":
+        return {"profile": profile, **teacher_of(row, teacher)}
     settings = {"student": row.student, "profile": profile, "preset": "course", "noise": 0.0, "data_size": 1.0}
     settings |= {"teacher_model": size.teacher, "teacher_pretrained": size.teacher_pretrained, "defect": row.defect}
     if study.world == "photographs":
         training, terms = recipe(row.student, epochs)
         training = replace(training, progress=False, seed=seed)
-        settings |= {"preset": PRESET, "unlabelled": row.student in ("teacher", "kd")}
-        settings |= teacher_of(row, teacher)
+        settings |= {"preset": PRESET, "unlabelled": row.student == "kd"} | teacher_of(row, teacher)
     else:
         training = size.training(progress=False, seed=seed, max_epochs=epochs or study.epochs or size.max_epochs)
         terms = BASE if row.student == "base" else DistillConfig()
@@ -131,9 +130,10 @@ def plan(
 
 
 def teacher_of(row: Experiment, teacher: TeacherName) -> Settings:
-    """The teacher of a row of photographs: OpenAI's, the one that the study tunes, or none."""
+    """The teacher of a row of photographs: OpenAI's, the one that ships, or none."""
     if row.student not in ("teacher", "kd"):
         return {"teacher_model": "", "teacher_pretrained": None}
     if teacher == "openai":
         return dict(OPENAI)
-    return {"teacher_model": TRAINED_HERE if row.student == "kd" else "", "teacher_pretrained": None}
+    weights = open_clip_config("photo-teacher")["sha256"]
+    return {"teacher_model": "photographs", "teacher_pretrained": None, "teacher_weights": weights}
