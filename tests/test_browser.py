@@ -233,7 +233,7 @@ def test_the_app_answers_what_is_typed_chosen_and_uploaded(page, tmp_path):
         last_chart = f"{CHART} >> nth=2"
         page.locator(last_chart).wait_for()
         before = page.locator(last_chart).get_attribute("src")
-        page.locator(".widget-text input[type=text]").first.fill("the grass")
+        page.locator(".widget-textarea textarea").nth(2).fill("the grass")
         title.click()
         page.wait_for_function(
             "([chart, old]) => (i => i.src !== old && i.naturalWidth)(document.querySelectorAll(chart)[2])",

@@ -1,4 +1,4 @@
-"""Grad-CAM against a closed form and finite differences; masks and scores against loops; the explorer as called."""
+"""Grad-CAM against a closed form and finite differences; masks and scores against loops."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mclip.scenes.drawing import COLOURS, SHAPES, draw_objects
 from mclip.scenes.test_sets import cases, object_masks
 from mclip.scenes.world import SceneConfig, Scenes, make_scenes
 from mclip.show import grounding
-from mclip.show.grounding import grad_cam, grounding_explorer, map_layers, map_of, overlap, phrase_maps, pointing
+from mclip.show.grounding import grad_cam, map_layers, map_of, overlap, phrase_maps, pointing
 from mclip.study import measures
 from mclip.study.table import BY_NAME
 
@@ -259,24 +259,6 @@ def test_what_cannot_be_drawn_is_named(student):
         map_of(student, student.tokenizer, picture, "  ", "stage1")
     with pytest.raises(ConfigError, match="phrases=2 cannot work: give one for each of 1 pictures"):
         phrase_maps(student, student.tokenizer, torch.zeros(1, 3, 64, 64), ["a star", "a circle"], "stage1", 64)
-    with pytest.raises(ConfigError, match="square"):
-        grounding_explorer(student, student.tokenizer, np.zeros((2, 3, 64, 32), np.uint8), "stage1", "a star")
-
-
-def test_the_explorer_follows_its_controls(student):
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), np.uint8)
-    explorer = grounding_explorer(student, student.tokenizer, pictures, "stage1", "a red star")
-    controls, message, chart, _ = explorer.children
-    phrase, number, layer = controls.children
-    seen = [bytes(chart.value)]
-    for control, value in ((phrase, "a blue heart"), (number, 2), (layer, "stage3")):
-        control.value = value
-        seen.append(bytes(chart.value))
-    assert len(set(seen)) == 4
-    assert all(each.startswith(b"\x89PNG") for each in seen)
-    phrase.value = ""
-    assert "write what to look for" in message.value
-    assert chart.layout.display == "none"
 
 
 def test_layer_and_threshold_are_not_chosen_on_the_test_pictures(monkeypatch):

@@ -62,7 +62,7 @@ def pictures() -> dict[str, Image.Image]:
 
 
 def parts(explorer: ipywidgets.VBox) -> tuple:
-    """Text box, picture chooser, upload button, message and chart."""
+    """Text box, picture chooser, choice of layer, upload button, message and chart."""
     controls, message, chart, _errors = explorer.children
     return (*controls.children, message, chart)
 
@@ -123,7 +123,7 @@ def explorer_of(student: MobileCLIP, pictures: dict[str, Image.Image]) -> tuple:
 
 
 def test_explorer_follows_both_controls(student, pictures):
-    box, chooser, _, message, chart = explorer_of(student, pictures)
+    box, chooser, _, _, message, chart = explorer_of(student, pictures)
     first = bytes(chart.value)
     assert first.startswith(PNG)
     chooser.label = "noise 1"
@@ -133,8 +133,18 @@ def test_explorer_follows_both_controls(student, pictures):
     assert message.value == ""
 
 
+def test_of_several_layers_one_is_chosen(student, pictures):
+    layers = ("stage1", "stage3")
+    _, _, choice, *_, chart = parts(prompt_explorer(student, student.tokenizer, pictures, PROMPTS, *layers))
+    first = bytes(chart.value)
+    choice.value = "stage3"
+    assert bytes(chart.value) not in (first, b"")
+    assert choice.layout.display is None
+    assert explorer_of(student, pictures)[2].layout.display == "none"
+
+
 def test_a_bad_prompt_is_shown_and_the_old_chart_is_not_left_to_mislead(student, pictures):
-    box, _, _, message, chart = explorer_of(student, pictures)
+    box, _, _, _, message, chart = explorer_of(student, pictures)
     box.value = "<b>\n<b>"
     assert "no two alike" in message.value
     assert "&lt;b&gt;" in message.value
@@ -145,7 +155,7 @@ def test_a_bad_prompt_is_shown_and_the_old_chart_is_not_left_to_mislead(student,
 
 
 def test_an_upload_is_shown_as_the_same_picture_from_the_menu(student, pictures):
-    _, chooser, upload, message, chart = explorer_of(student, pictures)
+    _, chooser, _, upload, message, chart = explorer_of(student, pictures)
     chooser.label = "noise 2"
     expected = bytes(chart.value)
     chooser.label = "noise 0"
@@ -160,7 +170,7 @@ def test_an_upload_is_shown_as_the_same_picture_from_the_menu(student, pictures)
 
 
 def test_an_upload_that_is_no_picture_is_a_sentence_and_nothing_breaks(student, pictures):
-    box, chooser, upload, message, chart = explorer_of(student, pictures)
+    box, chooser, _, upload, message, chart = explorer_of(student, pictures)
     first = bytes(chart.value)
     upload.value = uploaded("<notes>.txt", b"hello")
     assert "&lt;notes&gt;.txt: not readable as a picture" in message.value

@@ -145,17 +145,20 @@ def grounding_chart(image: np.ndarray, maps: dict[str, np.ndarray], name: str = 
 
 
 def prompt_explorer(
-    model: nn.Module, tokenizer: Any, pictures: Mapping[str, Image.Image], prompts: Sequence[str], layer: str
+    model: nn.Module, tokenizer: Any, pictures: Mapping[str, Image.Image], prompts: Sequence[str], *layers: str
 ) -> ipywidgets.VBox:
     """A text box of prompts and a chooser over ``pictures`` and the reader's own; the chart follows both.
 
-    It shows the square that the model reads, the Grad-CAM at ``layer`` of the best prompt, and a bar for each prompt.
+    It shows the square that the model reads, the Grad-CAM of the best prompt, and a bar for each prompt. Of several
+    ``layers`` the reader chooses the one that the map is taken from.
     """
     chooser, upload = picture_chooser(pictures)
     look = {"rows": max(4, len(prompts)), "continuous_update": False, "layout": {"width": "400px"}}
     box = ipywidgets.Textarea("\n".join(prompts), description="prompts", **look)
+    hidden = {"display": "none"} if len(layers) == 1 else {}
+    choice = ipywidgets.Dropdown(options=layers, description="layer", layout=hidden)
 
-    def draw(text: str, chosen: Any) -> NotebookFigure:
+    def draw(text: str, chosen: Any, layer: str) -> NotebookFigure:
         lines = read_prompts(text)
         picture = chosen if isinstance(chosen, Image.Image) else open_upload(chosen)
         cosines, shares = compare_prompts(model, tokenizer, embed_images(model, [picture])[0][0], lines)
@@ -163,23 +166,7 @@ def prompt_explorer(
         heat = phrase_maps(model, tokenizer, prepared, [lines[cosines.argmax()]], layer, side)[0].numpy()
         return prompt_chart(np.asarray(square(picture, side)).transpose(2, 0, 1), lines, cosines, shares, heat)
 
-    return follow([box, chooser], draw, upload)
-
-
-def grounding_explorer(model: nn.Module, tokenizer: Any, images: Any, layer: str, phrase: str) -> ipywidgets.VBox:
-    """A phrase, a picture by its number and a layer, over the map; ``images`` are uint8 (N, 3, S, S), square."""
-    require(images.shape[-1] == images.shape[-2], "images", tuple(images.shape), "give square pictures")
-    controls = [
-        ipywidgets.Text(phrase, description="phrase", continuous_update=False, layout={"width": "320px"}),
-        ipywidgets.BoundedIntText(1, min=1, max=len(images), description=f"picture, 1 to {len(images)}"),
-        ipywidgets.Dropdown(options=list(map_layers(model)), value=layer, description="layer"),
-    ]
-
-    def draw(phrase: str, number: int, layer: str) -> NotebookFigure:
-        image = np.asarray(images[number - 1])
-        return grounding_chart(image, {phrase: map_of(model, tokenizer, image, phrase, layer)})
-
-    return follow(controls, draw)
+    return follow([box, chooser, choice], draw, upload)
 
 
 @styled
