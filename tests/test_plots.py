@@ -76,7 +76,7 @@ def test_performance_over_seeds_is_the_table(records):
     table = zero_shot_table(three)
     fig = figures.performance_comparison(three)
     for model, label in style.LABELS.items():
-        assert bars(fig.axes[0])[label] == [table[dataset][model]["top1"] for dataset in SETS]
+        assert bars(fig.axes[0])[label] == [table[dataset][model]["value"] for dataset in SETS]
     expected = [(table[d][m]["low"], table[d][m]["high"]) for m in VALUES for d in SETS]
     np.testing.assert_allclose(whiskers(fig.axes[0]), expected)
 

@@ -19,7 +19,7 @@ from mclip.config import closest
 from mclip.files import DATA
 from mclip.results import ResultError
 from mclip.show import style
-from mclip.show.tables import by_model, over_seeds, read_published
+from mclip.show.tables import by_model, over_seeds, read_published, zero_shot_table
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -31,40 +31,29 @@ def performance_comparison(records: Records, photographs: Records = ()) -> style
     Records of other models have their bars below, under their own names. ``photographs``, where there are any, come
     first, with retrieval among them, and the drawn sets below.
     """
-    groups = by_model(records)
+    groups, scores = by_model(records), zero_shot_table(records)
     if not groups:
         raise ResultError(f"results={len(records)} records hold no zero-shot record; evaluate a model first.")
-    measured = {
-        dataset: {model: over_seeds([r["metrics"]["top1"] for r in group]) for model, group in models.items()}
-        for dataset, models in groups.items()
-    }
+    measured = {dataset: scores.get(dataset, {}) for dataset in groups}
     published, photos = read_published(DATA / "published.csv"), photograph_scores(photographs)
     models = list(dict.fromkeys([*style.LABELS, *(name for row in measured.values() for name in row)]))
-    rows = max(len(measured), len(published))
-    unit = 0.66 * len(models) / len(style.LABELS)
+    places, rows = [["scenes", "published"]], [max(len(measured), len(published))]
+    title = "Measured here,\nwith 95 % intervals and chance"
     if photos:
-        fig = style.figure(8.3, 1.8 + 0.66 * (len(published) + len(measured)))
-        heights = [len(published), len(measured)]
-        axes = fig.subplot_mosaic([["photos", "published"], ["scenes", "scenes"]], height_ratios=heights)
-        style.grouped_bars(
-            axes["photos"], photos, [name for name in style.LABELS if any(name in r for r in photos.values())]
-        )
+        places, rows = [["photos", "published"], ["scenes", "scenes"]], [len(published), len(measured)]
+        title = "Drawn scenes, measured here, with 95 % intervals and chance"
+    fig = style.figure(8.3, 1.2 + 0.3 * len(rows) + 0.66 * sum(rows) * len(models) / len(style.LABELS))
+    axes = fig.subplot_mosaic(places, height_ratios=rows)
+    if photos:
+        style.grouped_bars(axes["photos"], photos, list(dict.fromkeys(name for row in photos.values() for name in row)))
         axes["photos"].set(title="Photographs, measured here,\nwith 95 % intervals", xlabel="top-1, or recall at 5 (%)")
-    else:
-        fig = style.figure(8.3, 1.5 + unit * rows)
-        axes = fig.subplot_mosaic([["scenes", "published"]])
     left, right = axes["scenes"], axes["published"]
     style.grouped_bars(left, measured, models)
     style.grouped_bars(right, published, list(style.LABELS))
     for y, row in enumerate(groups.values()):
         for chance in {group[0]["metrics"].get("chance") for group in row.values()} - {None}:
             left.vlines(chance, y - 0.46, y + 0.46, colors="black", linestyles="dotted")
-    drawn = (
-        "Drawn scenes, measured here, with 95 % intervals and chance"
-        if photos
-        else "Measured here,\nwith 95 % intervals and chance"
-    )
-    left.set(title=drawn, xlabel="zero-shot top-1 accuracy (%)")
+    left.set(title=title, xlabel="zero-shot top-1 accuracy (%)")
     right.set(title="Published by KLmobile / open_clip,\nnot measured here", xlabel="zero-shot top-1 accuracy (%)")
     handles, labels = left.get_legend_handles_labels()
     handles.append(Line2D([], [], color="black", linestyle="dotted"))
@@ -108,14 +97,14 @@ def photograph_scores(records: Records) -> style.Table:
 
 def photograph_means(records: Records) -> dict[str, dict[int, float]]:
     """``{model: {seed: mean over the photograph sets}}`` in percent, of :func:`score_of`."""
-    values: dict[str, dict[int, list[float]]] = {}
-    for models in photographs_by_model(records).values():
-        for model, group in models.items():
-            for record in group:
-                values.setdefault(model, {}).setdefault(record["seed"], []).append(score_of(record)[1]["value"])
-    return {
-        model: {seed: sum(scores) / len(scores) for seed, scores in seeds.items()} for model, seeds in values.items()
-    }
+    scores = [
+        (model, record["seed"], score_of(record)[1]["value"])
+        for models in photographs_by_model(records).values()
+        for model, group in models.items()
+        for record in group
+    ]
+    means = pd.DataFrame(scores, columns=["model", "seed", "score"]).groupby(["model", "seed"])["score"].mean()
+    return {model: means[model].to_dict() for model in means.index.unique("model")}
 
 
 @style.styled

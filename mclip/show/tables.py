@@ -56,17 +56,17 @@ def by_model(records: Records, task: str = "zero_shot") -> dict[str, dict[str, l
 
 
 def zero_shot_table(records: Records) -> Scores:
-    """``{dataset: {model: {"top1", "low", "high", "n"}}}`` in percent, over seeds as :func:`over_seeds` does.
+    """``{dataset: {model: {"value", "low", "high", "n"}}}`` of top-1, over seeds as :func:`over_seeds` does.
 
     A failed measurement has no entry: it is not a zero.
     """
-    table: Scores = {}
-    for dataset, models in by_model(records).items():
-        for model, group in models.items():
-            top1 = over_seeds([record["metrics"]["top1"] for record in group])
-            row = {"top1": top1["value"], "low": top1["low"], "high": top1["high"], "n": group[0]["n"]}
-            table.setdefault(dataset, {})[model] = row
-    return table
+    return {
+        dataset: {
+            model: over_seeds([r["metrics"]["top1"] for r in own]) | {"n": own[0]["n"]} for model, own in row.items()
+        }
+        for dataset, row in by_model(records).items()
+        if row
+    }
 
 
 def retrieval_table(records: Records) -> Scores:

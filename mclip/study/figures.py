@@ -23,6 +23,7 @@ from mclip.show.figures import (
 from mclip.show.grounding import grounding_scores
 from mclip.show.style import COLOURS, HATCHES, LABELS, NotebookFigure, figure, intervals, name_rows, save_figure, styled
 from mclip.show.tables import Scores, by_model, markdown, milliseconds, reached, zero_shot_table
+from mclip.study.table import STUDIES
 from mclip.train import read_log
 
 Records = list[dict[str, Any]]
@@ -37,7 +38,7 @@ def scores_markdown(table: Scores, models: Iterable[str]) -> str:
     rows = []
     for name, values in table.items():
         shown = [values.get(model) for model in models]
-        cells = [f"{v.get('value', v.get('top1')):.1f} ({v['low']:.1f}-{v['high']:.1f})" if v else "" for v in shown]
+        cells = [f"{v['value']:.1f} ({v['low']:.1f}-{v['high']:.1f})" if v else "" for v in shown]
         rows.append([name, *cells])
     return markdown(["%", *models], rows)
 
@@ -87,7 +88,7 @@ def cost_markdown(records: Records) -> str:
 def headline(records: Records, costs: Mapping[str, Any]) -> str:
     """The sentences that open the README: what distillation gained, and what the small model costs."""
     classes = round(100 / by_model(records)["colour-shape"]["kd"][0]["metrics"]["chance"])
-    top1 = {name: f"{row['top1']:.0f} %" for name, row in zero_shot_table(records)["colour-shape"].items()}
+    top1 = {name: f"{row['value']:.0f} %" for name, row in zero_shot_table(records)["colour-shape"].items()}
     models = costs["models"]
     small, large = (sum(milliseconds(models[name]).values()) for name in ("mobile-256", "ViT-B-32"))
     size = {name: f"{models[name]['megabytes']:.0f} MB" for name in ("mobile-256", "mobile-256, int8", "ViT-B-32")}
@@ -132,20 +133,8 @@ def prompt_sensitivity(models: Mapping[str, Mapping[str, Mapping[str, float]]]) 
 
 def load_all() -> dict[str, Records]:
     """The records of every study by its name; none of one that was not run."""
-    names = (
-        "scenes",
-        "ablations",
-        "defects",
-        "views",
-        "photographs",
-        "photo",
-        "grounding",
-        "examples",
-        "efficiency",
-        "bench",
-    )
-    files = {name: RESULTS / f"{name}.json" for name in names}
-    return {name: load_results(file) if file.is_file() else [] for name, file in files.items()}
+    records = {name: [] for name in (*STUDIES, "photo", "efficiency", "bench")}
+    return records | {file.stem: load_results(file) for file in RESULTS.glob("*.json") if file.stem in records}
 
 
 def figures_of(records: Mapping[str, Records]) -> dict[str, NotebookFigure]:
