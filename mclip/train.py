@@ -17,19 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import nn
 from tqdm.auto import tqdm
 
-from mclip.balancing import Balancer, Schedule
 from mclip.checkpoints import RunState, run_identity
 from mclip.config import TrainConfig, require
 from mclip.evaluate import keep_freed_memory
 from mclip.objectives import Contrastive
 from mclip.pairs import Batch, BatchSource
-from mclip.steps import Record, Stepper, Student, TrainError
+from mclip.steps import Record, Stepper, TrainError
 
 GO_ON, SAVE, STOP = range(3)  # what a process may wish after a step, from the weakest
 
@@ -78,9 +75,9 @@ def train(
     require(config.batch_size >= fabric.world_size, "batch_size", config.batch_size, remedy)
     total = per_epoch * config.max_epochs
     identity = run_identity(model, batches, config, objective.config)
-    stepper, parts = set_up(fabric, model, objective, config, total)
-    average = parts.get("average")
-    run = RunState(Path(out_dir), identity, parts, fabric.is_global_zero, on_record)
+    stepper = Stepper(fabric, model, objective, config, total)
+    average = stepper.parts.get("average")
+    run = RunState(Path(out_dir), identity, stepper.parts, fabric.is_global_zero, on_record)
     run.begin(resume)
     fabric.barrier()
 
@@ -138,34 +135,6 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def set_up(
-    fabric: Fabric, model: nn.Module, objective: Contrastive, config: TrainConfig, total: int
-) -> tuple[Stepper, dict[str, Any]]:
-    """What takes the steps, and all that changes with them, by the name that it has in a checkpoint."""
-    modules = nn.ModuleDict({"model": model, "objective": objective, "balancer": Balancer(objective.config)})
-    modules.to(fabric.device, memory_format=torch.channels_last)
-    parts = {"modules": modules, "optimizer": make_optimizer(modules, config)}
-    if config.ema_decay:
-        parts["average"] = AveragedModel(model, multi_avg_fn=moving_average(config.ema_decay), use_buffers=True)
-    if scaler := getattr(fabric.strategy.precision, "scaler", None):  # of 16-bit floats
-        parts["scaler"] = scaler
-    student, optimizer = fabric.setup_module(Student(model)), fabric.setup_optimizers(parts["optimizer"])
-    schedule = Schedule(objective.config, total)
-    return Stepper(fabric, student, objective, modules["balancer"], optimizer, scaler, schedule, config), parts
-
-
-def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
-    """The update of a moving average. It leaves alone what has not changed: -inf in a mask minus -inf is no number."""
-    update = get_ema_multi_avg_fn(decay)
-
-    def update_changed(average: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        changed = [(kept, new) for kept, new in zip(average, current, strict=True) if not torch.equal(kept, new)]
-        if changed:
-            update(*map(list, zip(*changed, strict=True)), count)
-
-    return update_changed
-
-
 def make_fabric(config: TrainConfig) -> Fabric:
     """One process, or as many as torchrun has started, on as many machines."""
     devices, nodes = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
@@ -173,16 +142,6 @@ def make_fabric(config: TrainConfig) -> Fabric:
     fabric = Fabric(accelerator=config.accelerator, precision=config.precision, **machines)
     fabric.launch()
     return fabric
-
-
-def make_optimizer(modules: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (betas 0.9, 0.98 as CLIP); norms, biases, temperatures and balances are not decayed."""
-    decayed = [p for p in modules.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in modules.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    # The fused form takes about a quarter of the time on a CPU, but would undo a scaler's scale after the clipping.
-    fused = config.precision != "16-mixed"
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=fused)
 
 
 def pieces_of_steps(

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from mclip.config import ConfigError, DistillConfig, ImageConfig, ModelConfig, TextConfig, TrainConfig
 from mclip.model import MobileCLIP
@@ -16,7 +16,7 @@ from mclip.objectives import Contrastive, Distillation
 from mclip.pairs import Batch, BatchSource, Pairs, Targets
 from mclip.recipes import BASE, student_prepare
 from mclip.steps import TrainError
-from mclip.train import learning_rate, moving_average, read_log, train
+from mclip.train import learning_rate, read_log, train
 
 TINY = ModelConfig(
     "tiny",
@@ -189,7 +189,7 @@ def test_a_moving_average_of_weights_beside_a_mask():
     """Against the closed form; open_clip's text tower has a mask of -inf among its buffers."""
     model = torch.nn.Linear(1, 1, bias=False)
     model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
-    average = AveragedModel(model, multi_avg_fn=moving_average(0.8), use_buffers=True)
+    average = AveragedModel(model, avg_fn=get_ema_avg_fn(0.8), use_buffers=True)
     for weight in (1.0, 2.0, 4.0):
         torch.nn.init.constant_(model.weight, weight)
         average.update_parameters(model)

@@ -23,7 +23,7 @@ from mclip.evaluate import embed_texts
 from mclip.pictures import UNREADABLE, PictureError, as_rgb
 from mclip.show.figures import caption_matrix, training_curves
 from mclip.show.style import COLOURS, HATCHES, PALETTE, NotebookFigure, figure, interval_bars, label, name_rows, styled
-from mclip.train import make_optimizer
+from mclip.steps import make_optimizer
 
 MAX_PROMPTS = 20
 TEMPERATURES = np.geomspace(0.5, 32, 25)
