@@ -107,7 +107,6 @@ def photograph_means(records: Records) -> dict[str, dict[int, float]]:
     return {model: means[model].to_dict() for model in means.index.unique("model")}
 
 
-@style.styled
 def per_class_recall(records: Records, dataset: str, limit: int = 6) -> style.NotebookFigure:
     """Recall of each class of ``dataset`` by model; of many, the ``limit`` where models differ most."""
     groups = by_model(records)
@@ -124,13 +123,9 @@ def per_class_recall(records: Records, dataset: str, limit: int = 6) -> style.No
     }
     values = {name: [row["value"] for row in rows.values()] for name, rows in classes.items()}
     chosen = sorted(classes, key=lambda name: -np.ptp(values[name]))[:limit]
-    fig = style.figure(6.3, 1.2 + 0.17 * len(models) * len(chosen))
-    ax = fig.subplots()
-    style.grouped_bars(ax, {name: classes[name] for name in chosen}, list(models))
-    ax.set_title(f"{dataset}: the {len(chosen)} of {len(classes)} classes where the models differ most")
-    ax.set_xlabel("recall of the class (%), with 95 % interval")
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return fig
+    title = f"{dataset}: the {len(chosen)} of {len(classes)} classes where the models differ most"
+    label = "recall of the class (%), with 95 % interval"
+    return style.bar_chart({name: classes[name] for name in chosen}, list(models), title, label)
 
 
 def _draw_series(ax: Axes, table: pd.DataFrame, unit: str) -> None:

@@ -17,12 +17,12 @@ from mclip.evaluate import embed_images, embed_texts, evaluating, input_of
 from mclip.image_encoder import stage_names
 from mclip.pictures import square
 from mclip.results import ResultError
-from mclip.show.style import COLOURS, HATCHES, LABELS, NotebookFigure, figure, interval_bars, label, name_rows, styled
+from mclip.show.style import COLOURS, HATCHES, LABELS, NotebookFigure, figure, grouped_bars, label, styled
 from mclip.show.widgets import compare_prompts, follow, open_upload, picture_chooser, prompt_chart, read_prompts
 
 Model = nn.Module
-BASELINES = {"random": ":", "centre": "-."}
-"""Maps that know nothing of picture and phrase, and the dashes of their lines."""
+BASELINES = ("random", "centre")
+"""Maps that know nothing of picture and phrase."""
 
 
 def map_layers(model: Model) -> dict[str, nn.Module]:
@@ -171,7 +171,7 @@ def prompt_explorer(
 
 @styled
 def grounding_scores(records: Iterable[Mapping[str, Any]]) -> NotebookFigure:
-    """Pointing game and overlap of each model with 95 % intervals, baselines as lines, and pointing by layer.
+    """Pointing game and overlap of each model and baseline with 95 % intervals, and pointing by layer.
 
     The layers are those of the validation pictures, on which layer and threshold were chosen. Failures are left out.
     """
@@ -179,29 +179,19 @@ def grounding_scores(records: Iterable[Mapping[str, Any]]) -> NotebookFigure:
     models = [name for name in LABELS if name in measured]
     if not models:
         raise ResultError("no grounding record of a model; run: python -m mclip study grounding")
-    fig = figure(8.3, 2.9)
-    *axes, last = fig.subplots(1, 3, width_ratios=(1, 1, 1.1))
-    colours, hatches = ([looks[name] for name in models] for looks in (COLOURS, HATCHES))
-    titles = {"pointing": "Does it point at the object?", "iou": "Does it cover it?"}
-    for ax, (key, title) in zip(axes, titles.items(), strict=True):
-        rows = [measured[name]["metrics"][key] for name in models]
-        interval_bars(ax, range(len(rows)), rows, color=colours, hatch=hatches)
-        for place, row in enumerate(rows):
-            ax.text(row["high"] + 1, place, f"{row['value']:.1f}", va="center")
-        for name, dash in BASELINES.items():
-            if name in measured:
-                level = measured[name]["metrics"][key]["value"]
-                ax.axvline(level, color="black", linestyle=dash, linewidth=1, label=name)
-        name_rows(ax, models if ax is axes[0] else [""] * len(models))
-        ax.set(title=title, xlabel="pointing game (%)" if key == "pointing" else "intersection over union (%)")
-        ax.margins(x=0.2)
+    fig = figure(8.3, 3.6)
+    left, right = fig.subplots(1, 2, width_ratios=(1.6, 1))
+    titles = {"pointing game": "pointing", "intersection\nover union": "iou"}
+    table = {title: {name: own["metrics"][key] for name, own in measured.items()} for title, key in titles.items()}
+    grouped_bars(left, table, list(measured))
+    left.set(title="Does it point at the object? Does it cover it?", xlabel="percent, with 95 % interval")
     for name, marker in zip(models, "osD^", strict=False):
         values = [layer["pointing"] for layer in measured[name]["details"]["layers"].values()]
         look = {"marker": marker, "color": COLOURS[name], "linestyle": "--" if HATCHES[name] else "-"}
-        last.plot(range(1, len(values) + 1), values, markersize=5, label=name, **look)
-    last.set(title="Pointing by layer, fine to coarse", ylim=(0, None))
-    last.set(xlabel="layer, from the picture on", ylabel="pointing on validation (%)")
-    last.xaxis.set_major_locator(MaxNLocator(integer=True))
-    handles = [*axes[0].get_legend_handles_labels()[0], *last.get_legend_handles_labels()[0]]
-    fig.legend(handles=handles, loc="outside lower center", ncols=5)
+        right.plot(range(1, len(values) + 1), values, markersize=5, label=name, **look)
+    right.set(title="Pointing by layer, fine to coarse", ylim=(0, None))
+    right.set(xlabel="layer, from the picture on", ylabel="pointing on validation (%)")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.legend()
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return fig

@@ -135,3 +135,14 @@ def grouped_bars(ax: Axes, table: Table, models: Sequence[str]) -> None:
     ax.set_ylim(len(table) - 0.5, -0.5)
     ax.set_xlim(0, 118)  # room for the number behind a bar of 100
     ax.set_xticks(range(0, 101, 20))
+
+
+@styled
+def bar_chart(table: Table, models: Sequence[str], title: str, xlabel: str, width: float = 6.3) -> NotebookFigure:
+    """:func:`grouped_bars` as a figure, with the legend below."""
+    fig = figure(width, 1.2 + 0.17 * len(models) * len(table))
+    ax = fig.subplots()
+    grouped_bars(ax, table, models)
+    ax.set(title=title, xlabel=xlabel)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return fig

@@ -21,7 +21,7 @@ from mclip.show.figures import (
     training_curves,
 )
 from mclip.show.grounding import grounding_scores
-from mclip.show.style import COLOURS, HATCHES, LABELS, NotebookFigure, figure, intervals, name_rows, save_figure, styled
+from mclip.show.style import NotebookFigure, bar_chart, save_figure
 from mclip.show.tables import Scores, by_model, markdown, milliseconds, reached, zero_shot_table
 from mclip.study.table import STUDIES
 from mclip.train import read_log
@@ -113,22 +113,12 @@ def replace_block(text: str, name: str, block: str) -> str:
     return f"{text[:start]}<!-- {name} -->\n{block}\n{text[end:]}"
 
 
-@styled
 def prompt_sensitivity(models: Mapping[str, Mapping[str, Mapping[str, float]]]) -> NotebookFigure:
-    """Top-1 (%) with interval by wording, ``{model: {wording: {"value", "low", "high"}}}``: a row of marks each."""
-    wordings = list(next(iter(models.values())))
-    fig = figure(7.5, 1.2 + 0.36 * len(wordings))
-    ax = fig.subplots()
-    for number, (name, rows) in enumerate(models.items()):
-        places = [row + 0.18 * (number - (len(models) - 1) / 2) for row in range(len(wordings))]
-        face = "white" if HATCHES[name] else COLOURS[name]
-        look = {"color": COLOURS[name], "markerfacecolor": face, "label": LABELS[name], "markersize": 5}
-        intervals(ax, places, [rows[wording] for wording in wordings], "osD^"[number], **look)
-    name_rows(ax, [wording.replace("{}", "…") for wording in wordings])
-    title = "Prompts that mean the same, and what they score"
-    ax.set(title=title, xlabel="top-1 on colour-shape (%), with 95 % interval", xlim=(0, 100))
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(models))
-    return fig
+    """Top-1 (%) with interval by wording, ``{model: {wording: {"value", "low", "high"}}}``."""
+    wordings = next(iter(models.values()))
+    table = {each.replace("{}", "…"): {name: rows[each] for name, rows in models.items()} for each in wordings}
+    title, label = "Prompts that mean the same, and what they score", "top-1 on colour-shape (%), with 95 % interval"
+    return bar_chart(table, list(models), title, label, width=7.5)
 
 
 def load_all() -> dict[str, Records]:
