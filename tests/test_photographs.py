@@ -208,11 +208,11 @@ def root(pictures, tmp_path, monkeypatch):
     for split in ("train", "val", "test"):
         (root / "flickr8k" / f"{split}.csv").write_text(rows + "\n", encoding="utf-8")
     shutil.copytree(pictures / "others", root / "unlabelled")
-    for excerpt in EXCERPTS.values():
+    for folder, _ in EXCERPTS.values():
         for name in ("cat", "dog"):
-            (root / excerpt.folder / name).mkdir(parents=True)
+            (root / folder / name).mkdir(parents=True)
             for number in range(8):
-                Image.new("RGB", (32, 32), (30 * number, 0, 0)).save(root / excerpt.folder / name / f"{number}.png")
+                Image.new("RGB", (32, 32), (30 * number, 0, 0)).save(root / folder / name / f"{number}.png")
     return root
 
 
@@ -333,11 +333,9 @@ def test_a_folder_of_a_teacher_without_its_trunk_is_named(pictures, tmp_path, mo
 def excerpt(tmp_path):
     """Forty pictures of two classes, laid out as the excerpt of CIFAR-10."""
     for name in ("cat", "dog"):
-        (tmp_path / EXCERPTS["cifar10"].folder / name).mkdir(parents=True)
+        (tmp_path / EXCERPTS["cifar10"][0] / name).mkdir(parents=True)
         for number in range(20):
-            Image.new("RGB", (32, 32), (number, 0, 0)).save(
-                tmp_path / EXCERPTS["cifar10"].folder / name / f"{number}.png"
-            )
+            Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / EXCERPTS["cifar10"][0] / name / f"{number}.png")
     return tmp_path
 
 

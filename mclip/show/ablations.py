@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy.special import stdtrit
 
 from mclip.results import ResultError
@@ -56,15 +57,12 @@ def pooled_deviation(means: Means) -> tuple[float, int]:
     of variance: Fisher 1925), times sqrt(2) for a difference of two. A configuration whose scores are another's, bit
     for bit, is no run of its own and is left out. (nan, 0) where no configuration has two seeds.
     """
-    distinct = {tuple(sorted(scores.items())): name for name, scores in reversed(means.items())}
-    runs = [(name, seed, score) for name in distinct.values() for seed, score in means[name].items()]
-    seeds = sorted({seed for _, seed, _ in runs})
-    design = [[name == own for own in distinct.values()] + [seed == each for each in seeds] for name, seed, _ in runs]
-    matrix = np.array(design, dtype=float).reshape(len(runs), len(distinct) + len(seeds))  # of no runs too
-    scores = np.array([score for *_, score in runs])
-    levels, _, rank, _ = np.linalg.lstsq(matrix, scores)
-    freedom = len(runs) - int(rank)
-    squares = float(((scores - matrix @ levels) ** 2).sum())
+    scores = pd.DataFrame(means).T.drop_duplicates().stack().dropna()
+    levels = [pd.get_dummies(scores.index.get_level_values(level)) for level in (0, 1)]
+    matrix = np.concatenate(levels, axis=1).astype(float)
+    fitted, _, rank, _ = np.linalg.lstsq(matrix, scores.to_numpy())
+    freedom = len(scores) - int(rank)
+    squares = float(((scores - matrix @ fitted) ** 2).sum())
     return (math.sqrt(2 * squares / freedom), freedom) if freedom else (math.nan, 0)
 
 

@@ -86,9 +86,8 @@ def stage_chart(stages: Mapping[str, float]) -> NotebookFigure:
     """Milliseconds of each stage of an image encoder, and its share."""
     fig, total = figure(5.5, 2.7), sum(stages.values())
     ax = fig.subplots()
-    ax.barh(range(len(stages)), list(stages.values()), color=PALETTE[2])
-    for row, value in enumerate(stages.values()):
-        ax.text(value, row, f" {value:.2f} ms, {value / total:.0%}", va="center")
+    bars = ax.barh(range(len(stages)), list(stages.values()), color=PALETTE[2])
+    ax.bar_label(bars, [f" {value:.2f} ms, {value / total:.0%}" for value in stages.values()])
     name_rows(ax, list(stages))
     ax.margins(x=0.3)
     ax.set(title="Where the time of one picture goes", xlabel="time of one picture (ms)")

@@ -7,7 +7,7 @@ results are of the rest.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,20 +22,13 @@ from mclip.sources.zero_shot import published_words, torchvision_set
 Part = Literal["choose", "report", "all"]
 
 
-@dataclass(frozen=True)
-class Excerpt:
-    """A folder of pictures by class, and what of the official set it holds."""
-
-    folder: str
-    split: str
-
-
 EXCERPTS = {
-    "cifar10": Excerpt("cifar10-test", "test"),
-    "food101": Excerpt("food101-64px", "20 of 250 test photographs a class, 64 px"),
-    "caltech101": Excerpt("caltech101-40", "up to 40 photographs a class, chosen by hash"),
-    "imagenette": Excerpt("imagenette-val", "val"),
+    "cifar10": ("cifar10-test", "test"),
+    "food101": ("food101-64px", "20 of 250 test photographs a class, 64 px"),
+    "caltech101": ("caltech101-40", "up to 40 photographs a class, chosen by hash"),
+    "imagenette": ("imagenette-val", "val"),
 }
+"""Folders of pictures by class, and what of the official set each holds."""
 
 
 def photograph_set(name: str, root_dir: str | Path = "", part: Part = "report", download: bool = False) -> ZeroShotSet:
@@ -43,12 +36,12 @@ def photograph_set(name: str, root_dir: str | Path = "", part: Part = "report", 
 
     Raises: ConfigError where neither is there, as :func:`~mclip.sources.zero_shot.torchvision_set`.
     """
-    root, excerpt = Path(root_dir or cache_dir()).expanduser(), EXCERPTS[name]
-    if not (root / excerpt.folder).is_dir():
+    root, (folder, split) = Path(root_dir or cache_dir()).expanduser(), EXCERPTS[name]
+    if not (root / folder).is_dir():
         return part_of(torchvision_set(name, root, download), part)
-    data = VisibleFolder(root / excerpt.folder)
+    data = VisibleFolder(root / folder)
     class_names, templates = published_words(name, data.classes)
-    return part_of(ZeroShotSet(name, data, None, class_names, templates, excerpt.split), part)
+    return part_of(ZeroShotSet(name, data, None, class_names, templates, split), part)
 
 
 def part_of(test: ZeroShotSet, part: Part) -> ZeroShotSet:
@@ -57,14 +50,10 @@ def part_of(test: ZeroShotSet, part: Part) -> ZeroShotSet:
         return test
     samples = getattr(test.images, "samples", None)
     names = ["/".join(Path(file).parts[-2:]) for file, _ in samples] if samples else map(str, range(len(test.images)))
-    rows = [row for row, name in enumerate(names) if for_choosing(name) == (part == "choose")]
+    fifth = [int(hashlib.sha256(name.encode()).hexdigest(), 16) % 5 == 0 for name in names]
+    rows = [row for row, chosen in enumerate(fifth) if chosen == (part == "choose")]
     fraction = "a fifth, to choose by" if part == "choose" else "four fifths"
     return replace(test, images=Subset(test.images, rows), split=f"{test.split} ({fraction})")
-
-
-def for_choosing(name: str) -> bool:
-    """Whether the picture ``name`` is one of the fifth to choose by."""
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 5 == 0
 
 
 OWN_SPLIT = "1,000 photographs by a hash of the name"
