@@ -32,7 +32,7 @@ from mclip.scenes.world import SceneConfig
 from mclip.sources.loading import load_pairs
 from mclip.sources.unpaired import add_unpaired
 from mclip.sources.zero_shot import zero_shot_set
-from mclip.targets import get_crops, get_targets, narrow
+from mclip.targets import OnlineTargets, get_crops, narrow, teacher_targets
 from mclip.teacher import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, load_open_clip, load_teacher
 from mclip.train import TrainResult, train
 
@@ -136,7 +136,10 @@ def train_student(
     objective, targets, crops = Contrastive(distill), None, get_crops(settings, distill.online_teacher)
     if any((distill.feature_weight, distill.response_weight, distill.similarity_weight, distill.icl_weight)):
         teacher = load_teacher(teacher_model, teacher_pretrained, device_for(settings.accelerator))
-        targets = get_targets(teacher, training, distill.online_teacher, crops, settings.progress)
+        if distill.online_teacher:
+            targets = OnlineTargets(teacher, training, crops)
+        else:
+            targets = teacher_targets(teacher, training, settings.progress, crops)
         width = teacher.embed_dim
         if distill.aligner == "pca" and config.embed_dim < width:
             require(not distill.online_teacher, "aligner", "pca", "it needs the targets of all pairs, from a cache")

@@ -37,6 +37,8 @@ def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True, crops
     Their key covers the teacher's layers, weights, tokens and preparation of pictures, and the data. With ``crops``,
     each picture has K views (dataset reinforcement, Faghri et al. 2023). TeacherError as in :func:`check_targets`.
     """
+    remedy = "cached targets are of a number of crops; give one, for example 4, or online_teacher=True"
+    require(crops is None or crops.views > 0, "views", 0, remedy)
     view = (teacher.image_size, teacher.mean, teacher.std, crops)
     # Layers without weights (activations) and the tokenizer's merges show in neither the weights nor the data.
     sample = teacher.tokenize([pairs.captions[i][0] for i in range(min(256, len(pairs)))]).tolist()
@@ -218,14 +220,3 @@ def get_crops(settings: TrainConfig, online: bool = False) -> Crops | None:
     changed = settings.crop_scale < 1 or settings.mirrored or settings.coarse
     crops = Crops(settings.crop_scale, views, 0 if views else settings.seed, settings.mirrored, settings.coarse)
     return crops if changed else None
-
-
-def get_targets(
-    teacher: Teacher, pairs: Pairs, online: bool, crops: Crops | None, progress: bool
-) -> Targets | OnlineTargets:
-    """What ``teacher`` says of ``pairs``: from the cache, which is filled if need be, or batch by batch."""
-    if online:
-        return OnlineTargets(teacher, pairs, crops)
-    remedy = "cached targets are of a number of crops; give one, for example 4, or online_teacher=True"
-    require(crops is None or crops.views > 0, "views", 0, remedy)
-    return teacher_targets(teacher, pairs, progress, crops)

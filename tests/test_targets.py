@@ -17,7 +17,7 @@ from mclip.config import ConfigError, DistillConfig, TrainConfig
 from mclip.pairs import BatchSource, Pairs, Targets
 from mclip.pictures import Crops, square
 from mclip.recipes import load_model, train_student
-from mclip.targets import OnlineTargets, get_targets, narrow, teacher_targets
+from mclip.targets import OnlineTargets, narrow, teacher_targets
 from mclip.teacher import Teacher, TeacherError, load_teacher
 
 
@@ -94,7 +94,7 @@ def test_student_and_teacher_see_the_same_crop(teacher):
 
 def test_crops_with_a_cache_need_a_number_of_views(teacher):
     with pytest.raises(ConfigError, match="views=0 cannot work"):
-        get_targets(teacher, toy(), False, Crops(0.5, 0, 0), False)
+        teacher_targets(teacher, toy(), False, Crops(0.5, 0, 0))
 
 
 @pytest.mark.parametrize("damage", ["cut", "pickle", "shape", "rows"])

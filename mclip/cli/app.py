@@ -18,17 +18,7 @@ from mclip.files import atomic_path
 
 SERVED = ("00", "11")
 """Numbers of the notebooks on the page; one that is not there is left out."""
-WELCOME = """\
-# A small CLIP to play with
-
-CLIP is a pair of networks, one for pictures and one for sentences, that says how well a picture and a sentence fit.
-The ones here are small enough for a phone. The first has learnt from photographs. It is often wrong: its card in
-`data/checkpoints/photo` says how often. The second has learnt from drawn shapes and can only guess about other things.
-
-**What to do:** choose a picture or upload your own, change what stands in the boxes, then click outside: the chart
-below them answers. Pictures and words stay on this machine. The course's notebooks say how it works; `make lab` opens
-them.
-"""
+WELCOME = Path(__file__).with_name("welcome.md").read_text(encoding="utf-8")
 LARGEST_UPLOAD = 100 * 2**20  # bytes
 LIMITS = (
     "--VoilaExecutor.startup_timeout=60",  # seconds until a kernel has to answer
