@@ -4,8 +4,6 @@ The page is a notebook made of cells of the lessons: those tagged "app" are show
 before them. Each visitor gets a kernel of their own.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

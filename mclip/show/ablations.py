@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from mclip.results import ResultError
-from mclip.show.style import PALETTE, NotebookFigure, figure, intervals, label, name_rows, styled
+from mclip.show.style import PALETTE, NotebookFigure, figure, intervals, label, name_rows
 from mclip.show.tables import markdown
 
 Records = Iterable[Mapping[str, Any]]
@@ -121,7 +121,6 @@ def ablation_table(records: Sequence[Mapping[str, Any]]) -> str:
     return markdown(header, rows)
 
 
-@styled
 def ablation_figure(records: Sequence[Mapping[str, Any]]) -> NotebookFigure:
     """What :func:`ablation_table` says: means with a dot for each seed, and differences with their intervals."""
     means, plan, found, failed = means_of(records), plan_of(records), effects(records), failures_of(records)
@@ -194,7 +193,6 @@ def defect_table(records: Sequence[Mapping[str, Any]], healthy: Means) -> str:
     return markdown(("", "defect", "what it costs", "the test that fails"), rows)
 
 
-@styled
 def defect_curves(records: Records, healthy: Records) -> NotebookFigure:
     """The training loss of each trained defect (dashed) beside that of the same training without it, seed 0."""
     first = [[r["details"] for r in rows if r["seed"] == 0 and "loss" in r["details"]] for rows in (records, healthy)]

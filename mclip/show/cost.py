@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from mclip.config import PRESETS
-from mclip.show.style import PALETTE, NotebookFigure, figure, interval_bars, name_rows, styled
+from mclip.show.style import PALETTE, NotebookFigure, figure, interval_bars, name_rows
 from mclip.show.tables import milliseconds
 
 Record = Mapping[str, Any]
@@ -31,7 +31,6 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-@styled
 def cost_of_models(record: Record) -> NotebookFigure:
     """Latency against size of the weights with the Pareto front, and the latency of both halves as bars.
 
@@ -81,7 +80,6 @@ def _draw_front(ax: Axes, front: Sequence[tuple[float, float]]) -> None:
     ax.set(xlim=(None, right), ylim=(None, top))
 
 
-@styled
 def stage_chart(stages: Mapping[str, float]) -> NotebookFigure:
     """Milliseconds of each stage of an image encoder, and its share."""
     fig, total = figure(5.5, 2.7), sum(stages.values())

@@ -1,7 +1,5 @@
 """Figures from results records and logs, drawn without a screen and without training anything."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +22,6 @@ from mclip.show.tables import by_model, over_seeds, read_published, zero_shot_ta
 Records = Sequence[Mapping[str, Any]]
 
 
-@style.styled
 def performance_comparison(records: Records, photographs: Records = ()) -> style.NotebookFigure:
     """Zero-shot top-1 of base, clip, kd and teacher with 95 % intervals; beside it the published series.
 
@@ -144,7 +141,6 @@ def _draw_series(ax: Axes, table: pd.DataFrame, unit: str) -> None:
         ax.set_ylim(0, None)
 
 
-@style.styled
 def training_curves(log: Records) -> style.NotebookFigure:
     """Loss terms, their weights, the temperature and validation recall by step, the phases shaded behind.
 
@@ -196,7 +192,6 @@ def caption_matrix(ax: Axes, values: Any, rows: Sequence[str], lowest: float, hi
     return shown
 
 
-@style.styled
 def similarity_matrices(matrices: Mapping[str, Any], captions: Sequence[str]) -> style.NotebookFigure:
     """Cosine similarities (B, B) of pictures (rows) and captions, on one scale; pairs are on the diagonal."""
     arrays = {name: np.asarray(matrix, dtype=float) for name, matrix in matrices.items()}
@@ -214,7 +209,6 @@ def similarity_matrices(matrices: Mapping[str, Any], captions: Sequence[str]) ->
     return fig
 
 
-@style.styled
 def image_grid(images: Any, captions: Sequence[str], columns: int = 6) -> style.NotebookFigure:
     """Pictures uint8 (N, 3, H, W), each under its caption."""
     pictures = np.asarray(images).transpose(0, 2, 3, 1)
@@ -230,7 +224,6 @@ def image_grid(images: Any, captions: Sequence[str], columns: int = 6) -> style.
     return fig
 
 
-@style.styled
 def temperature_effect(logits: Any, temperatures: Sequence[float], captions: Sequence[str]) -> style.NotebookFigure:
     """softmax(logits / T) of one picture's scaled similarities (K,), one panel per temperature."""
     logits = np.asarray(logits, dtype=float)

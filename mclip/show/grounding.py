@@ -17,7 +17,7 @@ from mclip.evaluate import embed_images, embed_texts, evaluating, input_of
 from mclip.image_encoder import stage_names
 from mclip.pictures import square
 from mclip.results import ResultError
-from mclip.show.style import COLOURS, HATCHES, LABELS, NotebookFigure, figure, grouped_bars, label, styled
+from mclip.show.style import COLOURS, HATCHES, LABELS, NotebookFigure, figure, grouped_bars, label
 from mclip.show.widgets import compare_prompts, follow, open_upload, picture_chooser, prompt_chart, read_prompts
 
 Model = nn.Module
@@ -126,7 +126,6 @@ def baselines(masks: Tensor, seed: int = 0) -> dict[str, Tensor]:
     return dict(zip(BASELINES, maps, strict=True))
 
 
-@styled
 def grounding_chart(image: np.ndarray, maps: dict[str, np.ndarray], name: str = "Grad-CAM") -> NotebookFigure:
     """A picture, uint8 (3, H, W), beside each map (H, W) over it, under its phrase; ``name`` says what maps show."""
     picture = np.asarray(image).transpose(1, 2, 0)
@@ -169,7 +168,6 @@ def prompt_explorer(
     return follow([box, chooser, choice], draw, upload)
 
 
-@styled
 def grounding_scores(records: Iterable[Mapping[str, Any]]) -> NotebookFigure:
     """Pointing game and overlap of each model and baseline with 95 % intervals, and pointing by layer.
 

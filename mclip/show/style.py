@@ -1,12 +1,11 @@
 """How every figure looks: colours, patterns, sizes and bars, and PNG files that depend on the data alone."""
 
-import functools
 import io
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,7 +15,6 @@ from matplotlib.figure import Figure
 
 from mclip.files import atomic_path
 
-Arguments = ParamSpec("Arguments")
 Row = Mapping[str, float]  # {"value"} in percent, with "low" and "high" where there is an interval
 Table = dict[str, dict[str, Row]]  # {group: {model: row}}
 PALETTE = sns.color_palette("colorblind")
@@ -29,46 +27,38 @@ OTHERS = tuple(zip((PALETTE[i] for i in (3, 4, 6, 9, 5, 8)), ("xx", "oo", "++", 
 DASHES = {"original": "-", "feature": "--", "response": "-.", "similarity": ":", "icl": (0, (6, 1))}
 TERMS = {name: {"color": PALETTE[i], "linestyle": DASHES[name]} for i, name in enumerate(DASHES)}
 PHASES = {1: PALETTE[7], 2: PALETTE[8], 3: PALETTE[9]}
-
-
-def style() -> dict[str, Any]:
-    """The course's rc settings: seaborn's white grid, colour-blind palette, no text under 9 points."""
-    parts = ("font.size", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize")
-    titles = {"axes.titlesize": 10, "figure.titlesize": 11, "axes.titlelocation": "left"}
-    cycle = matplotlib.cycler(color=PALETTE)
-    lines = {"lines.linewidth": 1.4, "hatch.linewidth": 0.6, "axes.prop_cycle": cycle}
-    return {**sns.axes_style("whitegrid"), **dict.fromkeys(parts, 9), **titles, **lines}
+TEXTS = ("font.size", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize")
+STYLE = {
+    **sns.axes_style("whitegrid"),
+    **dict.fromkeys(TEXTS, 9),
+    "axes.titlesize": 10,
+    "figure.titlesize": 11,
+    "axes.titlelocation": "left",
+    "lines.linewidth": 1.4,
+    "hatch.linewidth": 0.6,
+    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+}
+"""The course's rc settings: seaborn's white grid, colour-blind palette, no text under 9 points."""
+# Whoever imports this module draws in this style, as after seaborn's set_theme().
+matplotlib.rcParams.update(STYLE)
 
 
 class NotebookFigure(Figure):
     """A Figure that shows itself in a notebook, although pyplot does not know it."""
 
     def _repr_png_(self) -> bytes:
+        # The layout engine moves everything a little whenever it runs: it runs once, here.
+        self.draw_without_rendering()
+        self.set_layout_engine("none")
         buffer = io.BytesIO()
-        with matplotlib.rc_context(style()):
-            # Neither date nor version goes into the file: the same data gives the same bytes.
-            self.savefig(buffer, format="png", metadata={"Software": None})
+        # Neither date nor version goes into the file: the same data gives the same bytes.
+        self.savefig(buffer, format="png", metadata={"Software": None})
         return buffer.getvalue()
 
 
 def figure(width: float, height: float) -> NotebookFigure:
     """An empty figure of ``width`` x ``height`` inches whose parts make room for each other."""
     return NotebookFigure(figsize=(width, height), dpi=150, layout="constrained")
-
-
-def styled(draw: Callable[Arguments, NotebookFigure]) -> Callable[Arguments, NotebookFigure]:
-    """A decorator: ``draw`` runs in the course's style, and its layout is settled."""
-
-    @functools.wraps(draw)
-    def drawn(*args: Arguments.args, **kwargs: Arguments.kwargs) -> NotebookFigure:
-        with matplotlib.rc_context(style()):
-            fig = draw(*args, **kwargs)
-            # The layout engine moves everything a little whenever it runs: it runs once, here.
-            fig.draw_without_rendering()
-            fig.set_layout_engine("none")
-        return fig
-
-    return drawn
 
 
 def save_figure(fig: NotebookFigure, path: str | Path) -> Path:
@@ -137,7 +127,6 @@ def grouped_bars(ax: Axes, table: Table, models: Sequence[str]) -> None:
     ax.set_xticks(range(0, 101, 20))
 
 
-@styled
 def bar_chart(table: Table, models: Sequence[str], title: str, xlabel: str, width: float = 6.3) -> NotebookFigure:
     """:func:`grouped_bars` as a figure, with the legend below."""
     fig = figure(width, 1.2 + 0.17 * len(models) * len(table))

@@ -1,7 +1,5 @@
 """Charts that follow controls: prompts against a picture, the response loss, and the schedule of distillation."""
 
-from __future__ import annotations
-
 import html
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +20,7 @@ from mclip.config import DistillConfig, TrainConfig, require
 from mclip.evaluate import embed_texts
 from mclip.pictures import UNREADABLE, PictureError, as_rgb
 from mclip.show.figures import caption_matrix, training_curves
-from mclip.show.style import COLOURS, HATCHES, PALETTE, NotebookFigure, figure, interval_bars, label, name_rows, styled
+from mclip.show.style import COLOURS, HATCHES, PALETTE, NotebookFigure, figure, interval_bars, label, name_rows
 from mclip.steps import make_optimizer
 
 MAX_PROMPTS = 20
@@ -77,7 +75,6 @@ def compare_prompts(model: nn.Module, tokenizer: Any, image: Tensor, prompts: Se
     return cosines.numpy(), (scale * cosines).softmax(0).numpy()
 
 
-@styled
 def prompt_chart(
     image: Array, prompts: Sequence[str], cosines: Array, shares: Array, heat: Array | None = None
 ) -> NotebookFigure:
@@ -151,7 +148,6 @@ def response_and_gradient(student: Model, teacher: Model, temperature: float) ->
     return loss.item(), gradient_norms({"response": loss}, leaves)["response"]
 
 
-@styled
 def loss_chart(student: Model, teacher: Model, captions: Sequence[str], temperature: float, row: int) -> NotebookFigure:
     """Both softmax matrices of a batch, one ``row`` of each as bars, and loss and gradient over the temperature.
 

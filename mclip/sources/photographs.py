@@ -4,8 +4,6 @@ A test set without a part for validation gives a fifth of its pictures, by a has
 results are of the rest.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import replace
 from pathlib import Path

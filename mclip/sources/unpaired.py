@@ -1,7 +1,5 @@
 """Pictures without captions and sentences without pictures, which a student can learn from its teacher all the same."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

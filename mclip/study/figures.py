@@ -1,7 +1,5 @@
 """The command ``figures``: draws the figures, and writes the tables beside them, from ``data/results`` alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
