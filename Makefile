@@ -15,7 +15,7 @@ LESSONS = $(if $(findstring not slow,$(ARGS)),echo left out,$(NBVAL) -p no:cache
 SYNC  := UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON=.venv/bin/python UV_PYTHON_DOWNLOADS=never .venv/bin/uv sync --locked --inexact
 NEWS  := {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}
 
-.PHONY: help course test lab app photo photographs phone reproduce bench figures
+.PHONY: help course test lab app site photo photographs phone reproduce bench figures
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -39,6 +39,10 @@ lab: $(READY) ## open the notebooks in JupyterLab
 
 app: $(READY) ## serve the explorers as a page without code; ARGS="--port 8866"
 	$(MCLIP) app $(ARGS)
+
+site: $(READY) ## the lessons as web pages, in runs/site/html; ARGS="-E" builds all of them anew
+	$(SYNC) --group site
+	.venv/bin/python -m sphinx -M html notebooks runs/site --quiet --fail-on-warning $(ARGS)
 
 photo: $(READY) ## a teacher and a student of photographs; ROOT=folder of the photographs, TEACHER=lite2|openai
 	$(MCLIP) photo --root_dir "$(ROOT)" --teacher $(TEACHER) $(ARGS)

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 # Tiny tensors gain nothing from threads, and on a busy machine two threads that wait for each other cost minutes.
 torch.set_num_threads(1)
 
-SLOW = ("test_browser.py", "test_course.py", "test_kills.py", "test_packaging.py", "test_workers.py")
+SLOW = ("test_browser.py", "test_course.py", "test_kills.py", "test_packaging.py", "test_site.py", "test_workers.py")
 """Files whose tests take ten seconds and more, as do the notebooks; ``-m "not slow"`` leaves them out."""
 
 
