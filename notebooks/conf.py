@@ -38,7 +38,11 @@ if "GITHUB_REPOSITORY" in os.environ:  # set where GitHub builds the site; the p
         "repository_branch": "main",
         "path_to_docs": "notebooks",
         "use_repository_button": True,
-        "launch_buttons": {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com"},
+        "launch_buttons": {
+            "binderhub_url": "https://mybinder.org",
+            "colab_url": "https://colab.research.google.com",
+            "notebook_interface": "jupyterlab",
+        },
     }
 
 WIDGET = "application/vnd.jupyter.widget-view+json"

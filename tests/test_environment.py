@@ -1,6 +1,7 @@
 """Set-up: pyproject.toml, uv.lock, environment.yml and the Makefile agree, and the linter passes."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -152,3 +153,65 @@ def test_continuous_integration_runs_the_test_command(repository):
     script = repository / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert re.search(r"^(exec )?make test$", script.read_text(), re.MULTILINE)
+
+
+INSTRUCTIONS = {"FROM", "RUN", "USER", "WORKDIR", "COPY", "EXPOSE", "CMD"}
+
+
+@pytest.fixture(scope="module")
+def dockerfile(repository) -> list[tuple[str, str]]:
+    """(instruction, its words) of each line, continued lines joined."""
+    text = (repository / ".devcontainer" / "Dockerfile").read_text()
+    text = re.sub(r"^#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", "")
+    return [tuple(line.split(maxsplit=1)) for line in text.splitlines() if line]
+
+
+def test_dockerfile_is_well_formed(repository, dockerfile):
+    assert {instruction for instruction, _ in dockerfile} <= INSTRUCTIONS
+    bases = [words.split() for instruction, words in dockerfile if instruction == "FROM"]
+    stages = [stage for _, _, stage in bases]
+    for number, (base, _, _) in enumerate(bases):
+        assert base in stages[:number] or re.search(r":\d", base), "an image of a version"
+    assert [words for instruction, words in dockerfile if instruction == "USER"] == ["learner"], "not root"
+    [command] = [json.loads(words) for instruction, words in dockerfile if instruction == "CMD"]
+    targets = re.findall(r"^\.PHONY: (.*)$", (repository / "Makefile").read_text(), re.MULTILINE)[0].split()
+    assert command[0] == "make"
+    assert command[1] in targets
+    devcontainer = json.loads((repository / ".devcontainer" / "devcontainer.json").read_text())
+    assert devcontainer["build"]["target"] in stages
+    users = re.findall(r"useradd .*?(\w+)$", " ".join(words for _, words in dockerfile if "useradd" in words))
+    assert users == [devcontainer["remoteUser"]]
+
+
+@pytest.mark.slow
+def test_dockerfile_builds(repository):
+    """Where Docker runs: the whole image, and its JupyterLab says its version."""
+    if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True).returncode:
+        pytest.skip("no Docker runs here")
+    file = str(repository / ".devcontainer" / "Dockerfile")
+    build = subprocess.run(
+        ["docker", "build", "--quiet", "--file", file, str(repository)], capture_output=True, text=True
+    )
+    assert build.returncode == 0, build.stderr
+    lab = ["docker", "run", "--rm", build.stdout.strip(), "make", "lab", "ARGS=--version"]
+    assert subprocess.run(lab, capture_output=True, text=True).returncode == 0
+
+
+def test_workflow_calls_targets_that_exist(repository):
+    workflow = yaml.safe_load((repository / ".github" / "workflows" / "tests.yml").read_text())
+    jobs = workflow["jobs"]
+    targets = re.findall(r"^([a-z]+):", (repository / "Makefile").read_text(), re.MULTILINE)
+    commands = [step["run"].split() for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert {"site", "test"} == {target for make, target in commands if make == "make" and target in targets}
+    assert {"ubuntu-latest", "macos-latest"} == set(jobs["test"]["strategy"]["matrix"]["os"])
+    assert all(job in jobs for job in [jobs["publish"]["needs"]])
+
+
+def test_the_address_of_the_repository_is_the_same_everywhere(repository, project):
+    [(account, name)] = re.findall(r"github\.com/([\w-]+)/([\w-]+)$", project["project"]["urls"]["Repository"])
+    text = (repository / "README.md").read_text()
+    badges = re.findall(r"colab\.research\.google\.com/github/([^/]+/[^/]+)/|mybinder\.org/v2/gh/([^/]+/[^/]+)/", text)
+    assert {found for pair in badges for found in pair if found} == {f"{account}/{name}"}
+    linked = re.findall(r"(?:blob/main|lab/tree)/(notebooks/\w+\.ipynb)", text)
+    assert len(linked) == 2
+    assert all((repository / path).is_file() for path in linked)

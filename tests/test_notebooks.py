@@ -1,11 +1,15 @@
 """Rules for every notebook that show without running it; ``make test`` also executes them under nbval."""
 
 import ast
+import importlib.util
 import re
+import tomllib
 from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+from IPython.core.interactiveshell import InteractiveShell
 
 from mclip.cli.course import NOTEBOOKS, declared_parameters
 from mclip.show.parameters import INPUTS, check_parameter
@@ -84,7 +88,22 @@ def test_parameters_are_checked_before_anything_runs(path):
     tagged = [number for number, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", [])]
     for number in tagged:
         assert "\ncheck_parameters(globals())" in code[number + 1].source
-    assert all(number == 0 for number in tagged)
+    assert all(number == 1 for number in tagged), "after the cell that installs, which is the first"
+
+
+@everywhere
+def test_the_first_cell_is_the_same_everywhere(path):
+    assert cells_of(path, "code")[0].source == cells_of(CHAPTERS[0], "code")[0].source
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_the_first_cell_installs_the_course_where_it_is_missing(repository, monkeypatch, missing):
+    shell, called = InteractiveShell(), []
+    monkeypatch.setattr(shell, "run_line_magic", lambda *words, **_: called.append(" ".join(words)))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if missing else name)
+    shell.run_cell(cells_of(CHAPTERS[0], "code")[0].source).raise_error()
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    assert called == [f"pip install --quiet git+{project['urls']['Repository']}"] * missing
 
 
 ALLOWED = ("recipes", "scenes", "show", "deploy")
@@ -95,8 +114,7 @@ CORE = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
 def test_lessons_import_from_few_places(path):
     """From the core, recipes, scenes, show and deploy; never from what stands above or reads files."""
     for cell in cells_of(path, "code"):
-        source = "".join(line for line in cell.source.splitlines(keepends=True) if line[:1] not in "%!")
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(ast.parse(TransformerManager().transform_cell(cell.source))):
             modules = [name.name for name in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
                 package = node.module == "mclip"

@@ -5,6 +5,7 @@ Skipped where the packages of the group "site" (``uv sync --group site``) are no
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -44,7 +45,8 @@ class Quiet(SimpleHTTPRequestHandler):
 def html(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     command = ["sphinx", "-M", "html", str(NOTEBOOKS), str(folder), "--quiet", "--fail-on-warning"]
-    built = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+    environment = os.environ | {"GITHUB_REPOSITORY": "account/mclip"}  # as where the site is published
+    built = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     return folder / "html"
 
@@ -103,6 +105,14 @@ def test_every_page_is_in_the_table_of_contents(page, address):
     listed = {urldefrag(link)[0] for link in page.evaluate("() => [...document.links].map(link => link.href)")}
     pages = {path.relative_to(NOTEBOOKS).with_suffix(".html") for path in NOTEBOOKS.glob("**/*_*.ipynb")}
     assert {address + str(path) for path in pages if "runs" not in path.parts} <= listed
+
+
+def test_buttons_open_the_lesson_on_colab_and_binder(page, address):
+    page.goto(address + "01_data.html")
+    links = page.evaluate(LINKS)
+    lesson = "notebooks/01_data.ipynb"
+    assert f"https://colab.research.google.com/github/account/mclip/blob/main/{lesson}" in links
+    assert f"https://mybinder.org/v2/gh/account/mclip/main?urlpath=lab/tree/{lesson}" in links
 
 
 def test_search_finds_a_word_of_a_lesson(page, address):

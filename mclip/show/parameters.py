@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mclip.config import PRESETS, PROFILES, closest, from_mapping, require
+from mclip.files import CLONE
 
-ROOT = Path(__file__).resolve().parents[2]
-"""The repository. Relative paths in a lesson start here, whatever the working directory of its kernel is."""
+ROOT = CLONE or Path.cwd()
+"""The clone, or without one the working folder. Relative paths in a lesson start here, wherever its kernel started."""
 INPUTS = ("train_data_path", "val_data_path", "auto_kd_config", "photograph", "photographs_path")
 """Paths that must exist, unless they are empty."""
 OUTPUTS = ("checkpoint_dir", "root_dir", "out_dir", "save_results")
