@@ -71,11 +71,31 @@ def test_no_forbidden_words(path):
         assert found is None, f"{kind}: {found[0]!r} in {around!r}"
 
 
+def anchors_of(path: Path) -> set[str]:
+    """The names that GitHub, JupyterLab and the site give to the headings of ``path``."""
+    headings = re.findall(r"^#+ (.*)$", prose_of(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("path", PROSE, ids=lambda path: path.name)
 def test_links_to_files_resolve(path):
     for target in re.findall(r"\]\(([^)\s]+)[^)]*\)", prose_of(path)):
         if not re.match(r"[a-z]+:|#", target):
-            assert (path.parent / target.split("#")[0]).exists(), target
+            name, _, heading = target.partition("#")
+            assert (path.parent / name).exists(), target
+            assert not heading or heading in anchors_of(path.parent / name), target
+
+
+def test_glossary_is_in_order_and_names_the_lesson_of_each_term():
+    path = REPOSITORY / "notebooks" / "glossary.md"
+    entries = path.read_text(encoding="utf-8").split("\n## ")[1:]
+    terms = [entry.split("\n")[0] for entry in entries]
+    assert terms == sorted(set(terms), key=str.lower)
+    for entry in entries:
+        assert re.search(r"\(\[\d\d\]\(\d\d_\w+\.ipynb\)\)$", entry.strip()), entry
+    linked = {term for page in PROSE for term in re.findall(r"glossary\.md#([\w-]+)", prose_of(page))}
+    assert linked <= anchors_of(path)
+    assert len({page for page in PROSE if "glossary.md#" in prose_of(page)}) > 12
 
 
 def test_readme_names_targets_and_commands_that_exist():
