@@ -52,7 +52,7 @@ def performance_comparison(records: Records, photographs: Records = ()) -> style
             left.vlines(chance, y - 0.46, y + 0.46, colors="black", linestyles="dotted")
     left.set(title=title, xlabel="zero-shot top-1 accuracy (%)")
     right.set(title="Published by KLmobile / open_clip,\nnot measured here", xlabel="zero-shot top-1 accuracy (%)")
-    handles, labels = left.get_legend_handles_labels()
+    handles, labels = axes["photos" if photos else "scenes"].get_legend_handles_labels()
     handles.append(Line2D([], [], color="black", linestyle="dotted"))
     fig.legend(handles, [*labels, "chance"], loc="outside lower center", ncols=5)
     fig.suptitle("What distillation adds: solid bars against the same student alone, and against the teacher")
@@ -72,9 +72,12 @@ def score_of(record: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
 def photographs_by_model(records: Records) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
     """``{set: {model: [record of each seed]}}`` of the photograph sets; a set that is not the official one says so.
 
-    The models that ship for photographs have the roles of those of scenes: photo is kd, photo-teacher the teacher.
+    The models that ship for photographs have the roles of those of scenes: photo-teacher is the teacher, and photo is
+    kd, unless there is a kd that is compared with the others at equal samples.
     """
-    roles, groups = {"photo": "kd", "photo-teacher": "teacher", "photo-base": "base"}, {}
+    compared = any(record["model"]["name"] == "kd" for record in records)
+    photo = "photo, which ships" if compared else "kd"
+    roles, groups = {"photo": photo, "photo-teacher": "teacher", "photo-base": "base"}, {}
     for record in records:
         if record["task"] in ("zero_shot", "retrieval") and "error" not in record:
             official = record["split"].partition(" (")[0] in ("test", "val")

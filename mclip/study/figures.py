@@ -129,8 +129,9 @@ def figures_of(records: Mapping[str, Records]) -> dict[str, NotebookFigure]:
     """The committed figures by the name of their file."""
     examples = {record["model"]["name"]: record for record in records["examples"]}
     cosines = {name: record["details"]["cosines"] for name, record in examples.items()}
+    ships = [record for record in records["photo"] if not records["photographs"] or record["model"]["name"] == "photo"]
     return {
-        "performance_comparison": performance_comparison(records["scenes"], records["photographs"] or records["photo"]),
+        "performance_comparison": performance_comparison(records["scenes"], [*records["photographs"], *ships]),
         "per_class_recall": per_class_recall(records["scenes"], "shape"),
         "training_curves": training_curves(read_log(RESULTS / "logs" / "kd.jsonl")),
         "grounding": grounding_scores(records["grounding"]),
