@@ -17,7 +17,14 @@ from mclip.config import DistillConfig, Strategy, closest, require
 
 Terms = Mapping[str, Tensor]  # scalar losses by name
 Factors = Mapping[str, float]  # weights, ramps or sizes by name
-FIRST_PHASE = {"original": 1, "feature": 2, "similarity": 2, "response": 3, "icl": 3}
+BEGINS_WITH = {
+    "original": "original",
+    "feature": "feature",
+    "similarity": "feature",
+    "response": "response",
+    "icl": "response",
+}
+"""All terms, and the one with which each begins."""
 STRATEGIES = get_args(Strategy)
 # A measured size counts as at least this share of the largest: factors differ by 1/FLOOR at the most.
 FLOOR = 1e-3
@@ -27,7 +34,7 @@ LOG_VARIANCE_RANGE = (math.log(FLOOR), -math.log(FLOOR))
 
 def _priors(config: DistillConfig) -> dict[str, float]:
     """The prior weight of each term that is switched on."""
-    weights = {name: getattr(config, f"{name}_weight") for name in FIRST_PHASE}
+    weights = {name: getattr(config, f"{name}_weight") for name in BEGINS_WITH}
     return {name: weight for name, weight in weights.items() if weight > 0}
 
 
@@ -40,14 +47,15 @@ class Schedule:
         bounds = [round(b * total_steps if b <= 1 else b) for b in (*config.phases, config.ramp)]
         self.phase_starts, self.descent_end, self.ramp = (0, *bounds[:2]), bounds[2], bounds[3]
         self.max_temperature, self.min_temperature = config.max_temperature, config.min_temperature
-        self.term_starts = {name: self.phase_starts[FIRST_PHASE[name] - 1] for name in _priors(config)}
+        self.phases = {name: 1 + config.order.index(BEGINS_WITH[name]) for name in _priors(config)}
+        self.term_starts = {name: self.phase_starts[phase - 1] for name, phase in self.phases.items()}
         if late := " and ".join(name for name, start in self.term_starts.items() if start >= total_steps):
             message = f"phases={config.phases}: {late} would never start in a run of {total_steps} steps"
             warnings.warn(message, stacklevel=2)
 
     def phase(self, step: int) -> int:
         """The phase of ``step`` (1, 2 or 3), by the terms that take part: without a teacher always 1."""
-        return max(FIRST_PHASE[name] for name in self.active(step))
+        return max(self.phases[name] for name in self.active(step))
 
     def temperature(self, step: int) -> float:
         """The response term's T: max until phase 2, then linear to min at ``phases[2]``, then constant."""
@@ -58,9 +66,10 @@ class Schedule:
         return self.max_temperature + share * (self.min_temperature - self.max_temperature)
 
     def active(self, step: int) -> dict[str, float]:
-        """The terms that take part in ``step``, each with its ramp factor, from 1 / ramp to 1; "original" has 1."""
+        """The terms that take part in ``step``, each with its ramp factor, up to 1, which phase 1 has at once."""
         age = {name: step - start + 1 for name, start in self.term_starts.items() if step >= start}
-        return {name: min(1.0, n / max(1, self.ramp)) for name, n in age.items()} | {"original": 1.0}
+        ramps = {name: min(1.0, n / max(1, self.ramp)) for name, n in age.items()}
+        return {name: 1.0 if self.phases[name] == 1 else ramp for name, ramp in ramps.items()}
 
 
 def gradient_norms(terms: Terms, embeddings: Sequence[Tensor]) -> dict[str, float]:

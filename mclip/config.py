@@ -12,11 +12,12 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 
 SHIPPED = "scenes"  # the name of the teacher that ships with the course, which learned from drawn scenes
+Term = Literal["original", "feature", "response"]
 Strategy = Literal["fixed", "magnitude", "gradient_norm", "uncertainty"]
 Config = TypeVar("Config")
 
@@ -181,7 +182,8 @@ PRESETS = {
 class DistillConfig(Settings):
     """Loss terms, the phases in which they begin, and how they are balanced.
 
-    The weights of the terms are priors: 0 switches a term off, and the balancer multiplies them.
+    The weights of the terms are priors: 0 switches a term off, and the balancer multiplies them. In ``order``,
+    similarity begins with feature, and icl with response.
     """
 
     task: Literal["info_nce", "siglip", "jsd"] = "info_nce"  # the student's own loss on its pairs
@@ -196,7 +198,8 @@ class DistillConfig(Settings):
     feature_form: Literal["cosine", "mse"] = "cosine"  # 1 - cos, or the squared error summed over dimensions
     aligner: Literal["auto", "mlp", "identity", "pca"] = "auto"  # auto: mlp if widths differ; pca narrows the teacher
     online_teacher: bool = False  # embed each batch anew, in place of cached targets: slower, but every crop is new
-    phases: tuple[float, float, float] = (0.02, 0.5, 0.9)  # feature, response, end of cooling; shares (<= 1) or steps
+    order: tuple[Term, Term, Term] = ("original", "feature", "response")  # the term that begins in each phase
+    phases: tuple[float, float, float] = (0.02, 0.5, 0.9)  # phases 2 and 3, end of cooling; shares (<= 1) or steps
     ramp: float = 0.02  # a term that becomes active rises over this many steps (or this fraction of the run)
     max_temperature: float = 8.0  # of the response term, before phase 2
     min_temperature: float = 4.0  # of the response term, from the last of the phases' bounds on
@@ -208,7 +211,9 @@ class DistillConfig(Settings):
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
             self.check(key, not key.endswith("_weight") or value >= 0, "weights are 0 (off) or positive")
-        self.check("original_weight", self.original_weight > 0, "phase 1 has no other term; use a positive weight")
+        self.check("order", len(set(self.order)) == 3, f"give {', '.join(get_args(Term))} in any order")
+        first = f"{self.order[0]}_weight"
+        self.check(first, getattr(self, first) > 0, "phase 1 needs it; use a positive weight, or another order")
         remedy = "it or txt_distill_weight must be positive; feature_weight=0 switches the term off"
         self.check("img_distill_weight", self.img_distill_weight + self.txt_distill_weight > 0, remedy)
         alike = all(0 <= p <= 1 for p in self.phases) or all(p == 0 or p > 1 for p in self.phases)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mclip import balancing
-from mclip.balancing import FIRST_PHASE, FLOOR, STRATEGIES, Balancer, Schedule, gradient_norms
+from mclip.balancing import BEGINS_WITH, FLOOR, STRATEGIES, Balancer, Schedule, gradient_norms
 from mclip.config import ConfigError, DistillConfig
 
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
@@ -82,25 +82,38 @@ def test_a_run_without_a_teacher_has_one_phase():
     total=st.integers(1, 500),
     phases=st.lists(st.floats(0, 1), min_size=3, max_size=3).map(sorted),
     ramp=st.floats(0, 1),
-    off=st.sets(st.sampled_from(["feature", "response"])),
+    order=st.permutations(["original", "feature", "response"]),
+    off=st.sets(st.integers(1, 2)),
 )
-def test_schedule_promises(total, phases, ramp, off):
-    config = DistillConfig(phases=tuple(phases), ramp=ramp, **{f"{name}_weight": 0.0 for name in off})
+def test_schedule_promises(total, phases, ramp, order, off):
+    off = {order[place] for place in off}
+    weights = {f"{name}_weight": 0.0 for name in off}
+    config = DistillConfig(phases=tuple(phases), ramp=ramp, order=tuple(order), icl_weight=1.0, **weights)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a phase that starts after the last step is warned of
         schedule = Schedule(config, total)
     before, temperature = {}, config.max_temperature
     for step in range(total):
         active = schedule.active(step)
-        assert active["original"] == 1
+        assert active[order[0]] == 1
         assert not off & active.keys()
         assert "similarity" not in active
         assert all(before.get(name, 0) <= factor <= 1 for name, factor in active.items())
         assert all(factor > 0 for factor in active.values())
-        assert all(FIRST_PHASE[name] <= schedule.phase(step) for name in active)
+        assert all(1 + order.index(BEGINS_WITH[name]) <= schedule.phase(step) for name in active)
+        assert ("icl" in active) == ("response" in active) or "response" in off
         assert before.keys() <= active.keys()
         assert config.min_temperature <= schedule.temperature(step) <= temperature
         before, temperature = active, schedule.temperature(step)
+
+
+def test_terms_begin_in_the_order_of_the_phases():
+    config = DistillConfig(order=("feature", "response", "original"), phases=(0.4, 0.8, 0.9), ramp=0.0)
+    schedule = Schedule(config, 10)
+    began = [tuple(sorted(schedule.active(step))) for step in (0, 3, 4, 7, 8)]
+    assert began == [("feature",)] * 2 + [("feature", "response")] * 2 + [("feature", "original", "response")]
+    assert [schedule.phase(step) for step in (0, 4, 8)] == [1, 2, 3]
+    assert schedule.temperature(4) == config.max_temperature
 
 
 def test_terms_that_would_never_start_are_warned_of():
@@ -121,8 +134,8 @@ def test_terms_that_would_never_start_are_warned_of():
     ramp=st.floats(1e-4, 1),
 )
 def test_weights_are_positive_and_sum_to_the_number_of_active_terms(strategy, sizes, priors, ramp):
-    settings = {f"{name}_weight": prior for name, prior in zip(FIRST_PHASE, priors, strict=True)}
-    sizes = dict(zip(FIRST_PHASE, sizes, strict=False))
+    settings = {f"{name}_weight": prior for name, prior in zip(BEGINS_WITH, priors, strict=True)}
+    sizes = dict(zip(BEGINS_WITH, sizes, strict=False))
     active = dict.fromkeys(sizes, ramp) | {"original": 1.0}
     terms, embeddings = losses_of(sizes)
     weigher = balancer(strategy, rate=0.5, **settings)

@@ -45,6 +45,8 @@ WRONG = [
     (DistillConfig, {"balancers": ["magnitud"]}, "did you mean 'magnitude'"),
     (DistillConfig, {"respnse_weight": 1.0}, "did you mean 'response_weight'"),
     (DistillConfig, {"original_weight": 0}, "phase 1"),
+    (DistillConfig, {"order": ["feature", "original", "feature"]}, "in any order"),
+    (DistillConfig, {"order": ["feature", "original", "response"], "feature_weight": 0}, "phase 1"),
     (TrainConfig, {"learning_rate": "1e-3"}, r"write 1\.0e-3"),
     (TrainConfig, {"batch_size": 1}, "in-batch negatives"),
     (TrainConfig, {"max_epochs": 2.5}, "expected int, got float"),
