@@ -235,12 +235,16 @@ def evaluate_all(
     seed: int = 0,
     save_results: str | Path | None = None,
     relation: bool = True,
+    drawn: int = 0,
 ) -> list[dict[str, Any]]:
-    """Results records of every model, given as name: (model, tokenizer), on every zero-shot set of scenes."""
+    """Results records of every model, given as name: (model, tokenizer), on every zero-shot set of scenes.
+
+    ``drawn`` is the seed of the scenes: the test sets are those of 0, others are there to choose by.
+    """
     count, records = get_profile(profile).test_pictures, []
     for name, (model, tokenizer) in models.items():
         embedded = {}
-        for dataset in scene_sets(image_size, count).values():
+        for dataset in scene_sets(image_size, count, drawn).values():
             key, start = id(dataset.images), time.perf_counter()
             if key not in embedded:  # several sets ask about the same pictures
                 embedded[key] = embed_images(model, dataset.images)[0], time.perf_counter() - start

@@ -12,6 +12,7 @@ from mclip.config import ConfigError
 from mclip.files import DATA
 from mclip.recipes import load_model
 from mclip.results import load_results, make_result, weights_sha256
+from mclip.scenes.test_sets import scene_sets
 from mclip.study import measures, run
 from mclip.study.table import BY_NAME, STUDIES, Experiment, choose, plan
 
@@ -136,6 +137,7 @@ def smoke(tmp_path_factory):
     """Records and folder of a study whose settings are not those that ship."""
     folder = tmp_path_factory.mktemp("study")
     names = ["scenes", "ablations/base", "ablations/kd-noise-30", "defects/defect-08", "grounding", "examples/kd"]
+    names += ["recipes/turned-icl"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MCLIP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         patch.setattr(run, "RESULTS", folder / "ships")
@@ -152,8 +154,24 @@ def test_a_trial_writes_nothing_that_ships(smoke):
     assert not (smoke / "ships").exists()
     results = smoke / "runs" / "results"
     assert {path.name for path in results.glob("*.json")} == {
-        f"{name}.json" for name in ("scenes", "ablations", "defects", "grounding", "examples")
+        f"{name}.json" for name in ("scenes", "ablations", "defects", "grounding", "examples", "recipes")
     }
+
+
+def test_a_recipe_is_chosen_on_other_scenes_than_the_test_sets(smoke):
+    (record,) = load_results(smoke / "runs" / "results" / "recipes.json")
+    assert (record["task"], record["split"]) == ("recipe", "other scenes, to choose by")
+    assert record["metrics"]["retrieval"].keys() == {"r1", "r5", "r10"}
+    assert record["details"]["configuration"]["order"] == ["feature", "response", "original"]
+    tests, others = (scene_sets(64, 8, seed)["shape"].images for seed in (0, 1))
+    assert not (tests == others).all()
+
+
+def test_every_recipe_of_the_search_is_another_one():
+    rows = [row for row in BY_NAME.values() if row.study == "recipes"]
+    assert len(rows) >= 20
+    assert len({str(plan(row)) for row in rows}) == len(rows)
+    assert all(row.against in STUDIES["recipes"].rows for row in rows if row.against)
 
 
 def test_a_summed_up_record_holds_the_mean_of_its_sets(smoke):

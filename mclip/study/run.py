@@ -126,7 +126,9 @@ def evaluate(job: Job, result: TrainResult) -> Records:
     folder, name = job.folder / "model", job.row.name
     model = load_model(folder) if folder.is_dir() else load_open_clip(*job.teacher.values())
     if job.study.world == "scenes":
-        records = evaluate_all({name: model}, profile=job.settings["profile"], seed=job.seed)
+        records = evaluate_all(
+            {name: model}, profile=job.settings["profile"], seed=job.seed, drawn=int(job.study.chooses)
+        )
         return [summed_up(job, result, records)] if job.study.summed_up else records
     judge = partial(job.photographs.judge, *model, name, seed=job.seed)
     summary = summed_up(job, result, judge("choose"))
@@ -137,6 +139,8 @@ def summed_up(job: Job, result: TrainResult, records: Records) -> dict[str, Any]
     """One record in place of ``records``: the score of each set and their mean, validation and loss while training."""
     sets = {record["dataset"]: score_of(record)[1] for record in records}
     metrics = {"mean": sum(score["value"] for score in sets.values()) / len(sets), "sets": sets}
+    if job.study.chooses:
+        metrics["retrieval"] = result.validations()[-1]["validation"]
     curve = [[record["step"], round(record["loss"], 4)] for record in result.log if "loss" in record]
     details = {
         "samples_seen": result.steps * job.settings.get("batch_size", 0),
@@ -151,7 +155,8 @@ def summary_of(job: Job) -> tuple[str, str, str]:
     """Task, data set and split of the one record that a training leaves in any case."""
     if job.study.world == "photographs":
         return "choice", "photographs", "the part to choose by"
-    return job.row.study.removesuffix("s") if job.study.summed_up else "zero_shot", "scenes", "test"
+    split = "other scenes, to choose by" if job.study.chooses else "test"
+    return job.row.study.removesuffix("s") if job.study.summed_up else "zero_shot", "scenes", split
 
 
 def work(job: Job) -> Records:

@@ -24,6 +24,7 @@ class Study:
 
     ``seeds`` and ``epochs`` are those of the records that ship; ``epochs`` None is as many as the profile says.
     ``summed_up`` keeps one record of each training, with the mean over all sets, in place of one for each set.
+    ``chooses`` judges by other scenes than the test sets', and by retrieval among the validation pairs.
     ``keeps_models`` leaves the trained models in ``out_dir``, but for those of the group "search", which only serve to
     choose settings. ``groups`` are parts of the question, which rows name. ``world`` is what is trained on and judged.
     """
@@ -32,6 +33,7 @@ class Study:
     seeds: int = 3
     epochs: int | None = None
     summed_up: bool = False
+    chooses: bool = False
     keeps_models: bool = False
     world: Literal["scenes", "photographs"] = "scenes"
     groups: dict = field(default_factory=dict)
