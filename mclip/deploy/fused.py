@@ -41,14 +41,15 @@ class FusedBlock(nn.Module):
     """An :class:`~mclip.text_encoder.LSRABlock` for inference.
 
     Attributes:
-        matrices: LightConv's banded matrices (H, L, L) for the longest caption L; a shorter one uses their corner.
+        matrices: LightConv's banded matrices (H, L + 1, L + 1), L the longest caption; each caption uses their corner.
     """
 
     def __init__(self, block: LSRABlock, context_length: int) -> None:
         super().__init__()
         self.norm, self.gate, self.mix, self.feed_forward = block.norm, block.gate, block.mix, block.feed_forward
         self.attention, self.heads = block.attention, block.attention.num_heads
-        self.register_buffer("matrices", toeplitz(block.conv.weight.detach().softmax(1), context_length))
+        # One row more than is used: a corner that may be the whole would be a case of its own for torch.export.
+        self.register_buffer("matrices", toeplitz(block.conv.weight.detach().softmax(1), context_length + 1))
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         """x (B, T, d), padding (B, T) with True = pad -> (B, T, d), as the block that it was made of."""
