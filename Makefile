@@ -27,6 +27,7 @@ course: $(READY) ## run the whole course; PROFILE=smoke|cpu|gpu, OUT=folder, ARG
 # nbval executes the prepared copies: the lessons beside tests and solutions, since either keeps one core busy.
 test: $(READY) ## run the tests, and every notebook in profile smoke against its stored outputs; ARGS='-m "not slow"'
 	rm -rf $(CHECK)
+	$(SYNC) --group site
 	$(MCLIP) course --profile smoke --out $(CHECK) --prepare
 	@export OMP_NUM_THREADS=1; \
 	$(LESSONS) > $(CHECK)/lessons.log 2>&1 & lessons=$$!; \
