@@ -52,6 +52,16 @@ EXAMINE = """async pairs => {
   }
   return found;
 }"""
+ASKED = """
+  window.asked = [];
+  const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+  navigator.mediaDevices.getUserMedia = async wanted => {
+    window.asked.push(wanted.video.facingMode);
+    if (window.broken) throw new DOMException("", "NotReadableError");
+    return window.last = await ask(wanted);
+  };
+"""
+"""Notes what is asked of the camera, and the stream that it gives."""
 GIVE = """([kind, content, type]) => {
   const transfer = new DataTransfer();
   const bytes = Uint8Array.from(atob(content), letter => letter.charCodeAt(0));
@@ -290,6 +300,8 @@ def test_every_control_is_used(browser, address, folder, tmp_path):
     use("camera").click()
     page.wait_for_function("() => document.querySelector('#speed').textContent.includes('frames per second')")
     assert page.locator("#camera").get_attribute("aria-pressed") == "true"
+    use("switch").click()
+    page.get_by_role("button", name="Use the back camera").wait_for()
     use("camera").click()
     assert page.locator("#video").is_hidden()
 
@@ -345,6 +357,40 @@ def test_every_control_is_used(browser, address, folder, tmp_path):
 
     controls = page.locator("button, input, select, textarea").evaluate_all("all => all.map(each => each.id)")
     assert used == set(controls)
+    context.close()
+
+
+def test_the_camera_on_either_side_is_one_key_away(browser, address):
+    """Of the camera that was left, no track goes on; and a side that fails leaves the page as before the start."""
+    context = browser.new_context(permissions=["camera"])
+    context.add_init_script(ASKED)
+    page = opened(context, address)
+    assert page.locator("#switch").is_hidden()
+    page.click("#camera")
+    page.get_by_role("button", name="Use the front camera").wait_for()
+    page.evaluate("window.first = window.last")
+    page.focus("#camera")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Use the back camera").wait_for()
+    assert page.evaluate("document.activeElement.id") == "switch"
+    assert page.evaluate("window.first.getTracks().map(each => each.readyState)") == ["ended"]
+    page.wait_for_function("() => document.querySelector('#video').srcObject === window.last")
+    page.wait_for_function("() => document.querySelector('#speed').textContent.includes('frames per second')")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Use the front camera").wait_for()
+    assert page.evaluate("window.asked") == ["environment", "user", "environment"]
+
+    page.evaluate("window.broken = true")
+    page.click("#switch")
+    page.get_by_text("Another program holds the camera").wait_for()
+    assert page.locator("#switch").is_hidden()
+    page.evaluate("window.broken = false")
+    page.click("#camera")
+    page.get_by_role("button", name="Use the front camera").wait_for()
+    page.click("#camera")
+    assert page.evaluate("window.last.getTracks().map(each => each.readyState)") == ["ended"]
+    assert page.locator("#switch").is_hidden()
     context.close()
 
 

@@ -437,26 +437,34 @@ async function pasteFromButton() {
 /* ---- the camera ---- */
 
 let stream = null;
+let facing = "environment"; // the camera on the back of a phone; "user" is the one beside its screen
+let starts = 0; // a start that is still under way when the camera is stopped or started again is given up
+
+const endTracks = (own) => own?.getTracks().forEach((track) => track.stop());
 
 function stopCamera() {
-  stream?.getTracks().forEach((track) => track.stop());
+  starts++;
+  endTracks(stream);
   stream = null;
-  $("video").hidden = true;
+  $("video").hidden = $("switch").hidden = true;
   $("camera").textContent = "Start the camera";
   $("camera").setAttribute("aria-pressed", "false");
   $("hint").hidden = !$("picture").hidden;
 }
 
+/* Start the camera of the wanted side. A device with one camera, such as a laptop, gives that one for both. */
 async function startCamera() {
   if (!navigator.mediaDevices?.getUserMedia) {
     const remedy = "“Choose a picture” opens the camera app of a phone.";
     const plain = "Over plain http a browser gives no page the camera";
     throw new Problem(`${isSecureContext ? "This browser gives no page the camera" : plain}. ${remedy}`);
   }
+  const own = ++starts;
   let started;
   try {
-    started = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+    started = await navigator.mediaDevices.getUserMedia({ video: { facingMode: facing } });
   } catch (error) {
+    if (own !== starts) return;
     const reasons = {
       NotAllowedError: "The camera was not allowed. Allow it in the browser's settings of this page",
       NotFoundError: "This device has no camera",
@@ -464,16 +472,36 @@ async function startCamera() {
     };
     throw new Problem(`${reasons[error.name] ?? `The camera did not start (${error.message})`}; or choose a picture.`);
   }
-  stopCamera();
+  if (own !== starts) return endTracks(started);
+  endTracks(stream);
   stream = started;
   const video = $("video");
   video.srcObject = stream;
-  await video.play();
+  await video.play().catch((error) => {
+    if (own === starts) throw error;
+  });
+  if (own !== starts) return;
   [video.hidden, $("picture").hidden, $("hint").hidden] = [false, true, true];
   $("camera").textContent = "Stop the camera";
   $("camera").setAttribute("aria-pressed", "true");
+  $("switch").textContent = `Use the ${facing === "user" ? "back" : "front"} camera`;
+  $("switch").hidden = false;
   await ready;
   await watch(started, video);
+}
+
+/* Go on with the other side. Many phones open one camera at a time, so the first one is stopped before. */
+async function switchCamera() {
+  const before = facing;
+  facing = facing === "user" ? "environment" : "user";
+  endTracks(stream);
+  try {
+    await startCamera();
+  } catch (error) {
+    if (error instanceof Problem) facing = before;
+    stopCamera();
+    throw error;
+  }
 }
 
 /* Answer for frame after frame, until this camera is stopped. */
@@ -739,6 +767,7 @@ function wireControls() {
     await askAbout(imageIn(event.dataTransfer));
   });
   $("camera").onclick = telling(async () => (stream ? stopCamera() : await startCamera()));
+  $("switch").onclick = telling(switchCamera);
   $("sentences").oninput = settle(async () => {
     await ready;
     if (!stream) await answer();
