@@ -524,6 +524,17 @@ def test_the_page_is_small_and_whole(folder):
     )
 
 
+def test_the_licences_of_the_libraries_are_linked(folder):
+    """Each library's text lies beside it, and every link of the page leads to a file."""
+    site = folder / "web"
+    linked = re.findall(r'<a href="([^"]+)"', (site / "index.html").read_text())
+    assert sorted(linked) == sorted(path.relative_to(site).as_posix() for path in (site / "vendor").glob("*.txt"))
+    texts = {Path(name).stem: (site / name).read_text() for name in linked}
+    assert texts["onnxruntime-licence"].startswith("MIT License\n\nCopyright (c) Microsoft")
+    assert "Apache License" in texts["tokenizers-licence"]
+    assert "flatbuffers" in texts["onnxruntime-notices"]
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 def test_https_with_a_certificate_of_its_own(folder):
     with serving(folder, https=True) as url:

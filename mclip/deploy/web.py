@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 
 from mclip.deploy.reader import GOLDEN, GRAPHS, MANIFEST, PREPROCESS, TOKENIZER, DeployError
 from mclip.files import atomic_folder, cache_dir, content_key, file_hash, missing_folder, read_json
@@ -36,6 +37,9 @@ LIBRARIES = {
     ),
 }
 """By folder of the page, files of the npm packages. A browser loads those of WebGPU only when asked to."""
+
+NATIVE = Path(onnxruntime.__file__).parent
+"""ONNX Runtime for Python. Its package carries the licence and notices that the one of npm leaves out."""
 
 
 def libraries() -> Path:
@@ -98,6 +102,9 @@ def write_web(folder: str | Path) -> dict[str, int]:
             (new / part).mkdir()
             for name in names:
                 shutil.copy((packages if part in LIBRARIES else folder) / name, new / part)
+        shutil.copy(packages / "@huggingface/tokenizers/LICENSE", new / "vendor" / "tokenizers-licence.txt")
+        shutil.copy(NATIVE / "LICENSE", new / "vendor" / "onnxruntime-licence.txt")
+        shutil.copy(NATIVE / "ThirdPartyNotices.txt", new / "vendor" / "onnxruntime-notices.txt")
         packed = {TOKENIZER: (folder / TOKENIZER).read_bytes(), "golden.json": json.dumps(golden_json(folder)).encode()}
         for name, content in packed.items():
             (new / "model" / f"{name}.gz").write_bytes(gzip.compress(content, mtime=0))
