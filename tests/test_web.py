@@ -14,10 +14,13 @@ import re
 import shutil
 import ssl
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,7 @@ from mclip.deploy import web
 from mclip.deploy.reader import Deployed, DeployError, prepare
 from mclip.deploy.serve import page_server
 from mclip.pictures import open_picture
+from mclip.results import load_results
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.browser
@@ -533,6 +537,35 @@ def test_the_licences_of_the_libraries_are_linked(folder):
     assert texts["onnxruntime-licence"].startswith("MIT License\n\nCopyright (c) Microsoft")
     assert "Apache License" in texts["tokenizers-licence"]
     assert "flatbuffers" in texts["onnxruntime-notices"]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_the_command_page_measures_both_forms_and_keeps_a_record(folder, tmp_path, monkeypatch, capsys):
+    """Three rounds, and no wait for a steady camera. A thread of its own, since each one may hold one Playwright."""
+    monkeypatch.setattr("mclip.study.page.time", SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda _: None))
+    file = tmp_path / "web.json"
+    words = ["page", "--out_dir", str(folder), "--out", str(file), "--rounds"]
+    assert main([*words, "1"]) == 2
+    assert "the first call is not counted" in capsys.readouterr().err
+    with ThreadPoolExecutor(1) as own:
+        assert own.submit(main, [*words, "3"]).result() == 0
+    assert f"{file}: first answer after" in capsys.readouterr().out
+    (record,) = load_results(file)
+    assert (record["task"], record["dataset"], record["n"]) == ("efficiency", "page", 3)
+    assert record["model"]["sha256"] == json.loads((folder / "manifest.json").read_text())["model"]["sha256"]
+    metrics = record["metrics"]
+    assert 0 < metrics["first_answer_seconds"] < SECONDS
+    assert metrics["frames_per_second"] > 0
+    site = folder / "web"
+    small = [path for path in site.rglob("*") if path.is_file() and "float32" not in path.parts]
+    assert metrics["megabytes_without_runtime"] == pytest.approx(
+        sum(path.stat().st_size for path in small if "vendor" not in path.relative_to(site).parts) / 1e6
+    )
+    for form in ("int8", "float32"):
+        assert {name.split(",")[0] for name in metrics[form]} == {"page", "native"}
+        for halves in metrics[form].values():
+            assert set(halves) == {"image", "text"}
+            assert all(0 < times["median"] <= times["p95"] for times in halves.values())
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")

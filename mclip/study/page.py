@@ -61,12 +61,13 @@ def page(out_dir: str = "runs/phone", rounds: int = 40, out: str = "") -> None:
 
     Args:
         out_dir: a folder that export --web wrote.
-        rounds: calls of each half.
+        rounds: calls of each half, two at least; the first one warms up.
         out: file of the record; data/results/web.json if empty.
     """
     from playwright.sync_api import sync_playwright  # of the dependency group dev
 
     chromium, folder, file = shutil.which("chromium"), Path(out_dir).expanduser(), Path(out or FILE)
+    require(rounds >= 2, "rounds", rounds, "the first call is not counted; ask for two or more")
     require(chromium is not None, "chromium", None, "the page is measured in it; install it")
     with page_server(out_dir, port=0) as server, sync_playwright() as driver:
         threading.Thread(target=server.serve_forever, daemon=True).start()
