@@ -16,13 +16,16 @@ from mclip.show.parameters import INPUTS, check_parameter
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mclip"
 CHAPTERS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+APPENDICES = sorted(NOTEBOOKS.glob("appendix_*.ipynb"))
 SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.ipynb"))
 KNOWN_KINDS = {"data_size": float, "max_epochs": int, "seed": int, "profile": str, "out_dir": str}
 KNOWN_KINDS |= dict.fromkeys(INPUTS, str)
 CHECK = "NBVAL_CHECK_OUTPUT"
 chapters = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 everywhere = pytest.mark.parametrize(
-    "path", CHAPTERS + SOLUTIONS, ids=lambda path: "/".join(path.relative_to(NOTEBOOKS).with_suffix("").parts)
+    "path",
+    CHAPTERS + APPENDICES + SOLUTIONS,
+    ids=lambda path: "/".join(path.relative_to(NOTEBOOKS).with_suffix("").parts),
 )
 
 
@@ -65,7 +68,7 @@ def test_is_a_clean_python_notebook(path):
     assert "NBVAL_SKIP" not in path.read_text(encoding="utf-8")
 
 
-@chapters
+@pytest.mark.parametrize("path", CHAPTERS + APPENDICES, ids=lambda path: path.stem)
 def test_parameters_are_declared_typed_and_explained(path):
     tagged = [cell for cell in cells_of(path, "code") if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1
@@ -164,7 +167,7 @@ def test_outputs_are_stored_and_without_errors(path):
         assert "error" not in kinds, f"error stored: {beginning!r}"
 
 
-@chapters
+@pytest.mark.parametrize("path", CHAPTERS + APPENDICES, ids=lambda path: path.stem)
 def test_some_output_is_checked(path):
     assert checked(path), f"no cell is marked # {CHECK}"
 

@@ -102,8 +102,9 @@ def course(
 
 
 def select(only: list[str], solutions: bool = False) -> list[Path]:
-    """The numbered notebooks in order, or those with a number in ``only``; with their solutions if asked."""
-    paths = [path for pattern in ("", "solutions/") for path in sorted(NOTEBOOKS.glob(f"{pattern}[0-9][0-9]_*.ipynb"))]
+    """The numbered notebooks in order and the appendix ("ap"), or those in ``only``; with their solutions if asked."""
+    patterns = ("[0-9][0-9]_*.ipynb", "appendix_*.ipynb", "solutions/[0-9][0-9]_*.ipynb")
+    paths = [path for pattern in patterns for path in sorted(NOTEBOOKS.glob(pattern))]
     numbers = {path.name[:2] for path in paths}
     require(bool(paths), "notebooks", str(NOTEBOOKS), "it holds no numbered notebooks; run from a clone")
     for number in only:
