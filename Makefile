@@ -51,9 +51,11 @@ photo: $(READY) ## a teacher and a student of photographs; ROOT=folder of the ph
 photographs: $(READY) ## the comparison on photographs: base, clip, kd of three seeds, and the teacher; ROOT, TEACHER as for photo
 	$(MCLIP) study photographs --root_dir "$(ROOT)" --teacher $(TEACHER) $(ARGS)
 
-phone: $(READY) ## show the student of photographs in a browser or on a phone; ARGS="--host ADDRESS --https"
-	test -d runs/phone/web || $(MCLIP) export --model_checkpoint photo --out_dir runs/phone --web
+phone: runs/phone/web ## show the student of photographs in a browser or on a phone; ARGS="--host ADDRESS --https"
 	$(MCLIP) serve --out_dir runs/phone $(ARGS)
+
+runs/phone/web: | $(READY)
+	$(MCLIP) export --model_checkpoint photo --out_dir runs/phone --web
 
 reproduce: $(READY) ## the long run: train and measure what data/results has no record of; ARGS="ablations --seeds 3"
 	$(MCLIP) study $(ARGS)
