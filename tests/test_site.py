@@ -131,7 +131,7 @@ def test_solutions_and_set_up_are_hidden_until_asked_for(page, address):
     page.goto(address + "04_contrastive_pretraining.html")
     setting = page.get_by_text("how much is drawn and trained")
     assert not setting.is_visible()
-    page.locator("details.hide summary").first.click()
+    page.locator("details.hide summary").nth(1).click()  # the first installs, the second has the parameters
     assert setting.is_visible()
 
 
