@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -198,6 +199,51 @@ def test_int8_is_small_and_near(folder, reader):
     np.testing.assert_array_equal(halves["int8 text"].encode_images(pictures), whole)
     np.testing.assert_array_equal(halves["int8 text"].encode_texts(texts), small.encode_texts(texts))
     np.testing.assert_array_equal(halves["int8 image"].encode_texts(texts), reader.encode_texts(texts))
+
+
+def test_graphs_of_executorch_are_the_student(student, tmp_path):
+    pytest.importorskip("executorch", reason="the extra executorch is not installed")
+    new = tmp_path / "kd"
+    out = ["--out_dir", str(new), "--pictures", "16", "--executorch"]
+    assert main(["export", "--model_checkpoint", "kd", *out]) == 0
+    manifest = json.loads((new / "manifest.json").read_text())
+    assert manifest["forms"] == ["float32", "int8", "executorch float32", "executorch int8"]
+    with np.load(new / "golden.npz") as golden:
+        images, tokens = golden["prepared"].astype(np.float32), golden["tokens"]
+    with torch.inference_mode():
+        pictures = student.encode_image(torch.from_numpy(images), normalize=True).numpy()
+        texts = student.encode_text(torch.from_numpy(tokens), normalize=True).numpy()
+    whole, small = Deployed(new, "executorch float32"), Deployed(new, "executorch int8")
+    np.testing.assert_allclose(whole.encode_prepared(images), pictures, atol=1e-4)
+    np.testing.assert_allclose(whole.encode_tokens(tokens), texts, atol=1e-4)
+    words = ["a red star", "", "a small blue ring on grass"]  # each shorter than the longest caption
+    with torch.inference_mode():
+        expected = student.encode_text(student.tokenizer(words), normalize=True)
+    np.testing.assert_allclose(whole.encode_texts(words), expected, atol=1e-4)
+    assert (small.encode_prepared(images) * pictures).sum(1).min() > 0.9
+    assert (small.encode_tokens(tokens) * texts).sum(1).min() > 0.99
+    for name, full in zip(small.graphs, whole.graphs, strict=True):
+        for graph in (name, full):
+            assert manifest["files"][graph]["sha256"] == hashlib.sha256((new / graph).read_bytes()).hexdigest()
+            assert str(Path(export.__file__).parent).encode() not in (new / graph).read_bytes()
+        assert (new / name).stat().st_size < 0.75 * (new / full).stat().st_size
+    (new / "image.pte").write_bytes(b"no graph")
+    refresh(new, "image.pte")
+    with pytest.raises(DeployError, match=r"image\.pte: ExecuTorch cannot load it"):
+        Deployed(new, "executorch float32")
+
+
+def test_without_executorch_the_remedy_is_named(copied, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "executorch", None)  # as if it were not installed
+    remedy = "uv sync --extra executorch (or pip install 'mclip[executorch]')"
+    assert main(["export", "--model_checkpoint", "kd", "--out_dir", str(tmp_path / "new"), "--executorch"]) == 2
+    assert remedy in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(DeployError, match=r"image\.pte: not among the exported files"):
+        Deployed(copied, "executorch float32")
+    (copied / "image.pte").write_bytes(b"a graph")
+    with pytest.raises(DeployError, match=re.escape(remedy)):
+        deploy_reader.session(copied / "image.pte")
 
 
 def test_calibration_needs_pictures(student, tmp_path):

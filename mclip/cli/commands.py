@@ -166,6 +166,7 @@ def export_student(
     train_data_path: str = "",
     pictures: int = 256,
     web: bool = False,
+    executorch: bool = False,
 ) -> None:
     """Write a student into a folder that an app can carry, and check it there.
 
@@ -176,13 +177,17 @@ def export_student(
         train_data_path: the pairs that the model was trained on, whose pictures calibrate int8; empty draws scenes.
         pictures: how many of them.
         web: add a page that runs the student in a browser; needs Node.js once, to fetch its libraries.
+        executorch: add graphs for ExecuTorch (.pte) in the same forms; needs the extra "executorch".
     """
     from mclip.deploy.export import export  # onnx and onnxruntime take seconds, and no other command needs them
+    from mclip.deploy.reader import require_executorch
     from mclip.deploy.web import libraries, write_web
 
     require(int8 or not web, "int8", int8, "the page starts with the int8 graphs")
     if web:
         libraries()  # where they cannot be fetched, that is said before the minute of the export
+    if executorch:
+        require_executorch()
     require(pictures > 0, "pictures", pictures, "calibration needs one or more")
     model, _ = recipes.load_model(model_checkpoint)
     remedy = "only a student can be exported: base, kd, or the model folder of a run"
@@ -191,7 +196,7 @@ def export_student(
     if int8:
         pairs = load_pairs(train_data_path, size, scenes=SceneConfig(pictures, size, "train"), progress=False)
         calibration = pairs.images[:pictures]
-    manifest = export(model, out_dir, Path(model_checkpoint).name, calibration)
+    manifest = export(model, out_dir, Path(model_checkpoint).name, calibration, executorch)
     for name, file in manifest["files"].items():
         print(f"{name:16}{file['bytes']:12,} bytes")
     print(f"{out_dir}: written, read again without PyTorch, and checked: {', '.join(manifest['forms'])}")

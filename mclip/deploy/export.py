@@ -2,11 +2,13 @@
 
 :mod:`mclip.deploy.reader` reads it without PyTorch. The graphs are in ONNX (https://onnx.ai); ONNX Runtime writes the
 int8 ones. A float is stored as scale x (integer - zero point), so a number takes one byte, and the scale says what one
-step of the integer is worth (Jacob et al. 2018, https://arxiv.org/abs/1712.05877).
+step of the integer is worth (Jacob et al. 2018, https://arxiv.org/abs/1712.05877). On request the graphs are written
+for ExecuTorch as well, PyTorch's own engine for devices (https://docs.pytorch.org/executorch).
 """
 
 import copy
 import hashlib
+import importlib.metadata
 import io
 import logging
 import time
@@ -26,7 +28,17 @@ from torch import Tensor, nn
 
 from mclip.config import require
 from mclip.deploy.fused import fused
-from mclip.deploy.reader import GOLDEN, GRAPHS, KIND, MANIFEST, PREPROCESS, TOKENIZER, VERSION, Deployed
+from mclip.deploy.reader import (
+    GOLDEN,
+    GRAPHS,
+    KIND,
+    MANIFEST,
+    PREPROCESS,
+    TOKENIZER,
+    VERSION,
+    Deployed,
+    require_executorch,
+)
 from mclip.deploy.tokenizer import portable_tokenizer
 from mclip.evaluate import ZeroShotSet, as_templates, zero_shot_record
 from mclip.files import atomic_folder, file_hash, write_json
@@ -133,6 +145,40 @@ def write_int8(folder: Path, images: np.ndarray) -> None:
     simplified.unlink()
 
 
+def write_executorch(model: MobileCLIP, folder: Path, images: np.ndarray | None) -> None:
+    """``image.pte`` and ``text.pte`` of the fused ``model`` for ExecuTorch, whose XNNPACK backend computes on CPUs.
+
+    A graph reads one picture, or one caption of any length. With ``images`` as of :func:`write_int8`, int8 graphs are
+    written as well, ranges static for pictures and dynamic for text; embeddings of tokens stay in float32.
+    """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from executorch.exir import to_edge_transform_and_lower
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    size, deployed = model.config.image.image_size, fused(model)
+    deployed.image_encoder.to(memory_format=torch.contiguous_format)  # XNNPACK orders channels itself
+    tokens = model.tokenizer(["a small brown dog"])
+    length = torch.export.Dim("length", min=2, max=model.config.text.context_length)
+    inputs = (("encode_image", torch.zeros(1, 3, size, size), None), ("encode_text", tokens, ({1: length},)))
+    for form in ("float32", "int8") if images is not None else ("float32",):
+        for name, (encode, example, shape) in zip(GRAPHS[f"executorch {form}"], inputs, strict=True):
+            dynamic = encode == "encode_text"
+            with quiet(), torch.no_grad():
+                graph = torch.export.export(Half(deployed, encode).eval(), (example,), dynamic_shapes=shape)
+                if form == "int8":
+                    config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic)
+                    observed = prepare_pt2e(graph.module(), XNNPACKQuantizer().set_global(config))
+                    for row in example if dynamic else torch.from_numpy(images):
+                        observed(row[None])
+                    graph = torch.export.export(convert_pt2e(observed), (example,), dynamic_shapes=shape)
+                program = to_edge_transform_and_lower(graph, partitioner=[XnnpackPartitioner()]).to_executorch()
+            (folder / name).write_bytes(program.buffer)
+
+
 def golden_pictures(side: int) -> dict[str, bytes]:
     """PNG files of smooth random colours, ``side`` wide and higher than wide, of the kinds that readers get wrong.
 
@@ -172,7 +218,11 @@ def golden(model: MobileCLIP) -> dict[str, np.ndarray]:
 
 
 def export(
-    model: nn.Module, folder: str | Path, name: str = "student", calibration: np.ndarray | None = None
+    model: nn.Module,
+    folder: str | Path,
+    name: str = "student",
+    calibration: np.ndarray | None = None,
+    executorch: bool = False,
 ) -> dict[str, Any]:
     """Write ``folder``, whole or not at all, after :class:`Deployed` has read it and found it right.
 
@@ -181,11 +231,12 @@ def export(
         folder: must not exist.
         name: of the model, for the manifest and the card.
         calibration: uint8 pictures (N, 3, H, W) of the training set; with them, int8 graphs are written as well.
+        executorch: write the graphs for ExecuTorch as well, in the same forms.
 
     Returns: the manifest: what was exported, and of each file bytes and SHA-256.
 
     Raises: ConfigError for another kind of model, or a folder that is there; DeployError if a graph computes something
-        else.
+        else, or if ExecuTorch is asked for and not installed.
     """
     folder = Path(folder).expanduser()
     remedy = "only a student can be exported; for models of open_clip use the exporters that their authors name"
@@ -193,15 +244,24 @@ def export(
     require(not folder.exists(), "out_dir", str(folder), "it is there already; delete it or choose another")
     some = calibration is None or len(calibration) > 0
     require(some, "calibration", "no pictures", "give some pictures of the training set")
+    if executorch:
+        require_executorch()
     model = copy.deepcopy(model).eval().cpu()
     size, context = model.config.image.image_size, model.config.text.context_length
     steps = {"size": size, "crop": "shortest side resized, then the centre", "interpolation": "bicubic"}
-    forms = ["float32"] if calibration is None else ["float32", "int8"]
+    forms, prepared = ["float32"], None
+    written_by = versions() | {"onnx": onnx.__version__}
     with atomic_folder(folder) as new:
         write_graphs(model, new)
         if calibration is not None:
             prepared = normalise(torch.tensor(np.asarray(calibration)), size, model.MEAN, model.STD)
-            write_int8(new, prepared.contiguous().numpy())
+            prepared = prepared.contiguous().numpy()
+            write_int8(new, prepared)
+            forms.append("int8")
+        if executorch:
+            write_executorch(model, new, prepared)
+            forms += [f"executorch {form}" for form in forms]
+            written_by["executorch"] = importlib.metadata.version("executorch")
         portable_tokenizer(context).save(str(new / TOKENIZER), pretty=False)
         write_json(new / PREPROCESS, steps | {"channels": "RGB", "mean": model.MEAN, "std": model.STD})
         np.savez_compressed(new / GOLDEN, **golden(model))
@@ -215,7 +275,7 @@ def export(
             "context_length": context,
             "logit_scale": model.logit_scale.exp().item(),
             "files": {file: {"bytes": (new / file).stat().st_size, "sha256": sha} for file, sha in hashes.items()},
-            "versions": versions() | {"onnx": onnx.__version__},
+            "versions": written_by,
         }
         write_json(new / MANIFEST, manifest)
         rows = [f"| `{file}` | {about['bytes']:,} | `{about['sha256']}` |" for file, about in manifest["files"].items()]

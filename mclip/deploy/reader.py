@@ -1,10 +1,12 @@
 """A student as an app carries it: pictures and sentences to embeddings, without PyTorch.
 
 It reads a folder that :mod:`mclip.deploy.export` wrote, and needs numpy, Pillow, onnxruntime and tokenizers. It imports
-nothing else of mclip: a copy of this file beside the folder is enough.
+nothing else of mclip: a copy of this file beside the folder is enough. Only for graphs of ExecuTorch (``.pte``) does it
+need the package executorch, and with it PyTorch.
 """
 
 import hashlib
+import importlib.util
 import io
 import json
 import struct
@@ -24,8 +26,10 @@ GRAPHS = {
     "int8": ("image-int8.onnx", "text-int8.onnx"),
     "int8 image": ("image-int8.onnx", "text.onnx"),
     "int8 text": ("image.onnx", "text-int8.onnx"),
+    "executorch float32": ("image.pte", "text.pte"),
+    "executorch int8": ("image-int8.pte", "text-int8.pte"),
 }
-"""By form, the graph of each half. The last two forms keep one half in float32."""
+"""By form, the graph of each half. "int8 image" and "int8 text" keep the other half in float32."""
 UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow and :func:`as_rgb` raise for a picture that cannot be read."""
 LONGEST = 8
@@ -108,8 +112,48 @@ def prepare(picture: Picture, settings: dict[str, Any]) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def session(graph: Path | bytes, threads: int = 0) -> onnxruntime.InferenceSession:
-    """A graph, from a file or its bytes, ready to compute on the CPU; 0 threads leave their number to ONNX Runtime."""
+def require_executorch() -> None:
+    """Raises: DeployError, with the remedy, if the package executorch is not installed."""
+    if importlib.util.find_spec("executorch") is None:
+        remedy = "run uv sync --extra executorch (or pip install 'mclip[executorch]')"
+        raise DeployError(f"graphs of ExecuTorch (.pte) need the package executorch, which is not installed: {remedy}.")
+
+
+class ExecuTorchSession:
+    """A ``.pte`` file behind the one method of ONNX Runtime's session that :class:`Deployed` calls.
+
+    The graph computes one row at a time. ExecuTorch's Python package takes and gives PyTorch's tensors.
+    """
+
+    def __init__(self, graph: Path) -> None:
+        """Raises: DeployError if executorch is not installed, or cannot load ``graph``."""
+        require_executorch()
+        from executorch.runtime import Runtime
+
+        try:
+            self.program = Runtime.get().load_program(graph)  # kept: the method does not own its memory
+            self.method = self.program.load_method("forward")
+        except RuntimeError as error:
+            raise DeployError(
+                f"{graph}: ExecuTorch cannot load it ({error}); export again with its version."
+            ) from error
+
+    def run(self, _: None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """One input (N, ...) by any name -> one output (N, d)."""
+        import torch
+
+        (rows,) = (torch.from_numpy(np.ascontiguousarray(value)) for value in inputs.values())
+        # The graph writes each answer over the last one, so each is copied.
+        return [np.concatenate([self.method.execute([row])[0].numpy().copy() for row in rows.split(1)])]
+
+
+def session(graph: Path | bytes, threads: int = 0) -> onnxruntime.InferenceSession | ExecuTorchSession:
+    """A graph, from a file or its bytes, ready to compute on the CPU; a file ``.pte`` is read by ExecuTorch.
+
+    0 threads leave their number to ONNX Runtime; ExecuTorch always chooses it.
+    """
+    if isinstance(graph, Path) and graph.suffix == ".pte":
+        return ExecuTorchSession(graph)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
@@ -128,10 +172,11 @@ class Deployed:
     def __init__(self, folder: str | Path, form: str = "float32", threads: int = 0, check: bool = True) -> None:
         """Load an exported folder, and compare it with the examples of ``golden.npz`` unless ``check`` is False.
 
-        ``form`` is float32 or int8, or "int8 image" or "int8 text" for one half in int8. A call computes with
-        ``threads``; 0 leaves their number to ONNX Runtime.
+        ``form`` is float32 or int8, or "int8 image" or "int8 text" for one half in int8, or "executorch float32" or
+        "executorch int8". A call computes with ``threads``; 0 leaves their number to ONNX Runtime.
 
-        Raises: DeployError if a file is missing, is not what was exported, or gives other numbers on this device.
+        Raises: DeployError if a file is missing, is not what was exported, or gives other numbers on this device, or if
+            executorch is needed and not installed.
         """
         self.folder, self.form = Path(folder).expanduser(), form
         if form not in GRAPHS:
