@@ -34,7 +34,7 @@ from mclip.model import MobileCLIP
 from mclip.recipes import load_model
 from mclip.results import describe_model
 from mclip.scenes.test_sets import scene_sets
-from mclip.text_encoder import Tokenizer
+from mclip.text_encoder import Tokenizer, clean_caption
 
 WORDS = ("a", "small", "red", "star", "dog's", "crème", "10", "on", "green", "grass,", "beside", "the", "of", "photo")
 ODD = ("’", "Σ", "ΟΔΟΣ", "İ", "½", "ﬁ", "\u3000", "...", "!")
@@ -99,6 +99,7 @@ STRAIGHT = str.maketrans("\u02bc\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f
 
 @settings(deadline=None, max_examples=400)
 @example("¬È")  # ftfy repairs it only once it is in lower case
+@example("0»ß»")
 @given(
     st.one_of(
         st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=80),
@@ -110,7 +111,8 @@ STRAIGHT = str.maketrans("\u02bc\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f
 def test_tokenizer_file_gives_the_same_ids(text):
     """For every text that ftfy and html.unescape leave as it is, but for curly quotes."""
     plain = unicodedata.normalize("NFKC", text).translate(STRAIGHT).strip()
-    assume(all(basic_clean(form) == form for form in (plain, plain.lower())) and "_of_text>" not in text.lower())
+    forms = plain, plain.lower(), clean_caption(text)  # some are only repaired once a mark at the end is gone
+    assume(all(basic_clean(form) == form for form in forms) and "_of_text>" not in text.lower())
     for context in (5, 32):
         found = portable_tokenizer_of(context).encode_batch([text, "a dog"])
         assert [row.ids for row in found] == Tokenizer(context)([text, "a dog"]).tolist()
@@ -226,7 +228,8 @@ def test_graphs_of_executorch_are_the_student(student, tmp_path):
         for graph in (name, full):
             assert manifest["files"][graph]["sha256"] == hashlib.sha256((new / graph).read_bytes()).hexdigest()
             assert str(Path(export.__file__).parent).encode() not in (new / graph).read_bytes()
-        assert (new / name).stat().st_size < 0.75 * (new / full).stat().st_size
+        # The text half keeps its table of tokens in float32.
+        assert (new / name).stat().st_size < 0.9 * (new / full).stat().st_size
     (new / "image.pte").write_bytes(b"no graph")
     refresh(new, "image.pte")
     with pytest.raises(DeployError, match=r"image\.pte: ExecuTorch cannot load it"):
