@@ -37,14 +37,14 @@ def performance_comparison(records: Records, photographs: Records = ()) -> style
     places, rows = [["scenes", "published"]], [max(len(measured), len(published))]
     title = "Measured here,\nwith 95 % intervals and chance"
     if photos:
-        shown = list(dict.fromkeys(name for row in photos.values() for name in row))
+        names = list(dict.fromkeys(name for row in photos.values() for name in row))
         places = [["photos", "published"], ["scenes", "scenes"]]
-        rows = [len(published) * max(len(shown), len(style.LABELS)) / len(style.LABELS), len(measured)]
+        rows = [len(published) * max(len(names), len(style.LABELS)) / len(style.LABELS), len(measured)]
         title = "Drawn scenes, measured here, with 95 % intervals and chance"
     fig = style.figure(8.3, 1.2 + 0.3 * len(rows) + 0.66 * sum(rows) * len(models) / len(style.LABELS))
     axes = fig.subplot_mosaic(places, height_ratios=rows)
     if photos:
-        style.grouped_bars(axes["photos"], photos, shown)
+        style.grouped_bars(axes["photos"], photos, names)
         axes["photos"].set(title="Photographs, measured here,\nwith 95 % intervals", xlabel="top-1, or recall at 5 (%)")
     left, right = axes["scenes"], axes["published"]
     style.grouped_bars(left, measured, models)
