@@ -85,7 +85,7 @@ TERMS = DistillConfig(
     max_temperature=1.0,
     min_temperature=1.0,
 )
-# What is compared takes a quarter of an hour. base and clip see as many samples as kd, of captioned photographs alone;
+# What is compared takes under half an hour. base and clip see as many samples as kd, of captioned photographs alone;
 # without a teacher each crop may be a new one.
 ALONE = replace(STUDENT, max_epochs=18, validate_every=6, views=0)
 RECIPES = {
