@@ -6,6 +6,7 @@ A setting that cannot work raises :class:`ConfigError`, whether it comes from Py
 import dataclasses
 import difflib
 import inspect
+import json
 import re
 import types
 import typing
@@ -261,6 +262,11 @@ class TrainConfig(Settings):
         self.check("crop_scale", 0 < self.crop_scale <= 1, "choose a share of the area in (0, 1]")
         self.check("warmup", 0 <= self.warmup < 1, "choose a fraction of the run in [0, 1)")
         self.check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "choose a decay in (0, 1), or null")
+
+
+_defaults = dataclasses.asdict(TrainConfig()) | dataclasses.asdict(DistillConfig())
+DEFAULTS: dict[str, Any] = json.loads(json.dumps(_defaults))  # lists for tuples, as in a record
+"""What a setting was in a record that was made before the setting was there."""
 
 
 @dataclass(frozen=True)

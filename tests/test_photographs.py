@@ -239,7 +239,7 @@ def test_the_study_trains_what_is_compared_and_goes_on_after_a_kill(root, tmp_pa
     """A run that is killed between its training and its records; choices are made on other parts than reports."""
     monkeypatch.setattr(run, "RESULTS", tmp_path / "ships")
     monkeypatch.setattr(run, "CHECKPOINTS", tmp_path / "models")
-    names = [f"photographs/{name}" for name in ("teacher", "base", "clip", "kd", "base-rate-4e-3", "kd-views-2")]
+    names = [f"photographs/{name}" for name in ("teacher", "base", "clip", "kd", "base-rate-4e-3", "kd-feature")]
     arguments = ["study", *names, "--seeds", "1", "--epochs", "1", "--root_dir", str(root)]
     arguments += ["--out_dir", str(tmp_path / "runs")]
     judge, calls = photographs.Photographs.judge, []
@@ -264,11 +264,11 @@ def test_the_study_trains_what_is_compared_and_goes_on_after_a_kill(root, tmp_pa
     assert reported == {"teacher", "base", "clip", "kd"}
     chosen = [r for r in records if r["task"] == "choice"]
     assert {r["split"] for r in chosen} == {r["split"] for r in records} - REPORTED == {"the part to choose by"}
-    assert {r["model"]["name"] for r in chosen} == reported | {"base-rate-4e-3", "kd-views-2"}
+    assert {r["model"]["name"] for r in chosen} == reported | {"base-rate-4e-3", "kd-feature"}
     sets = chosen[0]["metrics"]["sets"]
     assert sets.keys() == {"cifar10", "imagenette", "flickr8k"}
     assert chosen[0]["metrics"]["mean"] == pytest.approx(np.mean([score["value"] for score in sets.values()]))
-    assert calls.count("kd-views-2") == 1
+    assert calls.count("kd-feature") == 1
 
 
 def test_base_of_seed_0_ships_with_its_card(root, tmp_path, monkeypatch):

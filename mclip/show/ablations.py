@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
+from mclip.config import DEFAULTS
 from mclip.results import ResultError
 from mclip.show.style import PALETTE, NotebookFigure, figure, intervals, label, name_rows
 from mclip.show.tables import markdown
@@ -42,7 +43,7 @@ def means_of(records: Records) -> dict[str, dict[int, float]]:
     """
     means, settings = {}, {}
     for record in records:
-        name, own = record["model"]["name"], {**record["details"]["configuration"], "seed": None}
+        name, own = record["model"]["name"], DEFAULTS | record["details"]["configuration"] | {"seed": None}
         if settings.setdefault(name, own) != own:
             raise ResultError(f"{name}: its records differ in more than the seed; keep those of one setting.")
         if "error" not in record:

@@ -6,10 +6,9 @@ and several processes started at once, with the same ``out_dir``, share what is 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from tqdm.auto import tqdm
 
-from mclip.config import PRESETS, DistillConfig, TrainConfig, from_mapping, require
+from mclip.config import DEFAULTS, PRESETS, DistillConfig, TrainConfig, from_mapping, require
 from mclip.files import DATA, atomic_folder, atomic_path, content_key
 from mclip.model import MobileCLIP
 from mclip.recipes import compare, evaluate_all, load_data, load_model, train_open_clip, train_student
@@ -35,8 +34,6 @@ from mclip.train import TrainResult
 
 Records = list[dict[str, Any]]
 RESULTS, CHECKPOINTS = DATA / "results", DATA / "checkpoints"
-DEFAULTS: Settings = json.loads(json.dumps(asdict(TrainConfig()) | asdict(DistillConfig())))
-"""What a setting was in a record that was made before the setting was there."""
 
 
 @dataclass(frozen=True)
