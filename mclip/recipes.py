@@ -66,18 +66,21 @@ def load_data(
     unpaired_texts_path: str = "",
     data_size: float = 1.0,
     noise: float = 0.0,
+    scenes: Mapping[str, Any] | None = None,
     seed: int = 0,
     **reading: Any,
 ) -> tuple[Pairs, Pairs]:
     """Training and validation pairs, read as ``reading`` says; scenes of the profile's size where no path is given.
 
-    Pictures without captions and sentences without pictures are added to the training pairs (``add_unpaired``).
+    ``scenes`` changes fields of the ``SceneConfig`` that is trained on. Pictures without captions and sentences
+    without pictures are added to the training pairs (``add_unpaired``).
     """
     require_both(train_data_path, val_data_path)
     remedy = "sentences stand beside pictures without captions; give unlabelled_data_path too"
     require(bool(unlabelled_data_path) or not unpaired_texts_path, "unpaired_texts_path", unpaired_texts_path, remedy)
     size = get_profile(profile).pictures
-    train_scenes = SceneConfig(size, image_size, "train", noise=noise)
+    drawn = {"size": size, "image_size": image_size, "split": "train", "noise": noise}
+    train_scenes = SceneConfig(**(drawn | dict(scenes or {})))
     val_scenes = SceneConfig(max(64, size // 20), image_size, "val")
     training = load_pairs(train_data_path, image_size, data_size=data_size, seed=seed, scenes=train_scenes, **reading)
     if unlabelled_data_path:

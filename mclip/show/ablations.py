@@ -6,8 +6,8 @@ what it is compared with.
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle, pairwise
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,12 @@ VERDICTS = {
     "identical": ("black", "x"),
 }
 """Colour and marker of a difference whose interval lies above 0, below 0, or holds it, and of one that is no run."""
+MEASURES: dict[str, Callable[[Mapping[str, Any]], float]] = {
+    "R@10": lambda metrics: metrics["retrieval"]["r10"],
+    "held-out": lambda metrics: metrics["sets"]["held-out"]["value"],
+    "mean top-1": lambda metrics: metrics["mean"],
+}
+"""What a recipe is judged by, in percent: retrieval, new pairs of colour and shape, and the mean of all sets."""
 
 
 def plan_of(records: Records) -> Plan:
@@ -36,8 +42,8 @@ def plan_of(records: Records) -> Plan:
     return {record["model"]["name"]: record["details"]["experiment"] for record in records}
 
 
-def means_of(records: Records) -> dict[str, dict[int, float]]:
-    """Mean top-1 (%) over the zero-shot sets, by configuration and seed; failures have none.
+def means_of(records: Records, measure: str = "mean top-1") -> dict[str, dict[int, float]]:
+    """One of ``MEASURES``, by configuration and seed; failures have none.
 
     ResultError for a configuration whose records differ in more than the seed.
     """
@@ -47,7 +53,7 @@ def means_of(records: Records) -> dict[str, dict[int, float]]:
         if settings.setdefault(name, own) != own:
             raise ResultError(f"{name}: its records differ in more than the seed; keep those of one setting.")
         if "error" not in record:
-            means.setdefault(name, {})[record["seed"]] = record["metrics"]["mean"]
+            means.setdefault(name, {})[record["seed"]] = MEASURES[measure](record["metrics"])
     return means
 
 
@@ -88,9 +94,9 @@ def difference(means: Means, name: str, against: str) -> dict[str, Any]:
     return effect | {"low": value - half, "high": value + half, "verdict": verdict}
 
 
-def effects(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def effects(records: Sequence[Mapping[str, Any]], measure: str = "mean top-1") -> dict[str, dict[str, Any]]:
     """The :func:`difference` of each configuration to its counterpart, in the order of the records."""
-    means, differences = means_of(records), {}
+    means, differences = means_of(records, measure), {}
     for name, each in plan_of(records).items():
         other = each["against"]
         if other != name and means.get(name, {}).keys() & means.get(other, {}).keys():
@@ -120,6 +126,58 @@ def ablation_table(records: Sequence[Mapping[str, Any]]) -> str:
         rows.append(row)
     header = ("question", "configuration", "seeds", "mean, %", "against", "points", "verdict")
     return markdown(header, rows)
+
+
+def recipe_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table: each of ``MEASURES`` over seeds, and its difference to the configuration's counterpart."""
+    means, found = ({each: function(records, each) for each in MEASURES} for function in (means_of, effects))
+    plan, failed = plan_of(records), failures_of(records)
+    rows = []
+    for name, each in plan.items():
+        row = [each["group"], each["title"], len(means["R@10"].get(name, {}))]
+        row += [
+            failed[name] if name in failed else f"{statistics.fmean(means[m][name].values()):.1f}" for m in MEASURES
+        ]
+        row.append(plan[each["against"]]["title"] if name in found["R@10"] else "")
+        for measure in MEASURES:
+            effect = found[measure].get(name, {})
+            spread = f" ({effect['low']:+.1f} to {effect['high']:+.1f})" if "low" in effect else ""
+            row.append(f"{effect['value']:+.1f}{spread}" if effect else "")
+        rows.append(row)
+    points = [f"points of {measure}" for measure in MEASURES]
+    return markdown(("question", "configuration", "seeds", *MEASURES, "against", *points), rows)
+
+
+def recipe_figure(records: Sequence[Mapping[str, Any]], against: str = "feature") -> NotebookFigure:
+    """Each configuration by what it adds to ``against``: points of R@10 over points of mean top-1, numbered.
+
+    One that scores far less than the others is left out of the picture, and named below it.
+    """
+    plan = plan_of(records)
+    means = {measure: means_of(records, measure) for measure in ("mean top-1", "R@10")}
+    gains = {
+        name: [difference(means[measure], name, against)["value"] for measure in means]
+        for name in plan
+        if name != against and means["R@10"].get(name, {}).keys() & means["R@10"].get(against, {}).keys()
+    }
+    near = {name: gain for name, gain in gains.items() if min(gain) > -10}
+    fig = figure(8.3, 5.2)
+    ax = fig.subplots()
+    groups = list(dict.fromkeys(each["group"] for each in plan.values()))
+    for (number, (name, gain)), place in zip(enumerate(near.items(), start=1), cycle((4, -11)), strict=False):
+        group = groups.index(plan[name]["group"])
+        title = f"{number} {plan[name]['title']}"
+        ax.plot(*gain, "o^sDvPX"[group % 7], color=PALETTE[group % len(PALETTE)], label=label(title, 44))
+        ax.annotate(str(number), gain, (4, place), textcoords="offset points", fontsize=8)
+    ax.axhline(0, color="black", linewidth=1)
+    ax.axvline(0, color="black", linewidth=1)
+    far = [f"{plan[name]['title']} ({x:+.0f}, {y:+.0f})" for name, (x, y) in gains.items() if name not in near]
+    note = f"\nfar outside: {'; '.join(far)}" if far else ""
+    title = plan[against]["title"]
+    ax.set(xlabel=f"mean top-1 of seven sets, points above {title}{note}", ylabel=f"R@10, points above {title}")
+    fig.legend(loc="outside right center", fontsize=7)
+    ax.set_title("Up and to the right is better:\nwhat each recipe adds to copying embeddings alone")
+    return fig
 
 
 def ablation_figure(records: Sequence[Mapping[str, Any]]) -> NotebookFigure:

@@ -8,7 +8,16 @@ from mclip.files import DATA, atomic_path
 from mclip.recipes import describe
 from mclip.results import ResultError, load_results
 from mclip.show import tables
-from mclip.show.ablations import ablation_figure, ablation_table, defect_curves, defect_table, difference, means_of
+from mclip.show.ablations import (
+    ablation_figure,
+    ablation_table,
+    defect_curves,
+    defect_table,
+    difference,
+    means_of,
+    recipe_figure,
+    recipe_table,
+)
 from mclip.show.cost import cost_of_models
 from mclip.show.figures import (
     per_class_recall,
@@ -137,6 +146,7 @@ def figures_of(records: Mapping[str, Records]) -> dict[str, NotebookFigure]:
         "grounding": grounding_scores(records["grounding"]),
         "efficiency_pareto": cost_of_models(records["efficiency"][0]["metrics"]),
         "ablations": ablation_figure(records["ablations"]),
+        "recipes": recipe_figure(records["recipes"]),
         "defects": defect_curves(records["defects"], records["ablations"]),
         "similarity_matrices": similarity_matrices(cosines, records["examples"][0]["details"]["captions"]),
         "prompt_sensitivity": prompt_sensitivity({name: record["metrics"] for name, record in examples.items()}),
@@ -152,6 +162,8 @@ def tables_of(records: Mapping[str, Records]) -> dict[str, str]:
         "scenes": scores_markdown(zero_shot_table(records["scenes"]), ("base", "clip", "kd", "teacher")),
         "paired": paired_markdown(records["scenes"]),
         "ablations": ablation_table(records["ablations"]),
+        "recipes": recipe_table(records["recipes"]),
+        "baselines": recipe_table(records["baselines"]),
         "defects": defect_table(records["defects"], means_of(records["ablations"])),
         "efficiency": f"{tables.efficiency_table(costs)}\n\n{tables.efficiency_goals(costs)}",
         "views": scores_markdown(zero_shot_table(records["views"]), ("whole", "cached-views", "online")),

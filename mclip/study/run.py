@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -107,7 +108,7 @@ def train(job: Job) -> TrainResult:
     if job.study.world == "photographs":
         how = {"unlabelled": settings["unlabelled"], "preset": settings["preset"], **job.teacher}
         return job.photographs.train(job.row.student, replace(loop, progress=True), terms, job.folder, **how)
-    reading = {key: settings[key] for key in ("data_size", "noise", "seed")}
+    reading = {key: settings[key] for key in ("data_size", "noise", "seed", "scenes") if key in settings}
     training, validation = load_data(settings["profile"], config.image.image_size, progress=False, **reading)
     if job.row.student == "clip":
         return train_open_clip("clip", training, validation, loop, job.folder)
@@ -143,9 +144,21 @@ def summed_up(job: Job, result: TrainResult, records: Records) -> dict[str, Any]
         "samples_seen": result.steps * job.settings.get("batch_size", 0),
         "validation": [[record["step"], record["validation"]["r1"]] for record in result.validations()],
         "loss": curve[:: max(1, len(curve) // 100)],
+        "shares": shares_of(result.log),
     }
     n, more = sum(record["n"] for record in records), {"seconds": result.seconds, "details": details}
     return make_result(*summary_of(job), n, records[0]["model"], metrics, seed=job.seed, **more)
+
+
+def shares_of(log: Records) -> dict[str, dict[str, float]]:
+    """Of each phase, what part each term has of the sum of weight times loss, in percent, averaged over its steps."""
+    phases: dict[str, dict[str, list[float]]] = {}
+    for step in (record for record in log if "terms" in record):
+        sizes = {name: step["weights"][name] * abs(value) for name, value in step["terms"].items()}
+        for name, size in sizes.items():
+            share = 100 * size / sum(sizes.values())
+            phases.setdefault(str(step["phase"]), {}).setdefault(name, []).append(share)
+    return {phase: {name: fmean(parts) for name, parts in terms.items()} for phase, terms in phases.items()}
 
 
 def summary_of(job: Job) -> tuple[str, str, str]:

@@ -119,7 +119,7 @@ def plan(
         training = size.training(progress=False, seed=seed, max_epochs=epochs or study.epochs or size.max_epochs)
         terms = BASE if row.student == "base" else DistillConfig()
     settings |= asdict(training) | asdict(terms)
-    for key in row.changes:
+    for key in row.changes.keys() - {"scenes"}:
         require(key in settings, f"{row.full_name}.{key}", row.changes[key], closest(key, settings))
     settings |= row.changes
     if settings["data_size"] < 1:
