@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mclip import losses
-from mclip.config import DistillConfig, require
+from mclip.config import DistillConfig
 from mclip.pairs import Batch
 
 Output = dict[str, Tensor]
@@ -55,24 +55,25 @@ class Distillation(Contrastive):
     ) -> None:
         super().__init__(config)
         self.teacher_logit_scale = teacher_logit_scale
-        if config.feature_weight:
+        self.aligned = "penultimate" if config.feature_source == "penultimate" else "features"
+        if config.feature_weight or config.icl_weight:
             fitting = ["identity" if width == teacher_width else "mlp" for width in widths]
             kinds = fitting if config.aligner in ("auto", "pca") else [config.aligner] * 2
             self.image_aligner = losses.Aligner(widths[0], teacher_width, kinds[0])
             self.text_aligner = losses.Aligner(widths[1], teacher_width, kinds[1])
-        remedy = f"the student's embedding {widths} must be as wide as the teacher's {teacher_width}"
-        fits = config.feature_source == "penultimate" or widths == (teacher_width,) * 2
-        require(config.icl_weight == 0 or fits, "icl_weight", config.icl_weight, remedy)
 
     def student_tensors(self, output: Output) -> list[Tensor]:
-        """The embeddings, and the penultimate features where feature distillation reads them."""
-        penultimate = self.config.feature_weight and self.config.feature_source == "penultimate"
-        return embeddings(output) + (embeddings(output, "penultimate") if penultimate else [])
+        """The embeddings, and the penultimate features where those are aligned with the teacher's."""
+        return embeddings(output) + (embeddings(output, self.aligned) if self.aligned == "penultimate" else [])
+
+    def _in_teacher_space(self, output: Output) -> tuple[Tensor, Tensor]:
+        """The student's pictures and captions, aligned: (B, D) each."""
+        image, text = embeddings(output, self.aligned)
+        return self.image_aligner(image), self.text_aligner(text)
 
     def _feature(self, output: Output, batch: Batch, temperature: float) -> Tensor:
         form = self.config.feature_form
-        image, text = embeddings(output, "penultimate" if self.config.feature_source == "penultimate" else "features")
-        image, text = self.image_aligner(image), self.text_aligner(text)
+        image, text = self._in_teacher_space(output)
         if form == "mse":
             image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
         image_loss = losses.feature(image, batch.teacher_image, form)
@@ -87,5 +88,5 @@ class Distillation(Contrastive):
         return losses.similarity(*embeddings(output), batch.teacher_image, batch.teacher_text)
 
     def _icl(self, output: Output, batch: Batch, temperature: float) -> Tensor:
-        sides = own_pairs(batch, *embeddings(output), batch.teacher_image, batch.teacher_text)
+        sides = own_pairs(batch, *self._in_teacher_space(output), batch.teacher_image, batch.teacher_text)
         return losses.icl(*sides, output["logit_scale"])

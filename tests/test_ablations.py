@@ -11,7 +11,7 @@ from scipy import stats
 from mclip.files import DATA
 from mclip.results import ResultError, load_results, make_result
 from mclip.show import ablations as ablation_figures
-from mclip.show.ablations import difference, effects, means_of, pooled_deviation
+from mclip.show.ablations import difference, effects, means_of, pooled_deviation, recipe_figure, recipe_table
 from mclip.study.table import BY_NAME, DEFECTS
 
 MODEL = {"name": "kd", "parameters": 1, "sha256": "0" * 64}
@@ -112,6 +112,30 @@ def test_a_configuration_that_always_failed_has_its_row():
     ]
     partly = ablation_figures.ablation_table([*records, record("magnitude", 3, 50.0)])
     assert "| magnitude | 1 | 50.0 |" in partly
+
+
+def test_recipes_are_judged_by_retrieval_new_pairs_and_all_sets():
+    rng, records = np.random.default_rng(5), []
+    for name in ("feature", "default", "turned"):
+        for seed in range(2):
+            held_out, mean, r10 = rng.uniform(50, 58, 3)
+            about = {"experiment": BY_NAME[f"recipes/{name}"].described(), "configuration": {"seed": seed}}
+            sets = {"held-out": {"value": held_out, "low": held_out, "high": held_out}}
+            metrics = {"mean": mean, "sets": sets, "retrieval": {"r10": r10}}
+            model = {**MODEL, "name": name}
+            records.append(make_result("recipe", "scenes", "x", 10, model, metrics, seed=seed, details=about))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in recipe_table(records).splitlines()]
+    assert rows[0][3:6] == ["R@10", "held-out", "mean top-1"]
+    metrics = [record["metrics"] for record in records]
+    for column, value in enumerate((lambda m: m["retrieval"]["r10"], lambda m: m["sets"]["held-out"]["value"])):
+        mine, other = ([value(m) for m in metrics[first : first + 2]] for first in (4, 0))
+        assert rows[4][3 + column] == f"{statistics.fmean(mine):.1f}"
+        assert rows[4][7 + column].split(" ")[0] == f"{statistics.fmean(mine) - statistics.fmean(other):+.1f}"
+    points = [line.get_xydata()[0] for line in recipe_figure(records).axes[0].lines if line.get_marker() != "None"]
+    gains = [means_of(records, measure) for measure in ("mean top-1", "R@10")]
+    for point, name in zip(points, ("default", "turned"), strict=True):
+        expected = [np.mean([mean[name][s] - mean["feature"][s] for s in range(2)]) for mean in gains]
+        assert point == pytest.approx(expected)
 
 
 def test_one_seed_gives_points_without_intervals():

@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import statistics
 
+import numpy as np
 import pytest
 
 from mclip.cli.main import main
-from mclip.config import ConfigError
+from mclip.config import ConfigError, get_profile
 from mclip.files import DATA
-from mclip.recipes import load_model
+from mclip.recipes import load_data, load_model
 from mclip.results import load_results, make_result, weights_sha256
 from mclip.scenes.test_sets import scene_sets
+from mclip.scenes.world import SceneConfig, make_scenes
 from mclip.study import measures, run
 from mclip.study.table import BY_NAME, STUDIES, Experiment, choose, plan
 
@@ -165,6 +167,36 @@ def test_a_recipe_is_chosen_on_other_scenes_than_the_test_sets(smoke):
     assert record["details"]["configuration"]["order"] == ["feature", "response", "original"]
     tests, others = (scene_sets(64, 8, seed)["shape"].images for seed in (0, 1))
     assert not (tests == others).all()
+
+
+def test_shares_of_weight_times_loss_are_percentages_of_each_phase():
+    log = [
+        {"step": 0, "phase": 1, "terms": {"feature": 0.5}, "weights": {"feature": 1.0}},
+        {
+            "step": 1,
+            "phase": 2,
+            "terms": {"feature": 1.0, "response": 2.0},
+            "weights": {"feature": 1.5, "response": 0.25},
+        },
+        {
+            "step": 2,
+            "phase": 2,
+            "terms": {"feature": 3.0, "response": 1.0},
+            "weights": {"feature": 1.0, "response": 1.0},
+        },
+        {"step": 2, "validation": {"r1": 1.0}},
+    ]
+    assert run.shares_of(log) == {"1": {"feature": 100.0}, "2": {"feature": 75.0, "response": 25.0}}
+
+
+def test_the_scenes_of_a_row_are_what_is_trained_on(tmp_path, monkeypatch):
+    """The control with clean captions: the same pictures as otherwise, under captions that always name the shape."""
+    monkeypatch.setenv("MCLIP_CACHE", str(tmp_path))
+    changes = BY_NAME["baselines/base-clean"].changes["scenes"]
+    usual, clean = (load_data("smoke", 64, progress=False, **more)[0] for more in ({}, {"scenes": changes}))
+    expected = make_scenes(SceneConfig(get_profile("smoke").pictures, 64, "train", captions="clean"), progress=False)
+    assert (np.asarray(clean.images) == np.asarray(usual.images)).all()
+    assert clean.captions == expected.captions != usual.captions
 
 
 def test_every_recipe_of_the_search_is_another_one():
