@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from mclip.config import DEFAULTS, PRESETS, DistillConfig, TrainConfig, from_mapping, require
 from mclip.files import DATA, atomic_folder, atomic_path, content_key
 from mclip.model import MobileCLIP
-from mclip.recipes import compare, evaluate_all, load_data, load_model, train_open_clip, train_student
+from mclip.recipes import BASE, compare, evaluate_all, load_data, load_model, train_open_clip, train_student
 from mclip.results import describe_model, load_results, make_result, save_result
 from mclip.show.figures import score_of
 from mclip.steps import TrainError
@@ -103,8 +103,11 @@ def train(job: Job) -> TrainResult:
     if job.study.world == "photographs" and job.row.student == "teacher":
         return TrainResult(nn.Identity(), [], 0.0, 0)  # it comes trained
     config = PRESETS[settings["preset"]]
-    own = [{each.name: settings[each.name] for each in fields(kind)} for kind in (TrainConfig, DistillConfig)]
-    loop, terms = from_mapping(TrainConfig, own[0]), from_mapping(DistillConfig, own[1])
+    own = [
+        {f.name: settings[f.name] for f in fields(kind) if f.name in settings} for kind in (TrainConfig, DistillConfig)
+    ]
+    loop = from_mapping(TrainConfig, own[0])
+    terms = from_mapping(DistillConfig, own[1]) if job.row.student == "kd" else replace(BASE, **own[1])
     if job.study.world == "photographs":
         how = {"unlabelled": settings["unlabelled"], "preset": settings["preset"], **job.teacher}
         return job.photographs.train(job.row.student, replace(loop, progress=True), terms, job.folder, **how)

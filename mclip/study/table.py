@@ -27,6 +27,7 @@ class Study:
     ``chooses`` judges by other scenes than the test sets', and by retrieval among the validation pairs.
     ``keeps_models`` leaves the trained models in ``out_dir``, but for those of the group "search", which only serve to
     choose settings. ``groups`` are parts of the question, which rows name. ``world`` is what is trained on and judged.
+    ``recipe`` are the loss terms that the rows change, where those are not the defaults.
     """
 
     question: str
@@ -37,6 +38,7 @@ class Study:
     keeps_models: bool = False
     world: Literal["scenes", "photographs"] = "scenes"
     groups: dict = field(default_factory=dict)
+    recipe: dict = field(default_factory=dict)
     rows: dict = field(default_factory=dict)
 
 
@@ -117,8 +119,9 @@ def plan(
         settings |= {"preset": PRESET, "unlabelled": row.student == "kd"} | teacher_of(row, teacher)
     else:
         training = size.training(progress=False, seed=seed, max_epochs=epochs or study.epochs or size.max_epochs)
-        terms = BASE if row.student == "base" else DistillConfig()
-    settings |= asdict(training) | asdict(terms)
+        terms = from_mapping(DistillConfig, study.recipe)
+    alone = row.student in ("base", "clip")  # of the terms, they read no more than which loss is their own
+    settings |= asdict(training) | ({"task": BASE.task} if alone else asdict(terms))
     for key in row.changes.keys() - {"scenes"}:
         require(key in settings, f"{row.full_name}.{key}", row.changes[key], closest(key, settings))
     settings |= row.changes
