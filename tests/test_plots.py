@@ -140,7 +140,7 @@ def training_log() -> list[dict]:
             {"step": step, "phase": phase, "lr": 1e-3, "terms": terms, "weights": weights, "temperature": 8 - step / 15}
         )
         if step % 20 == 19:
-            log.append({"step": step, "validation": {"r1": float(step)}})
+            log.append({"step": step, "validation": {"r1": float(step), "r5": 2.0 * step}})
     return log
 
 
@@ -164,6 +164,29 @@ def test_training_curves_are_the_log():
         {**r, "phase": 1, "terms": {"original": 1.0}, "weights": {"original": 1.0}} if "terms" in r else r for r in log
     ]
     assert [ax.get_ylabel() for ax in figures.training_curves(base).axes] == ["loss (log scale)", "recall at 1 (%)"]
+
+
+def test_runs_beside_each_other_are_their_logs():
+    log = [{"step": step, "terms": {"original": float(step)}} for step in range(8)]
+    log += [{"step": 8, "validation": {"r5": 30.0}}]
+    loss, recall = figures.compare_runs({"base": log, "new": log[:-1]}).axes
+    # A quarter of the steps is averaged: the first mean is that of steps 0 and 1.
+    for line in loss.get_lines():
+        assert line.get_xydata()[1:].tolist() == [[step, step - 0.5] for step in range(1, 8)]
+    assert [line.get_xydata().tolist() for line in recall.get_lines()] == [[[8, 30]]]  # one has no validation yet
+
+
+def test_lines_of_a_name_look_alike_and_phases_are_shaded():
+    panels = {("a", "loss"): {"feature": ([0, 1], [2, 3]), "own": ([0, 1], [4, 5])}, ("b", "T"): {"own": ([0], [1])}}
+    fig = style.line_charts(panels, "step", (0, 10, 30), ylim=(0, 9))
+    left, right = fig.axes
+    feature, own = left.get_lines()
+    assert (feature.get_color(), feature.get_linestyle()) == (style.TERMS["feature"]["color"], "--")
+    assert (own.get_color(), own.get_linestyle()) == (right.get_lines()[0].get_color(), "-")
+    for ax, label in ((left, "loss"), (right, "T")):
+        assert [(patch.get_x(), patch.get_width()) for patch in ax.patches] == [(0, 10), (10, 20)]
+        assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_ylim()) == ("step", label, (0, 9))
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["feature", "own", "phase 1", "phase 2"]
 
 
 def test_negative_losses_get_a_linear_axis():
@@ -201,6 +224,7 @@ def every_figure(records):
     yield figures.performance_comparison(records)
     yield figures.per_class_recall(records, "shape")
     yield figures.training_curves(training_log())
+    yield figures.compare_runs({"base": training_log(), "kd": training_log()})
     yield figures.similarity_matrices({"base": similarity, "kd": similarity, "teacher": similarity}, captions)
     yield figures.image_grid(np.zeros((7, 3, 8, 8), np.uint8), captions[:7])
     yield figures.temperature_effect(10 * similarity[0], [1, 4, 8], captions)

@@ -186,6 +186,19 @@ def training_curves(log: Records) -> style.NotebookFigure:
     return fig
 
 
+def compare_runs(logs: Mapping[str, Records]) -> style.NotebookFigure:
+    """The contrastive loss on training pairs, as a moving mean, and recall at 5 of validation pairs, run by run."""
+    losses, recalls = {}, {}
+    for name, log in logs.items():
+        values = pd.Series({r["step"]: r["terms"]["original"] for r in log if "original" in r.get("terms", {})})
+        smooth = values.rolling(max(1, min(10, len(values) // 4))).mean()
+        losses[name] = smooth.index, smooth
+        recalls[name] = zip(*((r["step"], r["validation"]["r5"]) for r in log if "validation" in r), strict=True)
+    left, right = "Contrastive loss on training pairs", "Retrieval of validation pairs"
+    panels = {(left, "InfoNCE (moving mean)"): losses, (right, "recall at 5 (%)"): recalls}
+    return style.line_charts(panels, "step")
+
+
 def caption_matrix(ax: Axes, values: Any, rows: Sequence[str], lowest: float, highest: float) -> AxesImage:
     """Values (B, B) of pictures by captions as colours; both are counted from 1, and ``rows`` are named."""
     shown = ax.imshow(values, cmap="viridis", interpolation="nearest", aspect="auto", vmin=lowest, vmax=highest)
@@ -210,7 +223,7 @@ def similarity_matrices(matrices: Mapping[str, Any], captions: Sequence[str]) ->
         ax.set_title(f"{style.LABELS.get(name, name)}:\n{hits} of {size}")
     axes[0].set_ylabel("picture, named by its caption")
     fig.colorbar(shown, ax=list(axes), label="cosine similarity", shrink=0.9)
-    fig.suptitle("The bright diagonal: how many pictures find their own caption first")
+    fig.suptitle("True pairs lie on the diagonal: how many pictures find their own caption first")
     return fig
 
 

@@ -3,7 +3,7 @@
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ OTHERS = tuple(zip((PALETTE[i] for i in (3, 4, 6, 9, 5, 8)), ("xx", "oo", "++", 
 """Colour and hatch of models with names of their own, in the order in which they come."""
 DASHES = {"original": "-", "feature": "--", "response": "-.", "similarity": ":", "icl": (0, (6, 1))}
 TERMS = {name: {"color": PALETTE[i], "linestyle": DASHES[name]} for i, name in enumerate(DASHES)}
+LINES = tuple({"color": PALETTE[i], "linestyle": dash} for i, dash in ((0, "-"), (1, "-."), (2, ":"), (4, (0, (6, 1)))))
+"""Looks of lines that are neither a term nor the student alone, in the order in which they come."""
 PHASES = {1: PALETTE[7], 2: PALETTE[8], 3: PALETTE[9]}
 TEXTS = ("font.size", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize")
 STYLE = {
@@ -134,4 +136,28 @@ def bar_chart(table: Table, models: Sequence[str], title: str, xlabel: str, widt
     grouped_bars(ax, table, models)
     ax.set(title=title, xlabel=xlabel)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return fig
+
+
+def line_charts(
+    panels: Mapping[tuple[str, str], Mapping[str, Any]], xlabel: str, phases: Sequence[float] = (), **axes: Any
+) -> NotebookFigure:
+    """A panel for each (title, label of y) and in it a line for each name, given as (xs, ys); a name has one look.
+
+    ``phases`` are the bounds of phases to shade, from the first step to the last; ``axes`` are settings of all panels.
+    """
+    names = dict.fromkeys(name for lines in panels.values() for name in lines)
+    known = TERMS | {"base": {"color": PALETTE[7], "linestyle": "--"}}
+    looks = dict(zip((name for name in names if name not in known), cycle(LINES), strict=False)) | known
+    fig = figure(6.3 if len(panels) == 1 else 8.3, 3.0)
+    axes_of_panels = fig.subplots(1, len(panels), squeeze=False)[0]
+    for ax, ((title, ylabel), lines) in zip(axes_of_panels, panels.items(), strict=True):
+        for name, points in lines.items():
+            ax.plot(*points, label=name, **looks[name])
+        for number, (start, end) in enumerate(pairwise(phases), start=1):
+            ax.axvspan(start, end, color=PHASES[number], alpha=0.2, linewidth=0, label=f"phase {number}")
+        ax.set(title=title, xlabel=xlabel, ylabel=ylabel, **axes)
+    handles = {name: handle for ax in fig.axes for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if len(handles) > 1:
+        fig.legend(handles.values(), handles, loc="outside lower center", ncols=3 * min(2, len(panels)))
     return fig
