@@ -17,6 +17,10 @@ from mclip.show.figures import training_curves
 from mclip.show.style import figure
 from mclip.show.widgets import (
     TEMPERATURES,
+    circle_chart,
+    circle_explorer,
+    kernel_chart,
+    kernel_explorer,
     loss_chart,
     loss_explorer,
     recorded_pulls,
@@ -190,3 +194,54 @@ def test_bounds_out_of_order_are_a_sentence_under_the_controls(log):
     controls[1].value = 0.1
     assert "rising order" in message.value
     assert bytes(chart.value) == b""
+
+
+def on_circle(*degrees: float) -> torch.Tensor:
+    angles = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
+    return torch.stack([angles.cos(), angles.sin()], 1)
+
+
+def test_circle_chart_shows_the_slope_of_the_loss():
+    """The matrix against autograd at the logits, the arrows against small turns of each picture."""
+    angles, text = [0.0, 40.0, 170.0], on_circle(35, 55, 205)
+    circle, matrix, curve, _colours = circle_chart(on_circle(*angles), text, 5.0).axes
+    logits = (5.0 * on_circle(*angles) @ text.T).requires_grad_()
+    target = torch.arange(3)
+    ((F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2).backward()
+    np.testing.assert_allclose(matrix.images[0].get_array(), logits.grad, atol=1e-6)
+
+    def loss(turned: int, degrees: float) -> float:
+        turns = [angle + degrees * (i == turned) for i, angle in enumerate(angles)]
+        return losses.info_nce(on_circle(*turns), text, 5.0).item()
+
+    slopes = np.array([(loss(i, 0.1) - loss(i, -0.1)) / np.deg2rad(0.2) for i in range(3)])
+    tangents = np.array([(-np.sin(angle), np.cos(angle)) for angle in np.deg2rad(angles)])
+    arrows = np.array([(arrow.U[0], arrow.V[0]) for arrow in circle.collections])
+    np.testing.assert_allclose(arrows, -slopes[:, None] * tangents, atol=1e-4)
+    assert curve.lines[1].get_ydata()[0] == pytest.approx(loss(0, 0.0))
+
+
+def test_kernel_chart_shows_the_convolution_of_its_impulse():
+    left, right = kernel_chart(list("abcdefg"), 1, (2.0, 0.0, 0.0, -1.0, 0.0)).axes
+    weights = np.exp([2.0, 0.0, 0.0, -1.0, 0.0])
+    weights /= weights.sum()
+    assert [bar.get_height() for bar in left.patches] == pytest.approx(weights)
+    expected = np.convolve(np.eye(7)[1], weights[::-1], "same")  # numpy turns a kernel round, a network does not
+    assert [bar.get_height() for bar in right.patches[7:]] == pytest.approx(expected, abs=1e-6)
+
+
+EXPLORERS = {
+    "circle": lambda: circle_explorer((0, 40), (35, 55), 5.0),
+    "kernel": lambda: kernel_explorer(list("abcde"), (0.0, 1.0, 0.5)),
+}
+
+
+@pytest.mark.parametrize("name", EXPLORERS)
+def test_every_control_changes_the_chart(name):
+    controls, message, chart = controls_of(EXPLORERS[name]())
+    seen = {bytes(chart.value)}
+    for control in controls:
+        control.value = 3 if control.max < 300 else 200
+        seen.add(bytes(chart.value))
+    assert len(seen) == 1 + len(controls)
+    assert message.value == ""

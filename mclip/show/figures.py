@@ -227,6 +227,22 @@ def similarity_matrices(matrices: Mapping[str, Any], captions: Sequence[str]) ->
     return fig
 
 
+def matrices(values: Mapping[str, Any], xlabel: str, ylabel: str, names: Sequence[str] = ()) -> style.NotebookFigure:
+    """Non-negative matrices (M, N) as colours side by side, each with its own scale; ``names`` of rows and columns."""
+    fig = style.figure(1.0 + 3.6 * len(values), 4.2 if names else 3.4)
+    axes = fig.subplots(1, len(values), sharey=True, squeeze=False)[0]
+    for ax, (title, matrix) in zip(axes, values.items(), strict=True):
+        shown = ax.imshow(matrix, cmap="viridis", vmin=0)
+        if names:
+            ax.set_xticks(range(len(names)), names, rotation=60, ha="right")
+            ax.set_yticks(range(len(names)), names)
+        ax.set(title=title, xlabel=xlabel)
+        ax.grid(False)
+        fig.colorbar(shown, ax=ax, shrink=0.6, label="weight")
+    axes[0].set_ylabel(ylabel)
+    return fig
+
+
 def image_grid(images: Any, captions: Sequence[str], columns: int = 6) -> style.NotebookFigure:
     """Pictures uint8 (N, 3, H, W), each under its caption."""
     pictures = np.asarray(images).transpose(0, 2, 3, 1)

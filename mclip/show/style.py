@@ -129,11 +129,15 @@ def grouped_bars(ax: Axes, table: Table, models: Sequence[str]) -> None:
     ax.set_xticks(range(0, 101, 20))
 
 
-def bar_chart(table: Table, models: Sequence[str], title: str, xlabel: str, width: float = 6.3) -> NotebookFigure:
-    """:func:`grouped_bars` as a figure, with the legend below."""
-    fig = figure(width, 1.2 + 0.17 * len(models) * len(table))
+def bar_chart(
+    table: Table, models: Sequence[str], title: str, xlabel: str, width: float = 6.3, chance: Sequence[float] = ()
+) -> NotebookFigure:
+    """:func:`grouped_bars` as a figure, with the legend below; ``chance`` is a dotted mark for each group."""
+    fig = figure(width, 1.2 + max(0.17 * len(models), 0.3) * len(table))
     ax = fig.subplots()
     grouped_bars(ax, table, models)
+    for y, floor in enumerate(chance):
+        ax.vlines(floor, y - 0.46, y + 0.46, colors="black", linestyles="dotted", label=None if y else "chance")
     ax.set(title=title, xlabel=xlabel)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return fig

@@ -1,4 +1,4 @@
-"""Charts that follow controls: prompts against a picture, the response loss, and the schedule of distillation."""
+"""Charts that follow controls: points on a circle, a kernel, prompts against a picture, the losses of distillation."""
 
 import html
 import io
@@ -22,6 +22,7 @@ from mclip.pictures import UNREADABLE, PictureError, as_rgb
 from mclip.show.figures import caption_matrix, training_curves
 from mclip.show.style import COLOURS, HATCHES, PALETTE, NotebookFigure, figure, interval_bars, label, name_rows
 from mclip.steps import make_optimizer
+from mclip.text_encoder import mix_steps, toeplitz
 
 MAX_PROMPTS = 20
 TEMPERATURES = np.geomspace(0.5, 32, 25)
@@ -277,3 +278,84 @@ def schedule_explorer(log: Log) -> ipywidgets.VBox:
         return training_curves(replay(log, DistillConfig(phases=(*starts, end), **settings)))
 
     return follow(controls, draw)
+
+
+def circle_chart(image: Tensor, text: Tensor, scale: float) -> NotebookFigure:
+    """InfoNCE of pictures and captions (B, 2) on the unit circle: gradient of the logits, arrows, loss by scale.
+
+    The arrows show where gradient descent moves each picture; the longest always has the same length.
+    """
+    moving = image.clone().requires_grad_()
+    loss = losses.info_nce(moving, text, scale)
+    loss.backward()
+    tangent = torch.stack([-image[:, 1], image[:, 0]], 1)  # a unit vector can only move along the circle
+    steps = -(moving.grad * tangent).sum(1, keepdim=True) * tangent
+    logits, count = scale * losses.cosines(image, text), len(image)
+    slope = (logits.softmax(1) + logits.softmax(0) - 2 * torch.eye(count)) / (2 * count)
+    fig = figure(9.6, 3.4)
+    circle, matrix, curve = fig.subplots(1, 3, width_ratios=(1.1, 1, 0.95))
+    length = {"angles": "xy", "scale_units": "xy", "scale": 2 * max(steps.norm(dim=1).max().item(), 1e-9)}
+    for i in range(count):
+        for points, marker, name in ((image, "o", "picture"), (text, "s", "caption")):
+            circle.plot(*points[i], marker, color=PALETTE[i], label=f"{name}s" if i == 0 else None)
+            circle.annotate(
+                f"{name[0]}{i}", points[i] * (1.15 if name == "picture" else 0.84), ha="center", va="center"
+            )
+        circle.quiver(*image[i], *steps[i], color=PALETTE[i], width=0.012, **length)
+    circle.set(title="Where descent moves each picture", xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), aspect="equal")
+    circle.legend(loc="center")
+    shown = matrix.imshow(slope, cmap="PuOr", vmin=-0.25, vmax=0.25)
+    matrix.set(title="Purple pushes apart, orange pulls together", xlabel="caption", ylabel="picture")
+    matrix.set(xticks=range(count), yticks=range(count))
+    matrix.grid(False)
+    fig.colorbar(shown, ax=matrix, label="derivative of the loss by the logit", shrink=0.8)
+    grid = np.geomspace(1, 100, 60)
+    curve.semilogx(grid, [losses.info_nce(image, text, each).item() for each in grid], color=PALETTE[0])
+    curve.plot(scale, loss.item(), "o", color=PALETTE[1])
+    curve.axhline(np.log(count), color="black", linestyle=":", label="blind guess, log B")
+    curve.set(title=f"Loss {loss.item():.2f} at scale {scale:.3g}", xlabel="scale s (log)", ylabel="InfoNCE loss")
+    curve.legend()
+    return fig
+
+
+def circle_explorer(pictures: Sequence[int], captions: Sequence[int], scale: float) -> ipywidgets.VBox:
+    """A slider for the angle of each picture and caption, in degrees, and one for the scale, over circle_chart."""
+    names = [f"{kind}{i}" for kind, angles in (("p", pictures), ("c", captions)) for i in range(len(angles))]
+    looks = {"min": 0, "max": 359, "continuous_update": False, "layout": {"width": "220px"}}
+    pairs = zip((*pictures, *captions), names, strict=True)
+    points = [ipywidgets.IntSlider(angle, description=name, **looks) for angle, name in pairs]
+    sharpness = {"min": 0, "max": 2, "step": 0.02, "readout_format": ".1f"}
+
+    def draw(*values: float) -> NotebookFigure:
+        angles = torch.deg2rad(torch.tensor(values[:-1], dtype=torch.float32))
+        places = torch.stack([angles.cos(), angles.sin()], 1)
+        return circle_chart(places[: len(pictures)], places[len(pictures) :], values[-1])
+
+    return follow([*points, ipywidgets.FloatLogSlider(scale, description="scale s", **sharpness, **WIDE)], draw)
+
+
+def kernel_chart(words: Sequence[str], place: int, logits: Sequence[float]) -> NotebookFigure:
+    """LightConv's kernel, the softmax of ``logits`` (K,), and what it makes of a 1 at ``place`` of a sentence."""
+    kernel, impulse = torch.tensor([logits]).softmax(1), torch.zeros(1, len(words), 1)
+    impulse[0, place] = 1
+    answer, reach = mix_steps(toeplitz(kernel, len(words)), impulse), len(logits) // 2
+    fig = figure(8.3, 2.9)
+    left, right = fig.subplots(1, 2, width_ratios=(1, 2), sharey=True)
+    left.bar(range(-reach, reach + 1), kernel[0], color=PALETTE[1])
+    left.set(title="The kernel: softmax of the taps", xlabel="neighbour that is read (tokens)", ylabel="weight")
+    for series, offset, name, hatch in ((impulse, -0.2, "input", "//"), (answer, 0.2, "output", "")):
+        right.bar(np.arange(len(words)) + offset, series[0, :, 0], 0.4, label=name, hatch=hatch, edgecolor="white")
+    right.set(title="The impulse and what the convolution makes of it", ylim=(0, 1.05))
+    right.set_xticks(range(len(words)), [label(word, 12) for word in words], rotation=40, ha="right")
+    right.legend()
+    return fig
+
+
+def kernel_explorer(words: Sequence[str], logits: Sequence[float]) -> ipywidgets.VBox:
+    """A slider for the place of the impulse in a sentence, and one for each tap of the kernel, over kernel_chart."""
+    looks = {"min": -4.0, "max": 4.0, "step": 0.1, "continuous_update": False, "layout": {"width": "260px"}}
+    place = ipywidgets.IntSlider(len(words) // 2, min=0, max=len(words) - 1, description="impulse at token", **WIDE)
+    names = [f"tap {i - len(logits) // 2:+d}" for i in range(len(logits))]
+    pairs = zip(logits, names, strict=True)
+    taps = [ipywidgets.FloatSlider(value, description=name, **looks) for value, name in pairs]
+    return follow([place, *taps], lambda place, *values: kernel_chart(words, place, values))
