@@ -236,6 +236,8 @@ def matrices(values: Mapping[str, Any], xlabel: str, ylabel: str, names: Sequenc
         if names:
             ax.set_xticks(range(len(names)), names, rotation=60, ha="right")
             ax.set_yticks(range(len(names)), names)
+        else:
+            ax.locator_params(integer=True)
         ax.set(title=title, xlabel=xlabel)
         ax.grid(False)
         fig.colorbar(shown, ax=ax, shrink=0.6, label="weight")
