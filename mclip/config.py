@@ -197,7 +197,7 @@ class DistillConfig(Settings):
     icl_weight: float = 0.0  # prior of the interactive contrastive term
     feature_source: Literal["embedding", "penultimate"] = "embedding"  # what "feature" aligns with the teacher
     feature_form: Literal["cosine", "mse"] = "cosine"  # 1 - cos, or the squared error summed over dimensions
-    aligner: Literal["auto", "mlp", "identity", "pca"] = "auto"  # auto: mlp if widths differ; pca narrows the teacher
+    aligner: Literal["auto", "mlp", "identity"] = "auto"  # auto: mlp if widths differ
     online_teacher: bool = False  # embed each batch anew, in place of cached targets: slower, but every crop is new
     order: tuple[Term, Term, Term] = ("original", "feature", "response")  # the term that begins in each phase
     phases: tuple[float, float, float] = (0.02, 0.5, 0.9)  # phases 2 and 3, end of cooling; shares (<= 1) or steps

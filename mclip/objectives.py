@@ -58,7 +58,7 @@ class Distillation(Contrastive):
         self.aligned = "penultimate" if config.feature_source == "penultimate" else "features"
         if config.feature_weight or config.icl_weight:
             fitting = ["identity" if width == teacher_width else "mlp" for width in widths]
-            kinds = fitting if config.aligner in ("auto", "pca") else [config.aligner] * 2
+            kinds = fitting if config.aligner == "auto" else [config.aligner] * 2
             self.image_aligner = losses.Aligner(widths[0], teacher_width, kinds[0])
             self.text_aligner = losses.Aligner(widths[1], teacher_width, kinds[1])
 

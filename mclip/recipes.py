@@ -32,7 +32,7 @@ from mclip.scenes.world import SceneConfig
 from mclip.sources.loading import load_pairs
 from mclip.sources.unpaired import add_unpaired
 from mclip.sources.zero_shot import zero_shot_set
-from mclip.targets import OnlineTargets, get_crops, narrow, teacher_targets
+from mclip.targets import OnlineTargets, get_crops, teacher_targets
 from mclip.teacher import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, load_open_clip, load_teacher
 from mclip.train import TrainResult, train
 
@@ -143,13 +143,9 @@ def train_student(
             targets = OnlineTargets(teacher, training, crops)
         else:
             targets = teacher_targets(teacher, training, settings.progress, crops)
-        width = teacher.embed_dim
-        if distill.aligner == "pca" and config.embed_dim < width:
-            require(not distill.online_teacher, "aligner", "pca", "it needs the targets of all pairs, from a cache")
-            width, targets = config.embed_dim, narrow(targets, config.embed_dim)
         penultimate = (model.image_encoder.features, model.text_encoder.features)
         widths = penultimate if distill.feature_source == "penultimate" else (config.embed_dim,) * 2
-        objective = Distillation(distill, widths, width, teacher.logit_scale)
+        objective = Distillation(distill, widths, teacher.embed_dim, teacher.logit_scale)
         if not base_checkpoint:
             # Where embeddings are to equal the teacher's, responses agree only at the teacher's scale.
             nn.init.constant_(model.logit_scale, math.log(teacher.logit_scale))

@@ -175,34 +175,6 @@ class OnlineTargets:
         return torch.from_numpy(images).float(), torch.from_numpy(texts).float()
 
 
-@dataclass(frozen=True)
-class Narrowed:
-    """Targets in fewer dimensions: their projection on the columns of ``basis`` (D, d), normalised again."""
-
-    targets: Targets
-    basis: Tensor
-
-    @property
-    def key(self) -> str:
-        return f"{self.targets.key} in {self.basis.shape[1]} dimensions"
-
-    def of(self, pictures: np.ndarray, captions: np.ndarray, view: np.ndarray | None) -> tuple[Tensor, Tensor]:
-        return tuple(F.normalize(side @ self.basis, dim=-1) for side in self.targets.of(pictures, captions, view))
-
-
-def narrow(targets: Targets, width: int) -> Narrowed:
-    """``targets`` in the ``width`` dimensions that keep most of them, by principal components of both halves.
-
-    Pictures and captions weigh equally and are not centred, since cosines are what is to be kept. A student of that
-    width can then copy the teacher, and pictures and captions stay in one space.
-    """
-    moment = torch.zeros(targets.texts.shape[-1], targets.texts.shape[-1], dtype=torch.float64)
-    for side in (targets.images.reshape(-1, moment.shape[0]), targets.texts):
-        sample = torch.from_numpy(side[:: 1 + len(side) // 50_000].astype(np.float64))
-        moment += sample.T @ sample / len(sample)
-    return Narrowed(targets, torch.linalg.eigh(moment).eigenvectors[:, -width:].float())
-
-
 def check_targets(targets: Targets) -> None:
     """TeacherError unless the text targets differ from caption to caption: equal ones teach nothing."""
     sample = torch.from_numpy(targets.texts[:: max(1, len(targets.texts) // 512)].astype(np.float32))

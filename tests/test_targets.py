@@ -14,10 +14,10 @@ from test_train import TINY
 
 from mclip import targets as module
 from mclip.config import ConfigError, DistillConfig, TrainConfig
-from mclip.pairs import BatchSource, Pairs, Targets
+from mclip.pairs import BatchSource, Pairs
 from mclip.pictures import Crops, square
 from mclip.recipes import load_model, train_student
-from mclip.targets import OnlineTargets, narrow, teacher_targets
+from mclip.targets import OnlineTargets, teacher_targets
 from mclip.teacher import Teacher, TeacherError, load_teacher
 
 
@@ -162,19 +162,3 @@ def test_training_on_views_resumes_bit_for_bit(tmp_path):
         train_student(*arguments, distill=DistillConfig())
     logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "cut")]
     assert logs[0] == logs[1]
-
-
-def test_narrow_targets_keep_the_cosines_that_few_dimensions_can_hold():
-    """Pictures and captions that lie in a plane lose nothing in two dimensions; in one, they lose what numpy says."""
-    draw = np.random.default_rng(0)
-    plane = np.linalg.qr(draw.normal(size=(12, 2)))[0].T
-    sides = [draw.normal(size=(count, 2)) @ plane for count in (20, 30)]
-    images, texts = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in sides)
-    whole = Targets(images.astype(np.float32), texts.astype(np.float32), 20.0, "toy")
-    image, text = narrow(whole, 2).of(np.arange(20), np.arange(20), None)
-    assert image.shape == text.shape == (20, 2)
-    np.testing.assert_allclose((image @ text.T).numpy(), images @ texts[:20].T, atol=1e-5)
-    main = np.linalg.svd(np.concatenate([images / 20**0.5, texts / 30**0.5]))[2][0]
-    image, text = narrow(whole, 1).of(np.arange(20), np.arange(20), None)
-    np.testing.assert_allclose((image @ text.T).numpy(), np.sign(images @ main)[:, None] * np.sign(texts[:20] @ main))
-    assert narrow(whole, 1).key != whole.key
