@@ -191,7 +191,7 @@ def root(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(locked, "LITE2", fake_wheel(tmp_path, monkeypatch)[0])
     monkeypatch.setattr(locked, "CONFIDENT", 0.0)
     monkeypatch.setattr(locked, "MEMBERS", 1)
-    tuned = replace(photographs.TEACHER, max_epochs=1, batch_size=4, validate_every=1)
+    tuned = replace(photographs.RECIPES["teacher"][0], max_epochs=1, batch_size=4, validate_every=1)
     monkeypatch.setitem(photographs.RECIPES, "teacher", (tuned, BASE))
     for name in ("base", "clip", "kd"):
         settings, terms = photographs.RECIPES[name]

