@@ -175,8 +175,9 @@ def latency(calls: Mapping[str, Call], rounds: int = 20, repeats: int = 3) -> di
                     begun = time.perf_counter()
                     call()
                     clock[name].append(1000 * (time.perf_counter() - begun))
-    summary = {}
-    for name, times in clock.items():
-        median, p95 = np.quantile(times, [0.5, 0.95]).tolist()
-        summary[name] = {"median": median, "p95": p95}
-    return summary
+    return {name: summary(times) for name, times in clock.items()}
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median and 95th percentile."""
+    return dict(zip(("median", "p95"), np.quantile(times, [0.5, 0.95]).tolist(), strict=True))

@@ -4,9 +4,7 @@ The library exists for Rust, Python, JavaScript, Swift and others, and the file 
 byte pairs, start and end, the longest caption, padding.
 """
 
-import gzip
-
-from open_clip.tokenizer import bytes_to_unicode, default_bpe
+from open_clip.tokenizer import SimpleTokenizer
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 SPACE = r"\s\x1c-\x1f"  # what Python's str.isspace calls space
@@ -16,13 +14,9 @@ START, END = ("<start_of_text>", 49406), ("<end_of_text>", 49407)
 
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Token: id of CLIP's 49,408 tokens, and its merges of byte pairs in order, from the file in open_clip."""
-    with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")[1 : 49152 - 256 - 2 + 1]  # the first line is a comment
-    merges = [(first, second) for first, second in map(str.split, lines)]
-    symbols = list(bytes_to_unicode().values())
-    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *map("".join, merges), START[0], END[0]]
-    return {token: number for number, token in enumerate(tokens)}, merges
+    """Token: id of CLIP's 49,408 tokens, and its merges of byte pairs in order."""
+    whole = SimpleTokenizer()
+    return whole.encoder, list(whole.bpe_ranks)
 
 
 def portable_tokenizer(context_length: int) -> Tokenizer:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mclip.config import require
-from mclip.deploy.cost import CAPTION
+from mclip.deploy.cost import CAPTION, summary
 from mclip.deploy.reader import Deployed
 from mclip.deploy.serve import page_server
 from mclip.files import DATA
@@ -28,11 +28,6 @@ CALL = """async ([name, sentence]) => {
   return (await examine(await (await fetch(name)).blob(), sentence)).ms;
 }"""
 """One picture and one sentence -> milliseconds of the image graph, and of tokenizer and text graph together."""
-
-
-def summary(times: list[float]) -> dict[str, float]:
-    """Median and 95th percentile."""
-    return dict(zip(("median", "p95"), np.quantile(times, [0.5, 0.95]).tolist(), strict=True))
 
 
 def measure(page: Any, folder: Path, form: str, rounds: int) -> dict[str, Any]:
