@@ -267,7 +267,7 @@ print(*found[0])
 
 
 def test_the_reader_alone_needs_no_torch_and_no_mclip(folder, reader, tmp_path):
-    shutil.copy(deploy_reader.__file__, tmp_path / "deployed.py")
+    shutil.copy(folder / "reader.py", tmp_path / "deployed.py")
     picture = np.random.default_rng(1).integers(0, 256, (90, 70, 3), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "picture.png")
     command = [sys.executable, "-c", ALONE, str(folder), str(tmp_path / "picture.png")]
@@ -282,7 +282,8 @@ def test_folder_is_described_and_names_no_place_of_this_machine(folder, student)
     assert manifest["forms"] == ["float32", "int8"]
     assert manifest["model"] == describe_model("kd", student)
     assert manifest["logit_scale"] == pytest.approx(student.logit_scale.exp().item())
-    assert set(manifest["files"]) | {"manifest.json", "README.md"} == {path.name for path in folder.iterdir()}
+    described = {*manifest["files"], "manifest.json", "README.md", "reader.py"}
+    assert described == {path.name for path in folder.iterdir()}
     card = (folder / "README.md").read_text()
     for name, file in manifest["files"].items():
         content = (folder / name).read_bytes()

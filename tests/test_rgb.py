@@ -17,6 +17,7 @@ from torch import nn
 import mclip
 from mclip import pictures
 from mclip.deploy import reader
+from mclip.deploy.export import standalone_reader
 from mclip.evaluate import embed_images
 from mclip.pairs import normalise
 from mclip.pictures import PictureError, as_rgb, decode, middle, open_picture, read_picture
@@ -261,11 +262,15 @@ def test_every_way_shows_the_same_pixels(place, ways, name):
         assert difference.max() <= LEVELS + (9 if name.endswith("jpg") else 0), way  # JPEG itself loses some
 
 
-def test_the_reader_carries_the_decision_word_for_word():
+def test_the_exported_reader_carries_the_decision_word_for_word():
+    text, carried = standalone_reader(), {}
+    exec(compile(text, "reader.py", "exec"), carried)
     for name in ("middle", "as_rgb"):
-        assert inspect.getsource(getattr(reader, name)) == inspect.getsource(getattr(pictures, name))
+        assert inspect.getsource(getattr(pictures, name)) in text
+        assert carried[name].__code__.co_filename == "reader.py"
     for name in ("LONGEST", "UNREADABLE"):
-        assert getattr(reader, name) == getattr(pictures, name)
+        assert carried[name] == getattr(pictures, name)
+    assert not re.search(r"^\s*(from|import) mclip", text, re.MULTILINE)
 
 
 def damaged(path: Path) -> None:

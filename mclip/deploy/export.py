@@ -9,8 +9,10 @@ for ExecuTorch as well, PyTorch's own engine for devices (https://docs.pytorch.o
 import copy
 import hashlib
 import importlib.metadata
+import inspect
 import io
 import logging
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -26,7 +28,9 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from PIL import ExifTags, Image
 from torch import Tensor, nn
 
+from mclip import pictures
 from mclip.config import require
+from mclip.deploy import reader
 from mclip.deploy.fused import fused
 from mclip.deploy.reader import (
     GOLDEN,
@@ -63,7 +67,7 @@ CARD = """# {model[name]}, for a device
 Parameters: {model[parameters]:,}. Weights' SHA-256: `{model[sha256]}`.
 Embeddings of {embed_dim} numbers; captions of at most {context_length} tokens.
 
-`mclip/deploy/reader.py` reads this folder with numpy, Pillow, onnxruntime and tokenizers. An app in another language
+`reader.py` reads this folder with numpy, Pillow, onnxruntime and tokenizers. An app in another language
 computes the examples of `golden.npz` first. For each file named under `pictures`, the prepared picture and the
 embedding have to agree; for each text, the tokens and the embedding.
 
@@ -217,6 +221,14 @@ def golden(model: MobileCLIP) -> dict[str, np.ndarray]:
     return {**contents, **inputs, "image_embeddings": images.numpy(), "text_embeddings": texts.numpy()}
 
 
+def standalone_reader() -> str:
+    """The text of :mod:`mclip.deploy.reader`, with what it imports from :mod:`mclip.pictures` word for word."""
+    constants = re.findall(r"^(?:UNREADABLE|LONGEST) = .*$", inspect.getsource(pictures), re.MULTILINE)
+    functions = "\n\n".join(inspect.getsource(function) for function in (pictures.middle, pictures.as_rgb))
+    carried = "\n".join(["import struct", "from PIL import ExifTags, ImageOps\n", *constants, "\n", functions, ""])
+    return inspect.getsource(reader).replace("from mclip.pictures import UNREADABLE, as_rgb\n", carried)
+
+
 def export(
     model: nn.Module,
     folder: str | Path,
@@ -280,6 +292,7 @@ def export(
         write_json(new / MANIFEST, manifest)
         rows = [f"| `{file}` | {about['bytes']:,} | `{about['sha256']}` |" for file, about in manifest["files"].items()]
         (new / "README.md").write_text(CARD.format(**manifest, rows="\n".join(rows)), encoding="utf-8")
+        (new / "reader.py").write_text(standalone_reader(), encoding="utf-8")
         for form in forms:
             Deployed(new, form)
     return manifest

@@ -1,23 +1,24 @@
 """A student as an app carries it: pictures and sentences to embeddings, without PyTorch.
 
-It reads a folder that :mod:`mclip.deploy.export` wrote, and needs numpy, Pillow, onnxruntime and tokenizers. It imports
-nothing else of mclip: a copy of this file beside the folder is enough. Only for graphs of ExecuTorch (``.pte``) does it
-need the package executorch, and with it PyTorch.
+It reads a folder that :mod:`mclip.deploy.export` wrote. The folder holds a copy, ``reader.py``, which needs numpy,
+Pillow, onnxruntime and tokenizers, and nothing of mclip. Only for graphs of ExecuTorch (``.pte``) does it need the
+package executorch, and with it PyTorch.
 """
 
 import hashlib
 import importlib.util
 import io
 import json
-import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from tokenizers import Tokenizer
+
+from mclip.pictures import UNREADABLE, as_rgb
 
 KIND, VERSION = "mclip.export", 2
 MANIFEST, TOKENIZER, PREPROCESS, GOLDEN = "manifest.json", "tokenizer.json", "preprocess.json", "golden.npz"
@@ -30,53 +31,11 @@ GRAPHS = {
     "executorch int8": ("image-int8.pte", "text-int8.pte"),
 }
 """By form, the graph of each half. "int8 image" and "int8 text" keep the other half in float32."""
-UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, struct.error, Image.DecompressionBombError)
-"""What Pillow and :func:`as_rgb` raise for a picture that cannot be read."""
-LONGEST = 8
-"""A picture may be this many times as long as it is wide; of a longer one only the middle is used."""
-
 Picture = Image.Image | np.ndarray | str | Path
 
 
 class DeployError(ValueError):
     """A folder that cannot be used, or that computes something else here; the message names the file."""
-
-
-# The next two functions are copies of those in mclip/pictures.py, so that a device sees what training saw.
-def middle(width: int, height: int) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the part that is used: the whole picture, or the middle of a very long one.
-
-    The model sees a square. Resizing all of a picture of 1 x 60,000 pixels would take gigabytes for pixels that the
-    centre crop then throws away. The middle that is left is wide enough for the resampling filter.
-    """
-    left, top = (max(0, side - LONGEST * min(width, height)) // 2 for side in (width, height))
-    return left, top, width - left, height - top
-
-
-def as_rgb(picture: Image.Image) -> Image.Image:
-    """``picture`` in mode RGB, turned as the camera's note in EXIF says; one that is so already comes back itself.
-
-    Greys of 16 bits are scaled to 8, 65,535 to 255. What is transparent becomes white, as on a page. Of an animation
-    the first picture is used, of a very long picture the middle (see :func:`middle`).
-
-    Raises: one of ``UNREADABLE``: ValueError for modes I and F, which do not say what is white, or what Pillow makes
-        of a damaged file. Whoever knows the file's name says it.
-    """
-    picture.load()
-    if "exif" in picture.info and picture.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
-        picture = ImageOps.exif_transpose(picture)  # takes the note away too, so that nothing is turned twice
-    box = middle(*picture.size)
-    if box != (0, 0, *picture.size):
-        picture = picture.crop(box)
-    if picture.mode.startswith("I;16"):  # Pillow would cut off at 255
-        grey = (np.asarray(picture).astype(np.uint32) + 128) // 257
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"mode {picture.mode} does not say which number is white: save it with 8 or 16 bits")
-    if picture.has_transparency_data:
-        page = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(page, picture.convert("RGBA")).convert("RGB")
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def open_picture(picture: Picture) -> Image.Image:
