@@ -23,19 +23,7 @@ from mclip.files import atomic_folder, cache_dir, content_key, file_hash, missin
 PAGE = Path(__file__).with_name("web")
 LOCKED = ("package.json", "package-lock.json")
 WORKER = "sw.js"
-LIBRARIES = {
-    "vendor": (
-        "@huggingface/tokenizers/dist/tokenizers.min.mjs",
-        "onnxruntime-web/dist/ort.wasm.min.mjs",
-        "onnxruntime-web/dist/ort-wasm-simd-threaded.mjs",
-        "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm",
-    ),
-    "vendor/webgpu": (
-        "onnxruntime-web/dist/ort.webgpu.min.mjs",
-        "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.mjs",
-        "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.wasm",
-    ),
-}
+LIBRARIES: dict[str, list[str]] = read_json(Path(__file__).with_name("libraries.json"))
 """By folder of the page, files of the npm packages. A browser loads those of WebGPU only when asked to."""
 
 NATIVE = Path(onnxruntime.__file__).parent

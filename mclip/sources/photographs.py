@@ -18,8 +18,6 @@ from mclip.sources.folders import VisibleFolder
 from mclip.sources.zero_shot import published_words, torchvision_set
 
 Part = Literal["choose", "report", "all"]
-
-
 EXCERPTS = {
     "cifar10": ("cifar10-test", "test"),
     "food101": ("food101-64px", "20 of 250 test photographs a class, 64 px"),
@@ -27,6 +25,7 @@ EXCERPTS = {
     "imagenette": ("imagenette-val", "val"),
 }
 """Folders of pictures by class, and what of the official set each holds."""
+OWN_SPLIT = "1,000 photographs by a hash of the name"
 
 
 def photograph_set(name: str, root_dir: str | Path = "", part: Part = "report", download: bool = False) -> ZeroShotSet:
@@ -52,9 +51,6 @@ def part_of(test: ZeroShotSet, part: Part) -> ZeroShotSet:
     rows = [row for row, chosen in enumerate(fifth) if chosen == (part == "choose")]
     fraction = "a fifth, to choose by" if part == "choose" else "four fifths"
     return replace(test, images=Subset(test.images, rows), split=f"{test.split} ({fraction})")
-
-
-OWN_SPLIT = "1,000 photographs by a hash of the name"
 
 
 def flickr8k(split: Literal["train", "val", "test"], root_dir: str | Path = "", download: bool = False) -> Path:
