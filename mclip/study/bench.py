@@ -241,7 +241,6 @@ def forms(count: int = 1000, rounds: int = 30) -> dict[str, Any]:
     pictures = load_pairs(
         str(flickr8k("train")), model.config.image.image_size, decoding="always", progress=False
     ).images[:256]
-    described = {"machine": describe_machine(), "photographs": count}
     has_executorch = importlib.util.find_spec("executorch") is not None
 
     def eager(encode: Callable[..., torch.Tensor]) -> Callable[[np.ndarray], np.ndarray]:
@@ -253,12 +252,12 @@ def forms(count: int = 1000, rounds: int = 30) -> dict[str, Any]:
         readers = {form: Deployed(folder, form, threads=1) for form in manifest["forms"]}
         reader = readers["float32"]
         megabytes = 4e-6 * sum(weight.numel() for weight in model.parameters())
-        measured = {"PyTorch": described | {"megabytes": megabytes}}
+        measured: dict[str, Any] = {"PyTorch": {"photographs": count, "megabytes": megabytes}}
         encoders = {"PyTorch": {"image": eager(model.encode_image), "text": eager(model.encode_text)}}
         for form, each in readers.items():
             encoders[form] = {"image": each.encode_prepared, "text": each.encode_tokens}
             megabytes = sum(manifest["files"][graph]["bytes"] for graph in each.graphs) / 1e6
-            measured[form] = described | {"megabytes": megabytes}
+            measured[form] = {"photographs": count, "megabytes": megabytes}
         inputs = {"image": reader.prepare([pictures[0].transpose(1, 2, 0)]), "text": reader.tokenize([CAPTION])}
         with threads(1):
             halves = {(form, half): call for form, own in encoders.items() for half, call in own.items()}
@@ -342,6 +341,8 @@ def efficiency(only: list[str] | None = None, out: str = "") -> None:
         metrics, details = (kept[0]["metrics"], kept[0]["details"]) if kept else ({}, {})
         kept_rows = metrics.get("forms", {}) if name == "forms" else {}
         metrics = metrics | {name: kept_rows | COSTS[name]()}
-        details = details | {"caption": CAPTION} | ({"machine": describe_machine()} if name == "models" else {})
+        details = details | {"caption": CAPTION}
+        if key := {"models": "machine", "forms": "machine of forms"}.get(name):
+            details[key] = describe_machine()
         save_result(file, make_result("efficiency", "costs", "none", len(MODELS), NO_MODEL, metrics, details=details))
         print(f"{name}: measured, {file}", flush=True)
