@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from timm.layers import BatchNormAct2d
 from timm.utils import reparameterize_model
 from torch import nn
@@ -26,8 +28,10 @@ from mclip.files import DATA
 from mclip.image_encoder import stage_names
 from mclip.recipes import load_model
 from mclip.results import ResultError, load_results, weights_sha256
+from mclip.scenes.world import SceneConfig, make_scenes
 from mclip.show import tables
 from mclip.show.cost import cost_of_models, pareto_front
+from mclip.sources.photographs import EXCERPTS
 from mclip.study import bench
 from mclip.study.bench import in_new_process, peak_memory
 
@@ -278,3 +282,60 @@ def test_parts_are_kept_one_by_one(monkeypatch, tmp_path, capsys):
     assert "models" in capsys.readouterr().err
     assert main(["efficiency", "--only", "models", "--out", str(tmp_path / "other.json")]) == 0
     assert load_results(tmp_path / "other.json")[0]["metrics"] == {"models": {"models": 1.0}}
+
+
+def test_forms_are_measured_against_pytorch(monkeypatch, tmp_path):
+    """On scenes in the folders of two sets; rows of an engine that is not installed stay."""
+    names = {
+        "imagenette": [f"n{number}" for number in range(10)],
+        "cifar10": [f"class {number}" for number in range(10)],
+    }
+    scenes = make_scenes(SceneConfig(20, 64), progress=False)
+    pictures = [Image.fromarray(picture.transpose(1, 2, 0)) for picture in np.array(scenes.images)]
+    for name, classes in names.items():
+        for number, own in enumerate(classes):
+            place = tmp_path / EXCERPTS[name][0] / own
+            place.mkdir(parents=True)
+            for copy in (number, number + 10):
+                pictures[copy].save(place / f"{copy}.png")
+    (tmp_path / "flickr8k" / "images").mkdir(parents=True)
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / "flickr8k" / "images" / f"{number}.png")
+    rows = [f"images/{number}.png,a picture" for number in range(len(pictures))]
+    (tmp_path / "flickr8k" / "train.csv").write_text("\n".join(["file_name,caption", *rows]))
+    student = load_model("kd")[0]
+    monkeypatch.setenv("MCLIP_CACHE", str(tmp_path))
+    monkeypatch.setattr(bench, "EXCERPTS", {name: EXCERPTS[name] for name in names})
+    monkeypatch.setattr(bench, "load_model", lambda name: (student, None))
+    monkeypatch.setitem(sys.modules, "executorch", None)  # as if it were not installed
+    out = tmp_path / "costs.json"
+    monkeypatch.setattr(bench, "COSTS", {"forms": lambda: {"executorch int8": {"megabytes": 1.0}}})
+    assert main(["efficiency", "--only", "forms", "--out", str(out)]) == 0
+    monkeypatch.setattr(bench, "COSTS", {"forms": lambda: bench.forms(count=8, rounds=1)})
+    assert main(["efficiency", "--only", "forms", "--out", str(out)]) == 0
+    forms = load_results(out)[0]["metrics"]["forms"]
+    assert forms.pop("executorch int8") == {"megabytes": 1.0}
+    assert list(forms) == ["PyTorch", "float32", "int8"]
+    for form, row in forms.items():
+        assert row["megabytes"] == pytest.approx({"int8": 0.25}.get(form, 1) * forms["PyTorch"]["megabytes"], rel=0.2)
+        assert all(row["latency"][half]["median"] > 0 for half in ("image", "text"))
+        assert min(row["cosine"].values()) > (0.95 if form == "int8" else 1 - 1e-5)
+        assert row["top1"].keys() == row["same answer"].keys() == names.keys()
+    assert forms["float32"]["same answer"] == forms["PyTorch"]["same answer"] == dict.fromkeys(names, 100.0)
+    assert forms["float32"]["top1"] == forms["PyTorch"]["top1"]
+    lines = tables.forms_table({"forms": forms}).splitlines()
+    assert lines[0].endswith("| imagenette | cifar10 |")
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| PyTorch", "| float32", "| int8"]
+    assert lines[3].endswith(" (100.0) |")
+
+
+def test_the_committed_forms_keep_what_they_promise(record):
+    """int8 takes at most 6 MB, and float32 forms answer as PyTorch does."""
+    forms = record["forms"]
+    assert list(forms) == ["PyTorch", "float32", "int8", "executorch float32", "executorch int8"]
+    assert forms["int8"]["megabytes"] <= 6.0
+    for form in ("float32", "executorch float32"):
+        assert min(forms[form]["cosine"].values()) > 1 - 1e-3
+        assert min(forms[form]["same answer"].values()) > 99
+    for name, top1 in forms["PyTorch"]["top1"].items():
+        assert f"{top1:.1f} (100.0)" in tables.forms_table(record).splitlines()[2], name

@@ -14,10 +14,12 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from odd_inputs import SENTENCES, odd_pictures
 from open_clip.tokenizer import basic_clean
 from PIL import Image
 
@@ -27,10 +29,12 @@ from mclip.deploy import export
 from mclip.deploy import reader as deploy_reader
 from mclip.deploy.cost import random_model
 from mclip.deploy.export import evaluate_deployed
+from mclip.deploy.fused import fused
 from mclip.deploy.reader import Deployed, DeployError, prepare
 from mclip.deploy.tokenizer import portable_tokenizer
 from mclip.evaluate import build_classifier, evaluate_zero_shot
 from mclip.model import MobileCLIP
+from mclip.pictures import open_picture
 from mclip.recipes import load_model
 from mclip.results import describe_model
 from mclip.scenes.test_sets import scene_sets
@@ -203,6 +207,68 @@ def test_int8_is_small_and_near(folder, reader):
     np.testing.assert_array_equal(halves["int8 image"].encode_texts(texts), reader.encode_texts(texts))
 
 
+def same_on_odd_inputs(reader: Deployed, student: MobileCLIP) -> None:
+    """The test of the page asks the same of JavaScript."""
+    pictures = {name: Image.open(io.BytesIO(content)) for name, content in odd_pictures().items()}
+    prepared = torch.stack([student.preprocess(open_picture(picture)) for picture in pictures.values()])
+    assert reader.tokenize(SENTENCES).tolist() == student.tokenizer(list(SENTENCES)).tolist()
+    with torch.inference_mode():
+        images = student.encode_image(prepared, normalize=True).numpy()
+        texts = student.encode_text(student.tokenizer(list(SENTENCES)), normalize=True).numpy()
+    cosines = (reader.encode_images(list(pictures.values())) * images).sum(1)
+    assert cosines.min() > 1 - 1e-3, dict(zip(pictures, cosines, strict=True))
+    for number, sentence in enumerate(SENTENCES):  # alone, and beside longer ones
+        for rows, own in ((reader.encode_texts([sentence]), 0), (reader.encode_texts(SENTENCES), number)):
+            assert rows[own] @ texts[number] > 1 - 1e-3, sentence
+
+
+def test_odd_pictures_and_sentences_are_those_of_the_student(reader, student):
+    same_on_odd_inputs(reader, student)
+
+
+def test_int8_graphs_hold_nothing_twice(folder):
+    for name in deploy_reader.GRAPHS["int8"]:
+        graph = onnx.load(folder / name).graph
+        assert not graph.value_info
+        constants = [(each.data_type, tuple(each.dims), each.raw_data) for each in graph.initializer if each.raw_data]
+        assert len(constants) == len(set(constants))
+        assert max(len(end) for node in graph.node for end in (node.name, *node.input, *node.output)) < 12
+
+
+HALVES = {"encode_image": torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)), "encode_text": None}
+
+
+@pytest.mark.parametrize("encode", HALVES)
+def test_core_ml_takes_both_halves(student, tmp_path, encode):
+    """As notebook 13 writes it. Only a Mac can compute with the result."""
+    converter = pytest.importorskip("coremltools", reason="coremltools is not installed")
+    example = HALVES[encode] if encode == "encode_image" else student.tokenizer(["a small brown dog"])
+    half = export.Half(fused(student), encode).eval()
+    half.model.image_encoder.to(memory_format=torch.contiguous_format)
+    program = torch.export.export(half, (example,)).run_decompositions({})
+    model = converter.convert(program, minimum_deployment_target=converter.target.iOS17)
+    model.save(tmp_path / "half.mlpackage")
+    assert list(tmp_path.glob("half.mlpackage/**/weight.bin"))
+    if sys.platform == "darwin":
+        (found,) = model.predict({model.get_spec().description.input[0].name: example.numpy()}).values()
+        with torch.inference_mode():
+            assert (torch.from_numpy(found) * half(example)).sum() > 0.999
+
+
+@pytest.mark.parametrize("encode", HALVES)
+def test_litert_takes_both_halves(student, tmp_path, encode):
+    """As notebook 13 writes it."""
+    converter = pytest.importorskip("litert_torch", reason="litert-torch is not installed")
+    example = HALVES[encode] if encode == "encode_image" else student.tokenizer(["a small brown dog"])
+    half = export.Half(fused(student), encode).eval()
+    half.model.image_encoder.to(memory_format=torch.contiguous_format)
+    model = converter.convert(half, (example,))
+    model.export(str(tmp_path / "half.tflite"))
+    with torch.inference_mode():
+        given = example if encode == "encode_image" else example.int()  # the converter narrows integers
+        np.testing.assert_allclose(model(given), half(example), atol=1e-4)
+
+
 def test_graphs_of_executorch_are_the_student(student, tmp_path):
     pytest.importorskip("executorch", reason="the extra executorch is not installed")
     new = tmp_path / "kd"
@@ -222,6 +288,7 @@ def test_graphs_of_executorch_are_the_student(student, tmp_path):
     with torch.inference_mode():
         expected = student.encode_text(student.tokenizer(words), normalize=True)
     np.testing.assert_allclose(whole.encode_texts(words), expected, atol=1e-4)
+    same_on_odd_inputs(whole, student)
     assert (small.encode_prepared(images) * pictures).sum(1).min() > 0.9
     assert (small.encode_tokens(tokens) * texts).sum(1).min() > 0.99
     for name, full in zip(small.graphs, whole.graphs, strict=True):

@@ -26,13 +26,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from odd_inputs import SENTENCES, odd_pictures, saved, smooth
+from PIL import Image
 
 import mclip
 from mclip.cli.main import main
 from mclip.config import ConfigError
 from mclip.deploy import web
-from mclip.deploy.reader import Deployed, DeployError, prepare
+from mclip.deploy.reader import GRAPHS, Deployed, DeployError, prepare
 from mclip.deploy.serve import page_server
 from mclip.pictures import open_picture
 from mclip.results import load_results
@@ -81,14 +82,6 @@ COPY = """async content => {
   const bytes = Uint8Array.from(atob(content), letter => letter.charCodeAt(0));
   await navigator.clipboard.write([new ClipboardItem({ "image/png": new Blob([bytes], { type: "image/png" }) })]);
 }"""
-SENTENCES = (
-    "A photo of a DOG.",
-    "  “Two”\n people’s café, crème brûlée!! ",
-    "it's 10 o'clock",
-    "",
-    "a very long caption " * 40,
-    "Straße ½ ﬁ 日本 \N{GRINNING FACE} ΟΔΟΣ İstanbul\x1c",
-)
 
 
 @pytest.fixture(scope="module")
@@ -173,39 +166,6 @@ def examine(page: Any, contents: list[bytes], sentences: list[str]) -> list[dict
         {"ids": each["ids"]} | {key: np.frombuffer(base64.b64decode(each[key]), kind) for key, kind in kinds.items()}
         for each in found
     ]
-
-
-def smooth(width: int, height: int, channels: int = 3, seed: int = 0) -> Image.Image:
-    rough = np.random.default_rng(seed).integers(0, 256, (6, 5, channels), np.uint8)
-    return Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, kind, **options)
-    return file.getvalue()
-
-
-def odd_pictures() -> dict[str, bytes]:
-    """Files of the kinds that readers get wrong."""
-    turned = {}
-    for orientation in range(1, 9):
-        note = Image.Exif()
-        note[ExifTags.Base.Orientation] = orientation
-        turned[f"turned {orientation}"] = saved(smooth(300, 200), "JPEG", exif=note)
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (333, 500, 3), np.uint8))
-    return turned | {
-        "noise": saved(noise, "PNG"),
-        "large": saved(smooth(2400, 1800), "JPEG"),
-        "alpha": saved(smooth(200, 260, 4), "PNG"),
-        "palette": saved(smooth(200, 260).quantize(16), "PNG", transparency=bytes(range(0, 256, 17))),
-        "animation": saved(smooth(200, 260), "GIF", save_all=True, append_images=[smooth(200, 260, seed=1)]),
-        "grey": saved(smooth(201, 260).convert("L"), "JPEG"),
-        "cmyk": saved(smooth(300, 200).convert("CMYK"), "JPEG"),
-        "one bit": saved(smooth(200, 200).convert("1"), "PNG"),
-        "very long": saved(smooth(40, 3000), "PNG"),
-        "smaller than the student reads": saved(smooth(9, 7), "PNG"),
-    }
 
 
 def test_pixels_tokens_and_embeddings_are_those_of_python(shared_page, folder, student):
@@ -516,7 +476,8 @@ def test_plain_http_from_another_machine_falls_back_to_the_file_input(driver, ad
 
 
 def test_the_page_is_small_and_whole(folder):
-    """The bar: 8 MB for the page with the int8 student, without the runtime and without float32's own folder."""
+    """The bars: 6 MB for the int8 graphs, and 8 MB for the page, without the runtime and float32's own folder."""
+    assert sum((folder / name).stat().st_size for name in GRAPHS["int8"]) <= 6e6
     site = folder / "web"
     sizes = {path.relative_to(site).as_posix(): path.stat().st_size for path in site.rglob("*") if path.is_file()}
     own = {name: size for name, size in sizes.items() if not name.startswith(("vendor/", "float32/"))}

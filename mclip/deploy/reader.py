@@ -84,11 +84,14 @@ class ExecuTorchSession:
     The graph computes one row at a time. ExecuTorch's Python package takes and gives PyTorch's tensors.
     """
 
-    def __init__(self, graph: Path) -> None:
+    def __init__(self, graph: Path, threads: int = 0) -> None:
         """Raises: DeployError if executorch is not installed, or cannot load ``graph``."""
         require_executorch()
+        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
         from executorch.runtime import Runtime
 
+        if threads:
+            _unsafe_reset_threadpool(threads)  # of the process; unsafe only while another graph computes
         try:
             self.program = Runtime.get().load_program(graph)  # kept: the method does not own its memory
             self.method = self.program.load_method("forward")
@@ -109,10 +112,10 @@ class ExecuTorchSession:
 def session(graph: Path | bytes, threads: int = 0) -> onnxruntime.InferenceSession | ExecuTorchSession:
     """A graph, from a file or its bytes, ready to compute on the CPU; a file ``.pte`` is read by ExecuTorch.
 
-    0 threads leave their number to ONNX Runtime; ExecuTorch always chooses it.
+    0 threads leave their number to the engine; in ExecuTorch it is one for all graphs of the process.
     """
     if isinstance(graph, Path) and graph.suffix == ".pte":
-        return ExecuTorchSession(graph)
+        return ExecuTorchSession(graph, threads)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
@@ -132,7 +135,7 @@ class Deployed:
         """Load an exported folder, and compare it with the examples of ``golden.npz`` unless ``check`` is False.
 
         ``form`` is float32 or int8, or "int8 image" or "int8 text" for one half in int8, or "executorch float32" or
-        "executorch int8". A call computes with ``threads``; 0 leaves their number to ONNX Runtime.
+        "executorch int8". A call computes with ``threads``; 0 leaves their number to the engine.
 
         Raises: DeployError if a file is missing, is not what was exported, or gives other numbers on this device, or if
             executorch is needed and not installed.

@@ -138,3 +138,22 @@ def efficiency_goals(costs: Mapping[str, Any]) -> str:
     }
     rows = [(what, f"{value:.1f} times", aim, reached(value, aim)) for what, (value, aim) in ratios.items()]
     return markdown(("latency", "measured", "aim", "reached"), rows)
+
+
+def forms_table(costs: Mapping[str, Any]) -> str:
+    """A Markdown table of the forms of the student of photographs in ``efficiency.json``, against PyTorch.
+
+    For each set of photographs top-1, and in brackets how often the answer is PyTorch's, both in percent.
+    """
+    forms = costs["forms"]
+    sets = list(forms["PyTorch"]["top1"])
+    header = ("", "MB", "image, ms (p95)", "text, ms (p95)", "cosine, image", "cosine, text", *sets)
+    rows = []
+    for form, row in forms.items():
+        clock = [
+            f"{row['latency'][half]['median']:.2f} ({row['latency'][half]['p95']:.2f})" for half in ("image", "text")
+        ]
+        cosines = [f"{row['cosine'][half]:.4f}" for half in ("image", "text")]
+        answers = [f"{row['top1'][name]:.1f} ({row['same answer'][name]:.1f})" for name in sets]
+        rows.append([form, f"{row['megabytes']:.2f}", *clock, *cosines, *answers])
+    return markdown(header, rows)

@@ -5,6 +5,7 @@ Random weights and noise stand in for models and photographs: nothing can be lea
 
 import ctypes
 import gc
+import importlib.util
 import os
 import platform
 import re
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from mclip.config import DistillConfig, TrainConfig, closest, get_profile, requi
 from mclip.deploy.cost import CAPTION, RIVALS, Form, candidate, candidate_name, latency, random_model, threads
 from mclip.deploy.export import evaluate_deployed, export
 from mclip.deploy.reader import Deployed
+from mclip.evaluate import as_templates
 from mclip.files import DATA
 from mclip.objectives import Distillation
 from mclip.pairs import BatchSource, Pairs, Targets
@@ -33,6 +36,7 @@ from mclip.results import load_results, make_result, save_result
 from mclip.scenes.test_sets import scene_sets
 from mclip.scenes.world import SceneConfig, export_scenes, make_scenes
 from mclip.sources.loading import load_pairs
+from mclip.sources.photographs import EXCERPTS, flickr8k, photograph_set
 from mclip.targets import embed_captions, embed_pictures
 from mclip.teacher import load_teacher
 from mclip.train import train
@@ -225,6 +229,75 @@ def quantised() -> dict[str, Any]:
     return forms
 
 
+def forms(count: int = 1000, rounds: int = 30) -> dict[str, Any]:
+    """The student of photographs in each form that an app can carry, against PyTorch; by the names of :data:`GRAPHS`.
+
+    Of both halves megabytes, latency on one thread and the mean cosine with PyTorch's embeddings; on ``count``
+    photographs of each set top-1 (%) and how often the answer is PyTorch's (%). The sets and the captions of Flickr8k,
+    whose first training pictures calibrate int8, lie below the cache folder. ExecuTorch is measured if it is installed.
+    """
+    model, _ = load_model("photo")
+    model.eval()
+    pictures = load_pairs(
+        str(flickr8k("train")), model.config.image.image_size, decoding="always", progress=False
+    ).images[:256]
+    has_executorch = importlib.util.find_spec("executorch") is not None
+
+    def eager(encode: Callable[..., torch.Tensor]) -> Callable[[np.ndarray], np.ndarray]:
+        return torch.inference_mode()(lambda rows: encode(torch.from_numpy(rows), normalize=True).numpy())
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "photo"
+        manifest = export(model, folder, "photo", pictures, has_executorch)
+        readers = {form: Deployed(folder, form, threads=1) for form in manifest["forms"]}
+        reader = readers["float32"]
+        megabytes = 4e-6 * sum(weight.numel() for weight in model.parameters())
+        measured: dict[str, Any] = {"PyTorch": {"photographs": count, "megabytes": megabytes}}
+        encoders = {"PyTorch": {"image": eager(model.encode_image), "text": eager(model.encode_text)}}
+        for form, each in readers.items():
+            encoders[form] = {"image": each.encode_prepared, "text": each.encode_tokens}
+            megabytes = sum(manifest["files"][graph]["bytes"] for graph in each.graphs) / 1e6
+            measured[form] = {"photographs": count, "megabytes": megabytes}
+        inputs = {"image": reader.prepare([pictures[0].transpose(1, 2, 0)]), "text": reader.tokenize([CAPTION])}
+        with threads(1):
+            halves = {(form, half): call for form, own in encoders.items() for half, call in own.items()}
+            clock = latency({key: partial(call, inputs[key[1]]) for key, call in halves.items()}, rounds)
+            answers = [_photograph_answers(name, count, reader, encoders) for name in EXCERPTS]
+    for form, row in measured.items():
+        row["latency"] = {half: clock[form, half] for half in inputs}
+        row["cosine"] = {half: float(np.mean([own[form]["cosine"][half] for own in answers])) for half in inputs}
+        for key in ("top1", "same answer"):
+            row[key] = {name: own[form][key] for name, own in zip(EXCERPTS, answers, strict=True)}
+    return measured
+
+
+def _photograph_answers(name: str, count: int, reader: Deployed, encoders: dict[str, Any]) -> dict[str, Any]:
+    """Of each form, on the photograph set ``name``: cosines with PyTorch's embeddings, top-1 and the same answers."""
+    test = photograph_set(name)
+    chosen = sorted(np.random.default_rng(0).permutation(len(test.images))[:count].tolist())
+    pictures, labels = zip(*(test.images[row] for row in chosen), strict=True)
+    templates = as_templates(test.templates)
+    prompts = [template.replace("{}", each) for each in test.class_names for template in templates]
+    inputs = {"image": reader.prepare(pictures), "text": reader.tokenize(prompts)}
+    embedded, answers = {}, {}
+    for form, own in encoders.items():
+        rows = {
+            half: np.concatenate([own[half](batch[start : start + 64]) for start in range(0, len(batch), 64)])
+            for half, batch in inputs.items()
+        }
+        classes = rows["text"].reshape(len(test.class_names), len(templates), -1).mean(1)
+        classes /= np.linalg.norm(classes, axis=1, keepdims=True)
+        embedded[form], answers[form] = rows, (rows["image"] @ classes.T).argmax(1)
+    return {
+        form: {
+            "cosine": {half: float((rows[half] * embedded["PyTorch"][half]).sum(1).mean()) for half in rows},
+            "top1": 100 * float((answers[form] == np.array(labels)).mean()),
+            "same answer": 100 * float((answers[form] == answers["PyTorch"]).mean()),
+        }
+        for form, rows in embedded.items()
+    }
+
+
 def peak_memory(name: str, form: Form = "deployed", batch: int = 1) -> float:
     """MB (2^20 bytes) of the weights and of what a call of each encoder adds to them; call it in a process of its own.
 
@@ -251,21 +324,25 @@ def peaks() -> dict[str, float]:
     return {candidate_name(name, form): in_new_process(peak_memory, name, form) for name, form in MODELS}
 
 
-COSTS: dict[str, Callable[[], dict[str, Any]]] = {"models": models, "memory": peaks, "int8": quantised}
+COSTS: dict[str, Callable[[], dict[str, Any]]] = {"models": models, "memory": peaks, "int8": quantised, "forms": forms}
 
 
 def efficiency(only: list[str] | None = None, out: str = "") -> None:
     """Measure, about a quarter of an hour on two cores; a part that is not measured keeps its old numbers.
 
     Args:
-        only: parts to measure, all by default: models, memory, int8.
+        only: parts to measure, all by default: models, memory, int8, forms. The last needs the photographs; its rows
+            of ExecuTorch stay as they are where that is not installed.
         out: file of the record; data/results/efficiency.json if empty.
     """
     file = Path(out or RESULTS / "efficiency.json")
     for name in choose(only, COSTS):
         kept = [record for record in load_results(file) if record["dataset"] == "costs"] if file.exists() else []
         metrics, details = (kept[0]["metrics"], kept[0]["details"]) if kept else ({}, {})
-        metrics = metrics | {name: COSTS[name]()}
-        details = details | {"caption": CAPTION} | ({"machine": describe_machine()} if name == "models" else {})
+        kept_rows = metrics.get("forms", {}) if name == "forms" else {}
+        metrics = metrics | {name: kept_rows | COSTS[name]()}
+        details = details | {"caption": CAPTION}
+        if key := {"models": "machine", "forms": "machine of forms"}.get(name):
+            details[key] = describe_machine()
         save_result(file, make_result("efficiency", "costs", "none", len(MODELS), NO_MODEL, metrics, details=details))
         print(f"{name}: measured, {file}", flush=True)
