@@ -38,6 +38,7 @@ from mclip.pictures import open_picture
 from mclip.recipes import load_model
 from mclip.results import describe_model
 from mclip.scenes.test_sets import scene_sets
+from mclip.scenes.world import SceneConfig, make_scenes
 from mclip.text_encoder import Tokenizer, clean_caption
 
 WORDS = ("a", "small", "red", "star", "dog's", "crème", "10", "on", "green", "grass,", "beside", "the", "of", "photo")
@@ -463,3 +464,19 @@ def test_an_export_that_computes_something_else_leaves_nothing(folder, tmp_path,
         export.export(model, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
     assert model.training
+
+
+@pytest.mark.parametrize(("name", "drawn"), [("kd", True), ("photo", False)])
+def test_without_pairs_int8_is_calibrated_on_what_the_model_knows(name, drawn, tmp_path, monkeypatch):
+    """Scenes for a student of scenes, crops of free photographs for one of photographs."""
+    monkeypatch.setenv("MCLIP_CACHE", str(tmp_path))
+    passed = []
+    manifest = {"files": {}, "forms": []}
+    monkeypatch.setattr("mclip.deploy.export.export", lambda *rest: passed.append(rest[3]) or manifest)
+    assert main(["export", "--model_checkpoint", name, "--out_dir", str(tmp_path / "out"), "--pictures", "8"]) == 0
+    size = load_model(name)[0].config.image.image_size
+    assert passed[0].shape == (8, 3, size, size)
+    assert passed[0].dtype == np.uint8
+    scenes = make_scenes(SceneConfig(8, size, "train"), progress=False).images
+    assert (np.asarray(passed[0]) == scenes).all() == drawn
+    assert len({each.tobytes() for each in np.asarray(passed[0])}) == 8

@@ -7,11 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
+
 from mclip import recipes
 from mclip.config import DistillConfig, TrainConfig, documented, get_profile, require
 from mclip.files import processes
 from mclip.locked_image import tune, write_sentences
 from mclip.model import MobileCLIP
+from mclip.pairs import Crops
 from mclip.scenes.world import SceneConfig
 from mclip.sources.caption_sets import captions_of
 from mclip.sources.loading import Decoding, load_pairs
@@ -159,6 +163,17 @@ def tune_teacher(data: DataOptions, settings: TrainConfig, out_dir: str) -> None
     print(f"{Path(out_dir) / 'model'}: {result.steps} steps, validation {result.validations()[-1]['validation']}")
 
 
+def free_crops(size: int, count: int) -> np.ndarray:
+    """Crops (count, 3, size, size), uint8, of the photographs that come with scikit-image and scikit-learn."""
+    from mclip.show.widgets import free_photographs  # takes a second or two to import
+
+    photographs = [torch.from_numpy(np.array(each)).permute(2, 0, 1) for each in free_photographs().values()]
+    views, rows = divmod(np.arange(count), len(photographs))
+    crops = Crops(smallest=0.15, views=count, seed=0)
+    places = zip(rows, crops.seeds(rows, views), strict=True)
+    return np.stack([crops.cut(photographs[row], size, int(seed)).numpy() for row, seed in places])
+
+
 def export_student(
     model_checkpoint: str = "kd",
     out_dir: str = "runs/export",
@@ -174,7 +189,8 @@ def export_student(
         model_checkpoint: base, kd, or a model folder.
         out_dir: a folder that does not exist yet.
         int8: write graphs in 8-bit integers as well, a quarter of the size.
-        train_data_path: the pairs that the model was trained on, whose pictures calibrate int8; empty draws scenes.
+        train_data_path: the pairs that the model was trained on, whose pictures calibrate int8; empty draws scenes, or
+            cuts crops out of free photographs where the model is not one of scenes.
         pictures: how many of them.
         web: add a page that runs the student in a browser; needs Node.js once, to fetch its libraries.
         executorch: add graphs for ExecuTorch (.pte) in the same forms; needs the extra "executorch".
@@ -193,9 +209,11 @@ def export_student(
     remedy = "only a student can be exported: base, kd, or the model folder of a run"
     require(isinstance(model, MobileCLIP), "model_checkpoint", model_checkpoint, remedy)
     calibration, size = None, model.config.image.image_size
-    if int8:
+    if int8 and (train_data_path or model.config.name == get_profile("cpu").preset):
         pairs = load_pairs(train_data_path, size, scenes=SceneConfig(pictures, size, "train"), progress=False)
         calibration = pairs.images[:pictures]
+    elif int8:
+        calibration = free_crops(size, pictures)
     manifest = export(model, out_dir, Path(model_checkpoint).name, calibration, executorch)
     for name, file in manifest["files"].items():
         print(f"{name:16}{file['bytes']:12,} bytes")
