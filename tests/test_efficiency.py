@@ -30,7 +30,7 @@ from mclip.recipes import load_model
 from mclip.results import ResultError, load_results, weights_sha256
 from mclip.scenes.world import SceneConfig, make_scenes
 from mclip.show import tables
-from mclip.show.cost import cost_of_models, pareto_front
+from mclip.show.cost import cost_of_models
 from mclip.sources.photographs import EXCERPTS
 from mclip.study import bench
 from mclip.study.bench import in_new_process, peak_memory
@@ -221,14 +221,6 @@ def test_a_wrong_model_or_form_is_named():
         candidate("mobile-265")
     with pytest.raises(ConfigError, match="only the student has the form int8"):
         candidate("ViT-B-32", "int8")
-
-
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
-def test_the_front_holds_whoever_is_not_beaten(points):
-    front = {points[i] for i in pareto_front(points)}
-    for point in points:
-        beaten = any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points)
-        assert (point in front) == (not beaten)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,8 @@
 """Figures of what models cost, from ``data/results/efficiency.json``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from mclip.config import PRESETS
@@ -21,20 +20,9 @@ LABEL_AT = {
 """Places of labels, in points from the model's mark, where the usual one would lie on another mark."""
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The numbers of those points that no other one beats in both coordinates (lower is better), left to right."""
-    order = sorted(range(len(points)), key=lambda i: points[i])
-    front: list[int] = []
-    for i in order:
-        if not front or points[i][1] < points[front[-1]][1]:
-            front.append(i)
-    return front
-
-
 def cost_of_models(record: Record) -> NotebookFigure:
-    """Latency against size of the weights with the Pareto front, and the latency of both halves as bars.
+    """Latency against size of the weights, and the latency of both halves as bars.
 
-    The front is a staircase: what lies above and to the right of it is beaten in both by a model on a corner.
     Only the deployed form is drawn: it has the bare name of its model.
     """
     models = {name: m for name, m in record["models"].items() if "," not in name}  # a comma: another form
@@ -48,10 +36,9 @@ def cost_of_models(record: Record) -> NotebookFigure:
         left.annotate(name, point, textcoords="offset points", xytext=LABEL_AT.get(name, (6, 4)), fontsize=8)
     left.plot([], [], "o", color=PALETTE[0], label="presets of this course")
     left.plot([], [], "s", color=PALETTE[1], label="open_clip's")
-    left.set(title="Lower left is cheaper", xscale="log", yscale="log")
+    left.set(title="Cost, not accuracy: lower left is cheaper", xscale="log", yscale="log")
     left.set(xlabel="picture and caption, batch 1, one thread (ms)", ylabel="weights (MB)")
     left.margins(x=0.25, y=0.12)
-    _draw_front(left, [points[i] for i in pareto_front(points)])
     for axis, ticks in ((left.xaxis, (10, 30, 100, 300, 1000)), (left.yaxis, (50, 100, 200, 400, 800))):
         axis.set_major_locator(FixedLocator(ticks))
         axis.set_major_formatter("{x:g}")
@@ -68,16 +55,6 @@ def cost_of_models(record: Record) -> NotebookFigure:
     right.set(title="Its two halves", xlabel="median latency (ms)")
     right.legend(loc="lower right")
     return fig
-
-
-def _draw_front(ax: Axes, front: Sequence[tuple[float, float]]) -> None:
-    """The staircase through ``front``, from the upper edge of the axes to the right one, and the area behind it."""
-    (_, right), (_, top) = ax.get_xlim(), ax.get_ylim()
-    x, y = zip(*front, (right, front[-1][1]), strict=True)
-    look = {"color": "black", "linewidth": 1, "linestyle": ":", "zorder": 1}
-    ax.plot([x[0], *x], [top, *y], drawstyle="steps-post", label="Pareto front", **look)
-    ax.fill_between(x, y, top, step="post", color=PALETTE[7], alpha=0.15, linewidth=0, zorder=0)
-    ax.set(xlim=(None, right), ylim=(None, top))
 
 
 def stage_chart(stages: Mapping[str, float]) -> NotebookFigure:

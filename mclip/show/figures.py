@@ -1,14 +1,16 @@
 """Figures from results records and logs, drawn without a screen and without training anything."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from contourpy import contour_generator
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.path import Path
 from matplotlib.ticker import LogLocator
 from scipy.special import softmax
 from scipy.stats import entropy
@@ -20,6 +22,8 @@ from mclip.show import style
 from mclip.show.tables import by_model, over_seeds, read_published, zero_shot_table
 
 Records = Sequence[Mapping[str, Any]]
+Outlines = Mapping[str, Callable[[Any, Any], Any]]
+Paints = Mapping[str, tuple[float, float, float]]
 
 
 def performance_comparison(records: Records, photographs: Records = ()) -> style.NotebookFigure:
@@ -257,6 +261,36 @@ def image_grid(images: Any, captions: Sequence[str], columns: int = 6) -> style.
         if i < len(pictures):
             ax.imshow(pictures[i], interpolation="nearest")
             ax.set_title(texts[i], fontsize=9, loc="center")
+    return fig
+
+
+def embedding_map(points: Any, shapes: Any, colours: Any, outlines: Outlines, paints: Paints) -> style.NotebookFigure:
+    """Mean embeddings (N, d) on their two main directions; right the same without the mean of each shape.
+
+    ``shapes`` and ``colours`` (N,) number the items of ``outlines``, {name: signed distance of x and y}, and of
+    ``paints``, {name: RGB}. A mark has the outline and the paint of what it stands for.
+    """
+    line = np.linspace(-1.2, 1.2, 60, dtype=np.float32)
+    paths = [contour_generator(line, -line, of(*np.meshgrid(line, line))).lines(0) for of in outlines.values()]
+    markers = [Path.make_compound_path(*(Path(ring, closed=True) for ring in rings)) for rings in paths]
+    fig = style.figure(8.3, 4.2)
+    centred = points - points.mean(0)
+    beside = centred - np.stack([centred[shapes == shape].mean(0) for shape in shapes])
+    for ax, rows, groups, names, what in zip(
+        fig.subplots(1, 2), (centred, beside), (shapes, colours), (outlines, paints), ("shape", "colour"), strict=True
+    ):
+        flat = rows @ np.linalg.svd(rows, full_matrices=False)[2][:2].T
+        for point, shape, colour in zip(flat, shapes, colours, strict=True):
+            paint = list(paints.values())[colour]
+            ax.scatter(*point, s=70, color=paint, marker=markers[shape], edgecolor="black", linewidth=0.4)
+        for group in np.unique(groups):
+            own = flat[groups == group]
+            above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+            box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.5}
+            ax.annotate(list(names)[group], (own[:, 0].mean(), own[:, 1].max()), bbox=box, **above)
+        ax.set(title=f"The {what}s", xlabel="first principal component", ylabel="second principal component")
+    ax.set_title("Without the mean of each shape: the colours")
+    fig.suptitle("A map of the teacher's picture embeddings, a mark for each colour and shape")
     return fig
 
 

@@ -165,3 +165,30 @@ def line_charts(
     if len(handles) > 1:
         fig.legend(handles.values(), handles, loc="outside lower center", ncols=3 * min(2, len(panels)))
     return fig
+
+
+def line_chart(lines: Mapping[str, Mapping[float, float]], title: str, **axes: Any) -> NotebookFigure:
+    """A line with marks for each of ``lines``, {name: {x: y}}; ``axes`` are labels, scales and limits of the axes."""
+    fig = figure(6.3, 3.1)
+    ax = fig.subplots()
+    for (name, line), look in zip(lines.items(), cycle(("o-", "s--", "^:")), strict=False):
+        ax.plot(list(line), list(line.values()), look, markersize=4, label=name)
+    ax.set(title=title, **axes)
+    if len(lines) > 1:
+        fig.legend(loc="outside lower center", ncols=len(lines))
+    return fig
+
+
+def stacked_bars(parts: Mapping[str, Mapping[str, float]], title: str, xlabel: str) -> NotebookFigure:
+    """A horizontal bar for each of ``parts``, {row: {part: value}}, cut into its parts."""
+    fig = figure(7.3, 1.3 + 0.22 * len(parts))
+    ax, left = fig.subplots(), np.zeros(len(parts))
+    for number, part in enumerate(next(iter(parts.values()))):
+        values = np.array([row[part] for row in parts.values()])
+        hatch = ("", "//", "..", "\\\\", "xx")[number]
+        ax.barh(range(len(parts)), values, left=left, label=part, hatch=hatch, edgecolor="white", linewidth=0)
+        left += values
+    name_rows(ax, list(parts))
+    ax.set(title=title, xlabel=xlabel)
+    fig.legend(loc="outside lower center", ncols=5, columnspacing=1)
+    return fig
