@@ -85,7 +85,7 @@ def difference(means: Means, name: str, against: str) -> dict[str, Any]:
         raise ResultError(f"{name}: no seed has a record of it and of {against}; run: python -m mclip study ablations")
     value, (deviation, freedom) = statistics.fmean(points), pooled_deviation(means)
     effect = {"value": value, "n": len(points)}
-    if not any(points):
+    if len(points) > 1 and not any(points):  # in one seed, two runs may score the same by chance
         return effect | {"low": 0.0, "high": 0.0, "verdict": "identical"}
     if not freedom:
         return effect | {"verdict": "undecided"}
@@ -167,7 +167,7 @@ def recipe_figure(records: Sequence[Mapping[str, Any]], against: str = "feature"
     for (number, (name, gain)), place in zip(enumerate(near.items(), start=1), cycle((4, -11)), strict=False):
         group = groups.index(plan[name]["group"])
         title = f"{number} {plan[name]['title']}"
-        ax.plot(*gain, "o^sDvPX"[group % 7], color=PALETTE[group % len(PALETTE)], label=label(title, 44))
+        ax.plot(*gain, "o^sDvPX"[group % 7], color=PALETTE[group % len(PALETTE)], label=label(title, 48))
         ax.annotate(str(number), gain, (4, place), textcoords="offset points", fontsize=8)
     ax.axhline(0, color="black", linewidth=1)
     ax.axvline(0, color="black", linewidth=1)
