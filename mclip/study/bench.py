@@ -331,12 +331,12 @@ def efficiency(only: list[str] | None = None, out: str = "") -> None:
     """Measure, about a quarter of an hour on two cores; a part that is not measured keeps its old numbers.
 
     Args:
-        only: parts to measure, all by default: models, memory, int8, forms. The last needs the photographs; its rows
+        only: parts to measure: models, memory, int8, and forms if asked for, since it needs the photographs; its rows
             of ExecuTorch stay as they are where that is not installed.
         out: file of the record; data/results/efficiency.json if empty.
     """
     file = Path(out or RESULTS / "efficiency.json")
-    for name in choose(only, COSTS):
+    for name in choose(only or ["models", "memory", "int8"], COSTS):
         kept = [record for record in load_results(file) if record["dataset"] == "costs"] if file.exists() else []
         metrics, details = (kept[0]["metrics"], kept[0]["details"]) if kept else ({}, {})
         kept_rows = metrics.get("forms", {}) if name == "forms" else {}
