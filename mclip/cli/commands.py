@@ -7,15 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-
 from mclip import recipes
 from mclip.config import DistillConfig, TrainConfig, documented, get_profile, require
 from mclip.files import processes
 from mclip.locked_image import tune, write_sentences
 from mclip.model import MobileCLIP
-from mclip.pairs import Crops
 from mclip.scenes.world import SceneConfig
 from mclip.sources.caption_sets import captions_of
 from mclip.sources.loading import Decoding, load_pairs
@@ -163,17 +159,6 @@ def tune_teacher(data: DataOptions, settings: TrainConfig, out_dir: str) -> None
     print(f"{Path(out_dir) / 'model'}: {result.steps} steps, validation {result.validations()[-1]['validation']}")
 
 
-def free_crops(size: int, count: int) -> np.ndarray:
-    """Crops (count, 3, size, size), uint8, of the photographs that come with scikit-image and scikit-learn."""
-    from mclip.show.widgets import free_photographs  # takes a second or two to import
-
-    photographs = [torch.from_numpy(np.array(each)).permute(2, 0, 1) for each in free_photographs().values()]
-    views, rows = divmod(np.arange(count), len(photographs))
-    crops = Crops(smallest=0.15, views=count, seed=0)
-    places = zip(rows, crops.seeds(rows, views), strict=True)
-    return np.stack([crops.cut(photographs[row], size, int(seed)).numpy() for row, seed in places])
-
-
 def export_student(
     model_checkpoint: str = "kd",
     out_dir: str = "runs/export",
@@ -198,6 +183,7 @@ def export_student(
     from mclip.deploy.export import export  # onnx and onnxruntime take seconds, and no other command needs them
     from mclip.deploy.reader import require_executorch
     from mclip.deploy.web import libraries, write_web
+    from mclip.show.widgets import free_crops
 
     require(int8 or not web, "int8", int8, "the page starts with the int8 graphs")
     if web:

@@ -174,7 +174,7 @@ def write_int8(folder: Path, images: np.ndarray) -> None:
     """The graphs of ``folder`` once more in int8, with a scale for each row of a weight.
 
     The text half is dynamic: the range of an activation is measured anew in each call. The image half is static: a
-    range holds 99.99 % of what ``images`` (N, 3, S, S) float32 give, prepared pictures of the training set. A single
+    range holds 99.999 % of what ``images`` (N, 3, S, S) float32 give, prepared pictures of the training set. A single
     outlier would make the steps of all others coarse. Pictures of a test set would make its result look better than
     it is. Weights are signed and activations unsigned, for which x86 and ARM have instructions.
     """
@@ -183,13 +183,17 @@ def write_int8(folder: Path, images: np.ndarray) -> None:
     weights = {"per_channel": True, "weight_type": QuantType.QInt8}
     static = {"quant_format": QuantFormat.QDQ, "activation_type": QuantType.QUInt8}
     # The stride works for every method, and counts batches.
-    ranges = {"CalibPercentile": 99.99, "CalibStridedMinMax": 1}
+    ranges = {"CalibPercentile": 99.999, "CalibStridedMinMax": 1}
     static |= {"calibrate_method": CalibrationMethod.Percentile, "extra_options": ranges}
     with quiet():
         quantize_dynamic(folder / text, folder / text8, **weights)
         # Symbolic shapes are not needed, and ONNX Runtime's inference of them stumbles over F.normalize.
         quant_pre_process(folder / image, simplified, skip_symbolic_shape=True)
-        quantize_static(simplified, folder / image8, _Calibration(images), **static, **weights)
+        try:
+            quantize_static(simplified, folder / image8, _Calibration(images), **static, **weights)
+        except ValueError:  # where a layer always gives one number there is no histogram
+            static["calibrate_method"] = CalibrationMethod.MinMax
+            quantize_static(simplified, folder / image8, _Calibration(images), **static, **weights)
     simplified.unlink()
     for name in (image8, text8):
         slim(folder / name)

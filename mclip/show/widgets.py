@@ -18,6 +18,7 @@ from mclip import losses
 from mclip.balancing import STRATEGIES, Balancer, Schedule, gradient_norms
 from mclip.config import DistillConfig, TrainConfig, require
 from mclip.evaluate import embed_texts
+from mclip.pairs import Crops
 from mclip.pictures import UNREADABLE, PictureError, as_rgb
 from mclip.show.figures import caption_matrix, training_curves
 from mclip.show.style import COLOURS, HATCHES, PALETTE, NotebookFigure, figure, interval_bars, label, name_rows
@@ -111,6 +112,15 @@ def free_photographs() -> dict[str, Image.Image]:
     names = ("astronaut", "chelsea", "coffee", "rocket")
     arrays = [*(getattr(skimage.data, name)() for name in names), *load_sample_images().images]
     return dict(zip((*names, "temple", "flower"), map(Image.fromarray, arrays), strict=True))
+
+
+def free_crops(size: int, count: int) -> np.ndarray:
+    """Crops (count, 3, size, size), uint8, of :func:`free_photographs`, in turns."""
+    photographs = [torch.from_numpy(np.array(each)).permute(2, 0, 1) for each in free_photographs().values()]
+    views, rows = divmod(np.arange(count), len(photographs))
+    crops = Crops(smallest=0.15, views=count, seed=0)
+    places = zip(rows, crops.seeds(rows, views), strict=True)
+    return np.stack([crops.cut(photographs[row], size, int(seed)).numpy() for row, seed in places])
 
 
 def open_upload(file: Mapping[str, Any]) -> Image.Image:

@@ -35,8 +35,9 @@ from mclip.recipes import load_model, student_prepare
 from mclip.results import load_results, make_result, save_result
 from mclip.scenes.test_sets import scene_sets
 from mclip.scenes.world import SceneConfig, export_scenes, make_scenes
+from mclip.show.widgets import free_crops
 from mclip.sources.loading import load_pairs
-from mclip.sources.photographs import EXCERPTS, flickr8k, photograph_set
+from mclip.sources.photographs import EXCERPTS, photograph_set
 from mclip.targets import embed_captions, embed_pictures
 from mclip.teacher import load_teacher
 from mclip.train import train
@@ -233,14 +234,12 @@ def forms(count: int = 1000, rounds: int = 30) -> dict[str, Any]:
     """The student of photographs in each form that an app can carry, against PyTorch; by the names of :data:`GRAPHS`.
 
     Of both halves megabytes, latency on one thread and the mean cosine with PyTorch's embeddings; on ``count``
-    photographs of each set top-1 (%) and how often the answer is PyTorch's (%). The sets and the captions of Flickr8k,
-    whose first training pictures calibrate int8, lie below the cache folder. ExecuTorch is measured if it is installed.
+    photographs of each set top-1 (%) and how often the answer is PyTorch's (%). The sets lie below the cache folder.
+    int8 is calibrated as by the command ``export``. ExecuTorch is measured if it is installed.
     """
     model, _ = load_model("photo")
     model.eval()
-    pictures = load_pairs(
-        str(flickr8k("train")), model.config.image.image_size, decoding="always", progress=False
-    ).images[:256]
+    pictures = free_crops(model.config.image.image_size, 256)
     has_executorch = importlib.util.find_spec("executorch") is not None
 
     def eager(encode: Callable[..., torch.Tensor]) -> Callable[[np.ndarray], np.ndarray]:
