@@ -174,9 +174,9 @@ def write_int8(folder: Path, images: np.ndarray) -> None:
     """The graphs of ``folder`` once more in int8, with a scale for each row of a weight.
 
     The text half is dynamic: the range of an activation is measured anew in each call. The image half is static: a
-    range holds 99.999 % of what ``images`` (N, 3, S, S) float32 give, prepared pictures of the training set. A single
-    outlier would make the steps of all others coarse. Pictures of a test set would make its result look better than
-    it is. Weights are signed and activations unsigned, for which x86 and ARM have instructions.
+    range holds 99.999 % of what ``images`` (N, 3, S, S) float32 give, prepared pictures like those of training. A
+    single outlier would make the steps of all others coarse. Pictures of a test set would make its result look better
+    than it is. Weights are signed and activations unsigned, for which x86 and ARM have instructions.
     """
     (image, text), (image8, text8) = GRAPHS["float32"], GRAPHS["int8"]
     simplified = folder / f"{image}.simplified"
@@ -292,7 +292,7 @@ def export(
         model: a student; of other models nothing says that their halves export and their captions are cut alike.
         folder: must not exist.
         name: of the model, for the manifest and the card.
-        calibration: uint8 pictures (N, 3, H, W) of the training set; with them, int8 graphs are written as well.
+        calibration: uint8 pictures (N, 3, H, W) like those of training; with them, int8 graphs are written as well.
         executorch: write the graphs for ExecuTorch as well, in the same forms.
 
     Returns: the manifest: what was exported, and of each file bytes and SHA-256.

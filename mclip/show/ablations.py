@@ -104,6 +104,12 @@ def effects(records: Sequence[Mapping[str, Any]], measure: str = "mean top-1") -
     return differences
 
 
+def in_points(effect: Mapping[str, Any]) -> str:
+    """A :func:`difference` for a table, such as "+1.2 (-0.3 to +2.7)"; without an interval where it has none."""
+    spread = f" ({effect['low']:+.1f} to {effect['high']:+.1f})" if "low" in effect else ""
+    return f"{effect['value']:+.1f}{spread}"
+
+
 def failures_of(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What befell the configurations that have records but not one mean: ``{name: "failed: ..."}``, on one line."""
     means = means_of(records)
@@ -120,9 +126,8 @@ def ablation_table(records: Sequence[Mapping[str, Any]]) -> str:
         mean = f"{statistics.fmean(own.values()):.1f}" if own else failed[name]
         row = [each["group"], each["title"], len(own), mean, "", "", ""]
         if name in found:
-            e = found[name]
-            spread = f" ({e['low']:+.1f} to {e['high']:+.1f})" if "low" in e else ""
-            row[4:] = [plan[each["against"]]["title"], f"{e['value']:+.1f}{spread}", e["verdict"]]
+            effect = found[name]
+            row[4:] = [plan[each["against"]]["title"], in_points(effect), effect["verdict"]]
         rows.append(row)
     header = ("question", "configuration", "seeds", "mean, %", "against", "points", "verdict")
     return markdown(header, rows)
@@ -130,7 +135,8 @@ def ablation_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 def recipe_table(records: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table: each of ``MEASURES`` over seeds, and its difference to the configuration's counterpart."""
-    means, found = ({each: function(records, each) for each in MEASURES} for function in (means_of, effects))
+    means = {measure: means_of(records, measure) for measure in MEASURES}
+    found = {measure: effects(records, measure) for measure in MEASURES}
     plan, failed = plan_of(records), failures_of(records)
     rows = []
     for name, each in plan.items():
@@ -139,10 +145,7 @@ def recipe_table(records: Sequence[Mapping[str, Any]]) -> str:
             failed[name] if name in failed else f"{statistics.fmean(means[m][name].values()):.1f}" for m in MEASURES
         ]
         row.append(plan[each["against"]]["title"] if name in found["R@10"] else "")
-        for measure in MEASURES:
-            effect = found[measure].get(name, {})
-            spread = f" ({effect['low']:+.1f} to {effect['high']:+.1f})" if "low" in effect else ""
-            row.append(f"{effect['value']:+.1f}{spread}" if effect else "")
+        row += [in_points(found[measure][name]) if name in found[measure] else "" for measure in MEASURES]
         rows.append(row)
     points = [f"points of {measure}" for measure in MEASURES]
     return markdown(("question", "configuration", "seeds", *MEASURES, "against", *points), rows)

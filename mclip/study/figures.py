@@ -14,6 +14,7 @@ from mclip.show.ablations import (
     defect_curves,
     defect_table,
     difference,
+    in_points,
     means_of,
     recipe_figure,
     recipe_table,
@@ -68,8 +69,7 @@ def photographs_markdown(records: Records) -> str:
     if not means.get("kd", {}).keys() & means.get("base", {}).keys():
         return table
     effect = difference(means, "kd", "base")
-    spread = f" ({effect['low']:+.1f} to {effect['high']:+.1f})" if "low" in effect else ""
-    return f"{table}\n\nMean of these sets, kd - base: {effect['value']:+.1f} points{spread}, {effect['n']} seeds."
+    return f"{table}\n\nMean of these sets, kd - base, in points: {in_points(effect)}, {effect['n']} seeds."
 
 
 def bench_markdown(records: Records) -> str:

@@ -122,8 +122,8 @@ def plan(
         terms = from_mapping(DistillConfig, study.recipe)
     alone = row.student in ("base", "clip")  # of the terms, they read no more than which loss is their own
     settings |= asdict(training) | ({"task": BASE.task} if alone else asdict(terms))
-    for key in row.changes.keys() - {"scenes"}:
-        require(key in settings, f"{row.full_name}.{key}", row.changes[key], closest(key, settings))
+    for key in row.changes:
+        require(key in settings or key == "scenes", f"{row.full_name}.{key}", row.changes[key], closest(key, settings))
     settings |= row.changes
     if settings["data_size"] < 1:
         pictures, batch = round(settings["data_size"] * size.pictures), settings["batch_size"]
