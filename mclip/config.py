@@ -189,22 +189,22 @@ class DistillConfig(Settings):
 
     task: Literal["info_nce", "siglip", "jsd"] = "info_nce"  # the student's own loss on its pairs
     original_weight: float = 1.0  # prior of that loss
-    feature_weight: float = 20.0  # prior of the distance from the teacher's embeddings
+    feature_weight: float = 1.0  # prior of the distance from the teacher's embeddings
     img_distill_weight: float = 1.0  # share of the pictures in "feature"
     txt_distill_weight: float = 1.0  # share of the captions in "feature"
     response_weight: float = 1.0  # prior of the divergence from the teacher's softened similarities
     similarity_weight: float = 0.0  # prior of the squared difference of the cosine matrices
-    icl_weight: float = 0.0  # prior of the interactive contrastive term
+    icl_weight: float = 1.0  # prior of the interactive contrastive term
     feature_source: Literal["embedding", "penultimate"] = "embedding"  # what "feature" aligns with the teacher
     feature_form: Literal["cosine", "mse"] = "cosine"  # 1 - cos, or the squared error summed over dimensions
     aligner: Literal["auto", "mlp", "identity"] = "auto"  # auto: mlp if widths differ
     online_teacher: bool = False  # embed each batch anew, in place of cached targets: slower, but every crop is new
-    order: tuple[Term, Term, Term] = ("original", "feature", "response")  # the term that begins in each phase
-    phases: tuple[float, float, float] = (0.02, 0.5, 0.9)  # phases 2 and 3, end of cooling; shares (<= 1) or steps
+    order: tuple[Term, Term, Term] = ("feature", "response", "original")  # the term that begins in each phase
+    phases: tuple[float, float, float] = (0.5, 0.7, 0.9)  # phases 2 and 3, end of cooling; shares (<= 1) or steps
     ramp: float = 0.02  # a term that becomes active rises over this many steps (or this fraction of the run)
-    max_temperature: float = 8.0  # of the response term, before phase 2
-    min_temperature: float = 4.0  # of the response term, from the last of the phases' bounds on
-    balancers: tuple[Strategy, ...] = ("gradient_norm", "magnitude")  # the next one when validation stops improving
+    max_temperature: float = 4.0  # of the response term, before phase 2
+    min_temperature: float = 1.0  # of the response term, from the last of the phases' bounds on
+    balancers: tuple[Strategy, ...] = ("magnitude",)  # the next one when validation stops improving
     adaptation_rate: float = 0.1  # exponential smoothing of the balancer's weights, per update
     gradient_check_frequency: int = 10  # steps between updates of the balancer
     plateau_patience: int = 3  # evaluations without improvement before the next balancer takes over
@@ -273,6 +273,7 @@ DEFAULTS: dict[str, Any] = json.loads(json.dumps(_defaults))  # lists for tuples
 class Profile:
     """How much a run does: ``pictures`` of scenes, passes over them, and pictures in each test set.
 
+    ``alone`` is what training without a teacher does otherwise: a rate of its own, and crops that no cache has to hold.
     ``captions`` names the set of captions that stands in the place of scenes.
     """
 
@@ -281,17 +282,18 @@ class Profile:
     batch_size: int
     test_pictures: int
     learning_rate: float = 3e-3
-    crop_scale: float = 0.6
+    crop_scale: float = 0.8
     views: int = 4
+    alone: dict = field(default_factory=lambda: {"learning_rate": 1e-3, "views": 0})
     preset: str = "course"
     teacher: str = SHIPPED
     teacher_pretrained: str | None = None
     captions: str = ""
 
-    def training(self, **changes: Any) -> TrainConfig:
-        """The settings of a run of this size; ``changes`` replace some."""
+    def training(self, teacher: bool = True, **changes: Any) -> TrainConfig:
+        """The settings of a run of this size, with or without a ``teacher``; ``changes`` replace some."""
         decided = {key: value for key, value in vars(self).items() if hasattr(TrainConfig, key)}
-        return TrainConfig(**(decided | changes))
+        return TrainConfig(**(decided | ({} if teacher else self.alone) | changes))
 
 
 PROFILES = {name: from_mapping(Profile, each, f"{name}.") for name, each in _STORED["profiles"].items()}

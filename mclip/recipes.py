@@ -36,7 +36,8 @@ from mclip.targets import OnlineTargets, get_crops, teacher_targets
 from mclip.teacher import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, load_open_clip, load_teacher
 from mclip.train import TrainResult, train
 
-BASE = DistillConfig(feature_weight=0.0, response_weight=0.0)  # the student's own loss and nothing else
+BASE = DistillConfig(order=("original", "feature", "response"), feature_weight=0.0, response_weight=0.0, icl_weight=0.0)
+"""The student's own loss and nothing else."""
 
 
 def get_model_config(name_or_path: str) -> ModelConfig:

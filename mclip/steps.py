@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from mclip.balancing import Balancer, Schedule
+from mclip.balancing import Balancer, Schedule, gradient_norms
 from mclip.config import TrainConfig
 from mclip.objectives import Contrastive, Output
 from mclip.pairs import Batch
@@ -77,7 +77,8 @@ class Stepper:
     def take(self, pieces: list[Batch], step: int, rate: float) -> Record:
         """Take one step at the learning rate ``rate`` over the pairs of all ``pieces``, on all processes.
 
-        Returns the record of its terms, weights and temperature. TrainError if a term or the gradient is not finite.
+        Returns the record of its terms, weights and temperature, and of some steps the gradient norms of the terms at
+        the embeddings (``pulls``). TrainError if a term or the gradient is not finite.
         """
         self.student.train()
         outputs = []
@@ -134,13 +135,16 @@ class Stepper:
         torch.manual_seed(self._seed(step))  # the same dropout of the aligners, and so the same loss, on all processes
         with self.fabric.autocast():
             terms = self.objective(output, batch, active, temperature)
-            loss, weights = self.balancer.combine(terms, active, step, self.objective.student_tensors(output))
+            tensors = self.objective.student_tensors(output)
+            loss, weights = self.balancer.combine(terms, active, step, tensors)
         values = {name: term.item() for name, term in terms.items()}
         for name, value in values.items():
             if not math.isfinite(value):
                 raise TrainError(f"step {step}: the term {name!r} is {value}")
         record = {"step": step, "phase": self.schedule.phase(step), "temperature": temperature, "loss": loss.item()}
         record |= {"terms": values, "weights": weights, "strategy": self.balancer.strategy}
+        if step % self.objective.config.gradient_check_frequency == 0:
+            record["pulls"] = gradient_norms(terms, tensors)
         # DDP waits for a gradient of every output, used or not.
         unused = sum(value.sum() for value in output.values()) if self.fabric.world_size > 1 else 0
         return loss + 0 * unused, record

@@ -3,6 +3,7 @@
 import io
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -12,13 +13,18 @@ from hypothesis import strategies as st
 from mclip import balancing
 from mclip.balancing import BEGINS_WITH, FLOOR, STRATEGIES, Balancer, Schedule, gradient_norms
 from mclip.config import ConfigError, DistillConfig
+from mclip.recipes import BASE
 
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 WHOLE = {"original": 1.0, "feature": 1.0, "response": 1.0}
+# The published order, without icl.
+published = partial(
+    DistillConfig, order=("original", "feature", "response"), icl_weight=0.0, max_temperature=8.0, min_temperature=4.0
+)
 
 
 def balancer(*strategies, rate=1.0, frequency=1, **settings):
-    settings = {"feature_weight": 1.0, "adaptation_rate": rate, "gradient_check_frequency": frequency} | settings
+    settings = {"icl_weight": 0.0, "adaptation_rate": rate, "gradient_check_frequency": frequency} | settings
     return Balancer(DistillConfig(balancers=strategies, **settings))
 
 
@@ -33,7 +39,7 @@ def losses_of(sizes):
 
 
 def test_the_bounds_of_the_existing_implementation_work_as_steps():
-    schedule = Schedule(DistillConfig(phases=(1000, 2000, 3000)), 10_000)
+    schedule = Schedule(published(phases=(1000, 2000, 3000)), 10_000)
     assert [schedule.phase(s) for s in (0, 999, 1000, 1999, 2000, 9999)] == [1, 1, 2, 2, 3, 3]
     temperatures = [schedule.temperature(s) for s in (0, 1000, 1500, 2000, 2500, 3000, 9999)]
     assert temperatures == [8, 8, 7, 6, 5, 4, 4]
@@ -49,13 +55,13 @@ def test_fractions_and_steps_mean_the_same():
 
 
 def test_one_is_the_whole_run_not_one_step():
-    schedule = Schedule(DistillConfig(phases=(0.0, 0.5, 1.0), ramp=1.0), 100)
+    schedule = Schedule(published(phases=(0.0, 0.5, 1.0), ramp=1.0), 100)
     assert schedule.temperature(99) == pytest.approx(4.04)
     assert schedule.active(49) == {"original": 1, "feature": 0.5}
 
 
 def test_terms_start_with_their_phase_and_ramp_in():
-    config = DistillConfig(phases=(10, 20, 30), ramp=4, similarity_weight=1, icl_weight=1)
+    config = published(phases=(10, 20, 30), ramp=4, similarity_weight=1, icl_weight=1)
     schedule = Schedule(config, 40)
     assert schedule.active(9) == {"original": 1}
     assert schedule.active(10) == {"original": 1, "feature": 0.25, "similarity": 0.25}
@@ -64,16 +70,16 @@ def test_terms_start_with_their_phase_and_ramp_in():
 
 
 def test_a_schedule_without_phases_is_whole_from_the_first_step():
-    schedule = Schedule(DistillConfig(phases=(0, 0, 0), ramp=0), 1)
+    schedule = Schedule(published(phases=(0, 0, 0), ramp=0), 1)
     assert schedule.phase(0) == 3
     assert schedule.temperature(0) == 4
     assert schedule.active(0) == WHOLE
 
 
 def test_a_run_without_a_teacher_has_one_phase():
-    alone = Schedule(DistillConfig(feature_weight=0, response_weight=0), 100)
+    alone = Schedule(BASE, 100)
     assert {alone.phase(step) for step in range(100)} == {1}
-    feature = Schedule(DistillConfig(response_weight=0), 100)
+    feature = Schedule(published(response_weight=0), 100)
     assert {feature.phase(step) for step in range(100)} == {1, 2}
 
 
@@ -108,7 +114,7 @@ def test_schedule_promises(total, phases, ramp, order, off):
 
 
 def test_terms_begin_in_the_order_of_the_phases():
-    config = DistillConfig(order=("feature", "response", "original"), phases=(0.4, 0.8, 0.9), ramp=0.0)
+    config = DistillConfig(phases=(0.4, 0.8, 0.9), ramp=0.0, icl_weight=0.0)
     schedule = Schedule(config, 10)
     began = [tuple(sorted(schedule.active(step))) for step in (0, 3, 4, 7, 8)]
     assert began == [("feature",)] * 2 + [("feature", "response")] * 2 + [("feature", "original", "response")]
@@ -118,7 +124,7 @@ def test_terms_begin_in_the_order_of_the_phases():
 
 def test_terms_that_would_never_start_are_warned_of():
     with pytest.warns(UserWarning, match="response would never start in a run of 1500 steps"):
-        Schedule(DistillConfig(phases=(1000, 2000, 3000)), 1500)
+        Schedule(published(phases=(1000, 2000, 3000)), 1500)
     with pytest.raises(ConfigError, match="total_steps=0"):
         Schedule(DistillConfig(), 0)
 
@@ -408,7 +414,7 @@ def test_defect_06_a_new_term_starts_from_its_fair_share(strategy):
 
 def run_with_interruption(strategies, interrupt_at, rebuild):
     """What 60 steps give; ``rebuild`` is what a restart before one of them does to the balancer."""
-    config = DistillConfig(
+    config = published(
         balancers=strategies,
         phases=(10, 20, 30),
         ramp=5,

@@ -31,7 +31,9 @@ def test_flags_of_the_existing_implementation_are_understood(tmp_path):
 def test_defaults_are_those_of_the_profile_and_options_win():
     _, cpu = parse("distill", [])
     _, gpu = parse("distill", ["--profile", "gpu", "--batch_size", "256"])
-    assert (cpu["settings"].batch_size, cpu["settings"].learning_rate) == (64, 3e-3)
+    _, alone = parse("train", [])
+    assert (cpu["settings"].batch_size, cpu["settings"].learning_rate, cpu["settings"].views) == (64, 3e-3, 4)
+    assert (alone["settings"].batch_size, alone["settings"].learning_rate, alone["settings"].views) == (64, 1e-3, 0)
     assert (gpu["settings"].batch_size, gpu["settings"].learning_rate) == (256, 1e-3)
     assert cpu["terms"] == DistillConfig()
 

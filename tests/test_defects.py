@@ -100,8 +100,7 @@ def test_letters_are_swapped_inside_words():
 
 def test_the_dead_balancer_looks_like_success():
     """Its loss falls to 0, because its weight does."""
-    config = balancing.DistillConfig()
-    weigher, terms = balancing.Balancer(config), {"original": torch.tensor(4.0)}
+    weigher, terms = balancing.Balancer(balancing.DistillConfig()), {"original": torch.tensor(4.0)}
     with switched_on(*PATCHES[6]):
         printed = [weigher.combine(terms, {"original": 1.0}, step, [])[0].item() for step in range(100)]
     assert printed[-1] < 1e-3 * printed[0]

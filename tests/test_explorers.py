@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from mclip import losses
-from mclip.balancing import STRATEGIES, Balancer
+from mclip.balancing import STRATEGIES
 from mclip.config import ConfigError, DistillConfig
 from mclip.files import DATA
+from mclip.recipes import BASE
 from mclip.show import widgets
 from mclip.show.figures import training_curves
 from mclip.show.style import figure
@@ -23,7 +24,6 @@ from mclip.show.widgets import (
     kernel_explorer,
     loss_chart,
     loss_explorer,
-    recorded_pulls,
     replay,
     response_and_gradient,
     schedule_explorer,
@@ -111,7 +111,6 @@ def test_loss_explorer_follows_each_control(student, teacher):
 
 
 def test_replay_of_the_recorded_settings_is_the_record(log):
-    """Weights come out as they were logged: nothing was lost on the way from weights to gradient norms and back."""
     steps, replayed = steps_of(log), replay(log, DistillConfig())
     assert len(replayed) == len(steps)
     for step, again in zip(steps, replayed, strict=True):
@@ -122,49 +121,41 @@ def test_replay_of_the_recorded_settings_is_the_record(log):
 
 def test_magnitude_gives_every_term_its_prior_in_the_end(log):
     """With no memory, weight times loss is proportional to the prior: the definition, by hand."""
-    config = DistillConfig(balancers=("magnitude",), adaptation_rate=1.0, gradient_check_frequency=1)
-    last = replay(log, config)[-1]
+    settings = {"adaptation_rate": 1.0, "gradient_check_frequency": 1, "feature_weight": 5.0}
+    last = replay(log, DistillConfig(balancers=("magnitude",), **settings))[-1]
     products = {name: weight * last["terms"][name] for name, weight in last["weights"].items()}
-    assert products["feature"] == pytest.approx(20 * products["original"])
-    assert products["response"] == pytest.approx(products["original"])
+    assert products["feature"] == pytest.approx(5 * products["original"])
+    assert products["response"] == products["icl"] == pytest.approx(products["original"])
+
+
+def test_gradient_norm_weighs_by_the_norms_that_were_recorded(log):
+    """With no memory, weight times norm is the same for all terms, where all have been measured."""
+    replayed = replay(log, DistillConfig(balancers=("gradient_norm",), adaptation_rate=1.0))
+    measured = [record for record in steps_of(log) if "pulls" in record][-1]
+    weights = replayed[measured["step"]]["weights"]
+    products = [weight * measured["pulls"][name] for name, weight in weights.items()]
+    assert len(products) == 4
+    assert products == pytest.approx(products[:1] * 4, rel=1e-4)
 
 
 def test_uncertainty_moves_towards_small_losses(log):
     last = replay(log, DistillConfig(balancers=("uncertainty",)))[-1]
-    assert last["weights"]["feature"] / 20 > last["weights"]["original"]
-    assert sum(last["weights"].values()) == pytest.approx(3)
+    assert last["weights"]["feature"] > last["weights"]["original"]
+    assert sum(last["weights"].values()) == pytest.approx(4)
 
 
 def test_an_earlier_phase_takes_the_first_recorded_loss(log):
     first = next(record for record in steps_of(log) if "response" in record["terms"])
-    replayed = replay(log, DistillConfig(phases=(0.02, 0.1, 0.9)))
+    replayed = replay(log, DistillConfig(phases=(0.1, 0.7, 0.9)))
     joined = next(record for record in replayed if "response" in record["terms"])
     assert joined["step"] == round(0.1 * len(replayed)) < first["step"]
     assert joined["terms"]["response"] == first["terms"]["response"]
 
 
-def test_pulls_are_the_norms_that_a_balancer_was_given():
-    """Made-up norms go through a balancer; the log that it leaves gives them back."""
-    config = DistillConfig(gradient_check_frequency=5, phases=(0.0, 0.5, 1.0), balancers=("gradient_norm",))
-    place = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    balancer, made_up = Balancer(config), []
-    for step in range(40):
-        norms = {"original": 2.0 + step, "feature": 0.1, "response": 30.0 / (1 + step)}
-        terms = {name: 1 + norm * place[i] for i, (name, norm) in enumerate(norms.items())}
-        active = {"original": 1.0, "feature": 1.0} | ({"response": 1.0} if step >= 20 else {})
-        weights = balancer.weights(terms, active, step, [place])
-        made_up.append({"step": step, "terms": {}, "weights": weights, "strategy": "gradient_norm"})
-    found = recorded_pulls(made_up, DistillConfig(**{**vars(config), "ramp": 0.0}))
-    assert found["feature"][25] == pytest.approx(0.1 / 27, rel=1e-3)
-    assert found["feature"][29] == found["feature"][25]
-    assert found["response"][35] == pytest.approx(30 / 36 / 37, rel=1e-3)
-    assert found["response"][0] == found["response"][20]
-
-
 def test_a_log_without_gradient_norms_is_named():
     steps = [{"step": s, "terms": {"original": 1.0}, "weights": {"original": 1.0}, "strategy": "fixed"} for s in (0, 1)]
-    with pytest.raises(ConfigError, match="none was balanced by gradient_norm"):
-        replay(steps, DistillConfig(feature_weight=0.0, response_weight=0.0))
+    with pytest.raises(ConfigError, match="no gradient norms of all terms"):
+        replay(steps, BASE)
 
 
 def test_schedule_explorer_draws_the_replay_of_its_controls(log, monkeypatch):

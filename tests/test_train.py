@@ -27,7 +27,6 @@ TINY = ModelConfig(
 ALL_TERMS = DistillConfig(
     aligner="mlp",
     similarity_weight=1.0,
-    icl_weight=1.0,
     phases=(0.2, 0.4, 0.8),
     gradient_check_frequency=2,
     balancers=("gradient_norm", "magnitude"),
@@ -135,14 +134,16 @@ def test_the_log_holds_every_term_weight_and_temperature(tmp_path):
     steps = [record for record in read_log(tmp_path / "log.jsonl") if "loss" in record]
     assert [record["step"] for record in steps] == list(range(9))
     assert [record["phase"] for record in steps] == [1, 1, 2, 2, 3, 3, 3, 3, 3]
-    assert set(steps[0]["terms"]) == {"original"}
+    assert set(steps[0]["terms"]) == {"feature", "similarity"}
     assert set(steps[-1]["terms"]) == {"original", "feature", "similarity", "response", "icl"}
     for record in steps:
         assert sum(record["weights"].values()) == pytest.approx(len(record["weights"]))
         assert record["loss"] == pytest.approx(
             sum(record["weights"][k] * v for k, v in record["terms"].items()), rel=1e-4
         )
-    assert (steps[0]["temperature"], steps[-1]["temperature"]) == (8.0, 4.0)
+        measured = record["step"] % ALL_TERMS.gradient_check_frequency == 0
+        assert record.get("pulls", {}).keys() == (record["terms"].keys() if measured else set())
+    assert (steps[0]["temperature"], steps[-1]["temperature"]) == (4.0, 1.0)
     assert len(result.validations()) == 3
 
 

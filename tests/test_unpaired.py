@@ -148,7 +148,7 @@ def test_icl_of_a_student_narrower_than_its_teacher_is_taken_in_the_teachers_spa
     output = {"image_features": torch.randn(6, 4), "text_features": torch.randn(6, 4), "logit_scale": torch.tensor(9.0)}
     teacher_image, teacher_text = torch.randn(2, 6, 8)
     batch = Batch(output["image_features"], output["text_features"], torch.arange(6), teacher_image, teacher_text)
-    config = DistillConfig(feature_weight=0.0, icl_weight=1.0)
+    config = DistillConfig(order=("original", "feature", "response"), feature_weight=0.0)
     objective = Distillation(config, (4, 4), 8, 10.0).eval()
     term = objective(output, batch, ("icl",), 1.0)["icl"]
     sides = objective.image_aligner(output["image_features"]), objective.text_aligner(output["text_features"])

@@ -20,12 +20,11 @@ SETTINGS = TrainConfig(
     max_epochs=2, batch_size=9, learning_rate=0.01, progress=False, accelerator="cpu", clip_grad_norm=100.0
 )
 FIXED = DistillConfig(
+    order=("original", "feature", "response"),
     aligner="mlp",
     phases=(0.0, 0.0, 0.5),
     ramp=0.0,
     balancers=("fixed",),
-    feature_weight=1.0,
-    icl_weight=1.0,
     similarity_weight=1.0,
 )
 CASES = {

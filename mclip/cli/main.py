@@ -104,7 +104,7 @@ def parse(command: str, arguments: list[str]) -> tuple[Callable[..., None], dict
         # Without the defaults, what remains is what was written.
         written = parser.parse_args([word for word in words if not word.startswith("--print_config")], defaults=False)
         for group in groups.values():
-            parser.set_defaults(vars(_defaults(group, written.get("profile", "cpu"))))
+            parser.set_defaults(vars(_defaults(command, group, written.get("profile", "cpu"))))
         values = parser.parse_args(words).as_dict()
     except ArgumentError as error:
         raise _in_plain_words(error, command, {*types, "config"}) from None
@@ -126,7 +126,7 @@ def _options(command: str, function: Callable[..., None], parameters: Mapping[st
     for key, parameter in parameters.items():
         if dataclasses.is_dataclass(parameter.annotation):
             options.add_class_arguments(parameter.annotation)
-            options.set_defaults(vars(_defaults(parameter, "cpu")))
+            options.set_defaults(vars(_defaults(command, parameter, "cpu")))
         elif kinds := SEVERAL.keys() & {parameter.annotation, *get_args(parameter.annotation)}:
             form, names = SEVERAL[kinds.pop()], ["-p", f"--{key}"] if key == "parameters" else [f"--{key}"]
             if key == POSITIONAL.get(command):
@@ -139,11 +139,13 @@ def _options(command: str, function: Callable[..., None], parameters: Mapping[st
     return options
 
 
-def _defaults(group: Parameter, profile: str) -> Any:
+def _defaults(command: str, group: Parameter, profile: str) -> Any:
     """The settings of one dataclass before any option changes them: the command's own, or those of the profile."""
     if group.default is not group.empty:
         return group.default
-    return get_profile(profile).training() if group.annotation is TrainConfig else group.annotation()
+    if group.annotation is TrainConfig:
+        return get_profile(profile).training(teacher=command == "distill")
+    return group.annotation()
 
 
 def _with_values(arguments: list[str], switches: set[str]) -> list[str]:

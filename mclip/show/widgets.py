@@ -212,38 +212,20 @@ def loss_explorer(student: Model, teacher: Model, captions: Sequence[str]) -> ip
     return follow(controls, draw)
 
 
-def recorded_pulls(log: Log, config: DistillConfig) -> pd.DataFrame:
-    """Gradient norms of the terms by step, as multiples of that of "original": what made the weights of ``log``.
-
-    Prior and ramp of the run's ``config`` are divided out of the weights and the smoothing is undone, which leaves the
-    norms at the steps that were measured. Steps between keep the last, steps before a term's first its first.
-    ConfigError for a log without a step that "gradient_norm" has balanced.
-    """
-    steps = pd.DataFrame([record for record in log if "terms" in record])
-    schedule, priors = Schedule(config, len(steps)), pd.Series(Balancer(config).priors)
-    weights = pd.DataFrame(list(steps["weights"]))
-    ramps = pd.DataFrame([schedule.active(step) for step in steps["step"]])
-    factors = np.log(weights / (ramps * priors)[weights.columns])
-    factors = factors.sub(factors.mean(axis=1), axis=0)
-    before = factors.shift().fillna(0.0)  # a term that has just joined starts at the mean, which is 0
-    targets = (factors - (1 - config.adaptation_rate) * before) / config.adaptation_rate
-    measured = (steps["strategy"] == "gradient_norm") & (steps["step"] % config.gradient_check_frequency == 0)
-    measured &= weights.count(axis=1) > 1
-    require(measured.any(), "log", f"{len(steps)} steps", "none was balanced by gradient_norm")
-    norms = np.exp(-targets.sub(targets["original"], axis=0))
-    return norms[measured].reindex(norms.index).ffill().bfill()
-
-
 def replay(log: Log, config: DistillConfig) -> list[dict[str, Any]]:
     """What schedule and balancer of ``config`` make of the losses in ``log``: phase, weights and temperature by step.
 
-    ``log`` holds a whole run that ``DistillConfig()`` has balanced. Its losses stay what they were: this shows the
-    weights that other settings would have given them, not how the run would have gone on. Before its first step in
-    the log a term counts with the loss it had there. The log-variances of "uncertainty" are trained as in the run.
+    ``log`` holds a whole distillation. Its losses, and the gradient norms that it has of some steps, stay what they
+    were: this shows the weights that other settings would have given them, not how the run would have gone on. Before
+    the first time that the log has them, a term counts with the loss and the norm that it had then. The log-variances
+    of "uncertainty" are trained as in the run. ConfigError for a log without gradient norms.
     """
     steps = [record for record in log if "terms" in record]
     values = pd.DataFrame([record["terms"] for record in steps]).bfill()
-    pulls = recorded_pulls(log, DistillConfig())[values.columns]
+    measured = pd.DataFrame([record.get("pulls", {}) for record in steps])
+    remedy = "it holds no gradient norms of all terms; distil again with this version"
+    require(set(measured) == set(values), "log", f"{len(steps)} steps", remedy)
+    pulls = measured[values.columns].ffill().bfill()
     schedule, balancer = Schedule(config, len(steps)), Balancer(config)
     optimizer = make_optimizer(balancer, TrainConfig())
     origin = torch.zeros(len(values.columns), dtype=torch.float64, requires_grad=True)

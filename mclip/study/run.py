@@ -90,7 +90,8 @@ def jobs_of(
         study = STUDIES[row.study]
         ships = (epochs or study.epochs, profile, teacher) == (study.epochs, "cpu", "lite2")
         file = (RESULTS if ships else out_dir / "results") / f"{row.study}.json"
-        for seed in range(min(row.seeds, seeds or study.seeds)):
+        once = row.measure or row.student == "teacher"  # what ships is measured, and not trained again
+        for seed in range(1 if once else seeds or row.seeds or study.seeds):
             settings, name = plan(row, seed, epochs, profile, teacher), f"{row.name}-{seed}"
             name += "" if study.keeps_models else f"-{content_key(settings)}"
             jobs.append(Job(row, seed, settings, file, out_dir / row.study / name, Photographs(root_dir)))

@@ -27,7 +27,7 @@ class Study:
     ``chooses`` judges by other scenes than the test sets', and by retrieval among the validation pairs.
     ``keeps_models`` leaves the trained models in ``out_dir``, but for those of the group "search", which only serve to
     choose settings. ``groups`` are parts of the question, which rows name. ``world`` is what is trained on and judged.
-    ``recipe`` are the loss terms that the rows change, where those are not the defaults.
+    ``recipe`` are the settings that the rows change, where those are not the defaults.
     """
 
     question: str
@@ -47,7 +47,7 @@ class Experiment:
     """One row of the table; ``name`` is what its records call the model.
 
     ``student`` is the recipe that ``changes`` change, or the model that ships and is measured. ``against`` is the row
-    that it is compared with, seed by seed, and ``seeds`` the most that it has. ``defect`` is the number of the defect
+    that it is compared with, seed by seed, and ``seeds`` how many it has, where not as many as the study. ``defect`` is the number of the defect
     that is switched on, and ``checks`` are the tests that then fail. ``measure`` is a function of
     :mod:`mclip.study.measures` that makes the records without training.
     """
@@ -59,7 +59,7 @@ class Experiment:
     group: str = ""
     student: Literal["base", "kd", "clip", "teacher", ""] = "kd"
     changes: dict = field(default_factory=dict)
-    seeds: int = 100
+    seeds: int = 0
     defect: int = 0
     checks: list = field(default_factory=list)
     measure: str = ""
@@ -113,15 +113,16 @@ def plan(
         return {"profile": profile, **teacher_of(row, teacher)}
     settings = {"student": row.student, "profile": profile, "preset": "course", "noise": 0.0, "data_size": 1.0}
     settings |= {"teacher_model": size.teacher, "teacher_pretrained": size.teacher_pretrained, "defect": row.defect}
+    alone = row.student in ("base", "clip")  # of the terms, they read no more than which loss is their own
     if study.world == "photographs":
         training, terms = recipe(row.student, epochs)
         training = replace(training, progress=False, seed=seed)
         settings |= {"preset": PRESET, "unlabelled": row.student == "kd"} | teacher_of(row, teacher)
     else:
-        training = size.training(progress=False, seed=seed, max_epochs=epochs or study.epochs or size.max_epochs)
-        terms = from_mapping(DistillConfig, study.recipe)
-    alone = row.student in ("base", "clip")  # of the terms, they read no more than which loss is their own
+        passes = {"max_epochs": epochs or study.epochs or size.max_epochs}
+        training, terms = size.training(not alone, progress=False, seed=seed, **passes), DistillConfig()
     settings |= asdict(training) | ({"task": BASE.task} if alone else asdict(terms))
+    settings |= {key: value for key, value in study.recipe.items() if key in settings}
     for key in row.changes:
         require(key in settings or key == "scenes", f"{row.full_name}.{key}", row.changes[key], closest(key, settings))
     settings |= row.changes
