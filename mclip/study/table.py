@@ -47,9 +47,9 @@ class Experiment:
     """One row of the table; ``name`` is what its records call the model.
 
     ``student`` is the recipe that ``changes`` change, or the model that ships and is measured. ``against`` is the row
-    that it is compared with, seed by seed, and ``seeds`` how many it has, where not as many as the study. ``defect`` is the number of the defect
-    that is switched on, and ``checks`` are the tests that then fail. ``measure`` is a function of
-    :mod:`mclip.study.measures` that makes the records without training.
+    that it is compared with, seed by seed, and ``seeds`` how many it has, where not as many as the study. ``defect`` is
+    the number of the defect that is switched on, and ``checks`` are the tests that then fail. ``measure`` is a function
+    of :mod:`mclip.study.measures` that makes the records without training.
     """
 
     study: str
