@@ -12,6 +12,8 @@ from IPython.core.inputtransformer2 import TransformerManager
 from IPython.core.interactiveshell import InteractiveShell
 
 from mclip.cli.course import NOTEBOOKS, declared_parameters
+from mclip.files import DATA
+from mclip.results import load_results
 from mclip.show.parameters import INPUTS, check_parameter
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mclip"
@@ -178,3 +180,23 @@ def test_checked_cells_have_text_to_compare(path):
     assert len(marked) == len(checked(path)), "nbval sees the mark only where it is alone in a comment line"
     for cell in marked:
         assert printed(cell), f"passes whatever it prints: {cell.source[:60]!r}"
+
+
+def test_accuracies_are_those_of_the_records_wherever_they_are_printed():
+    """04, 08 and 09 train with seed 0 and one thread, as the study of scenes did: the same students come out."""
+    known: dict[str, set[tuple[str, ...]]] = {}
+    for record in load_results(DATA / "results" / "scenes.json"):
+        if record["task"] == "zero_shot" and record["seed"] == 0:
+            score = record["metrics"]["top1"]
+            known.setdefault(record["dataset"], set()).add(tuple(f"{score[key]:.1f}" for key in score))
+    number = r"(\d+\.\d)"
+    interval = re.compile(rf"{number} (?:% )?[(\[] *{number}(?:-|, *){number}[)\]]")
+    found = 0
+    for path in CHAPTERS:
+        lines = "".join(printed(cell) + "\n" for cell in cells_of(path, "code")).splitlines()
+        if path.name[:2] in ("04", "08", "09"):
+            for words, line in ((line.split(maxsplit=1), line) for line in lines):
+                scores = set(interval.findall(line)) if words and words[0] in known else set()
+                assert scores <= known.get(words[0] if words else "", set()), (path.name, line)
+                found += len(scores)
+    assert found >= 7 * (1 + 2 + 4)
