@@ -21,7 +21,16 @@ from mclip.scenes.drawing import COLOURS, SHAPES, draw_objects
 from mclip.scenes.test_sets import cases, object_masks
 from mclip.scenes.world import SceneConfig, Scenes, make_scenes
 from mclip.show import grounding
-from mclip.show.grounding import grad_cam, map_layers, map_of, overlap, phrase_maps, pointing
+from mclip.show.grounding import (
+    grad_cam,
+    map_layers,
+    map_of,
+    overlap,
+    overlap_chart,
+    overlap_explorer,
+    phrase_maps,
+    pointing,
+)
 from mclip.study import measures
 from mclip.study.table import BY_NAME
 
@@ -292,3 +301,28 @@ def test_the_committed_records_are_of_the_models_that_ship():
     for record in load_results(DATA / "results" / "grounding.json"):
         if record["model"]["parameters"]:
             assert weights_sha256(load_model(record["model"]["name"])[0]) == record["model"]["sha256"]
+
+
+def test_the_explorer_of_the_threshold_shows_the_overlap():
+    rng = np.random.default_rng(0)
+    maps, masks = (
+        torch.from_numpy(rng.random((3, 6, 6), dtype=np.float32)),
+        torch.from_numpy(rng.random((3, 6, 6)) < 0.4),
+    )
+    fig = overlap_chart(rng.integers(0, 256, (3, 6, 6), dtype=np.uint8), maps, masks, 1, 0.5)
+    both, _, alone = (image.get_array()[..., 3] > 0 for image in fig.axes[0].images[1:])
+    bright = maps[1] > 0.5 * maps[1].max()
+    assert (both | alone).tolist() == masks[1].tolist()
+    assert both.tolist() == (bright & masks[1]).tolist()
+    curve = fig.axes[1].lines[0]
+    at_half = np.flatnonzero(np.isclose(curve.get_xdata(), 0.5))[0]
+    assert curve.get_ydata()[at_half] == pytest.approx(100 * overlap(maps, masks, 0.5).mean())
+    above, message, chart, _ = overlap_explorer(
+        rng.integers(0, 256, (3, 3, 6, 6)), maps, masks, ["a", "b", "c"]
+    ).children
+    seen = {bytes(chart.value)}
+    for control, value in zip(above.children, (2, 0.8), strict=True):
+        control.value = value
+        seen.add(bytes(chart.value))
+    assert len(seen) == 3
+    assert message.value == ""

@@ -8,6 +8,7 @@ import ipywidgets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import to_rgba
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from mclip.evaluate import embed_images, embed_texts, evaluating, input_of
 from mclip.image_encoder import stage_names
 from mclip.pictures import square
 from mclip.results import ResultError
-from mclip.show.style import COLOURS, HATCHES, LABELS, NotebookFigure, figure, grouped_bars, label
+from mclip.show.style import COLOURS, HATCHES, LABELS, PALETTE, NotebookFigure, figure, grouped_bars, label
 from mclip.show.widgets import compare_prompts, follow, open_upload, picture_chooser, prompt_chart, read_prompts
 
 Model = nn.Module
@@ -141,6 +142,42 @@ def grounding_chart(image: np.ndarray, maps: dict[str, np.ndarray], name: str = 
         shown = ax.imshow(heat, cmap="viridis", alpha=0.65, vmin=0, vmax=1)
     fig.colorbar(shown, ax=axes[-1], label=name, ticks=(0, 1), shrink=0.8)
     return fig
+
+
+def overlap_chart(image: np.ndarray, maps: Tensor, masks: Tensor, row: int, threshold: float) -> NotebookFigure:
+    """What map ``row`` of ``maps`` and ``masks`` (N, S, S) share at ``threshold``, and the mean IoU of all N at each.
+
+    ``image``, uint8 (3, S, S), is the picture of that row.
+    """
+    fig = figure(8.3, 2.8)
+    left, right = fig.subplots(1, 2, width_ratios=(0.7, 1))
+    heat, mask = maps[row].numpy(), masks[row].numpy()
+    bright = heat > threshold * heat.max()
+    left.imshow(np.asarray(image).mean(0), cmap="gray", interpolation="nearest")
+    areas = {"both": bright & mask, "map alone": bright & ~mask, "object alone": mask & ~bright}
+    for (name, area), colour in zip(areas.items(), (PALETTE[2], PALETTE[1], PALETTE[0]), strict=True):
+        left.imshow(np.where(area[..., None], to_rgba(colour, 0.75), 0.0), interpolation="nearest")
+        left.plot([], [], "s", color=colour, label=name)
+    left.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    left.axis("off")
+    left.set_title(f"IoU of this one {100 * overlap(maps, masks, threshold)[row]:.0f} %")
+    grid = np.linspace(0.05, 0.95, 19)
+    right.plot(grid, [100 * overlap(maps, masks, float(cut)).mean() for cut in grid], color="black")
+    right.axvline(threshold, color="black", linestyle=":")
+    title = (
+        f"Mean IoU of {len(maps)} maps: at {threshold:.2f} it is {100 * overlap(maps, masks, threshold).mean():.1f} %"
+    )
+    right.set(title=title, xlabel="threshold (share of the map's maximum)", ylabel="mean IoU (%)", ylim=(0, None))
+    return fig
+
+
+def overlap_explorer(images: np.ndarray, maps: Tensor, masks: Tensor, phrases: Sequence[str]) -> ipywidgets.VBox:
+    """A slider for the threshold and a choice among pictures (N, 3, S, S) by their phrases, over overlap_chart."""
+    wide = {"continuous_update": False, "layout": {"width": "400px"}}
+    cut = ipywidgets.FloatSlider(0.3, min=0.05, max=0.95, step=0.05, description="threshold", **wide)
+    names = [(f"{row + 1}: {phrase}", row) for row, phrase in enumerate(phrases)]
+    choice = ipywidgets.Dropdown(options=names, description="picture", layout=wide["layout"])
+    return follow([choice, cut], lambda row, threshold: overlap_chart(images[row], maps, masks, row, threshold))
 
 
 def prompt_explorer(
