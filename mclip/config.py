@@ -274,6 +274,7 @@ class Profile:
     """How much a run does: ``pictures`` of scenes, passes over them, and pictures in each test set.
 
     ``alone`` is what training without a teacher does otherwise: a rate of its own, and crops that no cache has to hold.
+    ``terms`` are settings of DistillConfig for a student whose embeddings are narrower than its teacher's.
     ``captions`` names the set of captions that stands in the place of scenes.
     """
 
@@ -289,6 +290,11 @@ class Profile:
     teacher: str = SHIPPED
     teacher_pretrained: str | None = None
     captions: str = ""
+    terms: dict = field(default_factory=dict)
+
+    def distillation(self) -> DistillConfig:
+        """The loss terms of a distillation of this size."""
+        return from_mapping(DistillConfig, self.terms, "terms.")
 
     def training(self, teacher: bool = True, **changes: Any) -> TrainConfig:
         """The settings of a run of this size, with or without a ``teacher``; ``changes`` replace some."""

@@ -302,7 +302,7 @@ def test_what_is_compared_sees_equally_many_samples():
 
 def test_what_is_searched_differs_in_one_setting_and_never_in_the_seed():
     for row in table.choose(["photographs"]):
-        if row.group == "search":
+        if row.group == "search" and row.student != "kd":
             assert row.seeds == 1
         if row.group == "search" and row.against:
             own, other = table.plan(row), table.plan(table.BY_NAME[f"photographs/{row.against}"])

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,15 @@ def test_command_yaml_and_function_give_the_same_weights(data, tmp_path, monkeyp
         again, _ = load_model(tmp_path / name / "model")
         for key, value in direct.model.state_dict().items():
             assert torch.equal(value, again.state_dict()[key]), (name, key)
+
+
+def test_a_student_narrower_than_its_teacher_is_told_what_it_needs(data, tmp_path):
+    narrow = dataclasses.replace(PRESETS["course"], embed_dim=64)
+    with pytest.warns(UserWarning, match="aligner from 64 to the teacher's 256 dimensions.*profile gpu"):
+        train_student(narrow, *data, SMOKE, tmp_path / "narrow", distill=DistillConfig())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_student(narrow, *data, SMOKE, tmp_path / "wide", distill=get_profile("gpu").distillation())
 
 
 def test_plain_clip_is_an_open_clip_model_below_the_home_folder(data, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser
 
 from mclip import __version__
-from mclip.config import ConfigError, TrainConfig, closest, get_profile
+from mclip.config import ConfigError, DistillConfig, TrainConfig, closest, get_profile
 
 COMMANDS = {
     "train": ("mclip.cli.commands:train", "train a student on pairs alone"),
@@ -145,7 +145,7 @@ def _defaults(command: str, group: Parameter, profile: str) -> Any:
         return group.default
     if group.annotation is TrainConfig:
         return get_profile(profile).training(teacher=command == "distill")
-    return group.annotation()
+    return get_profile(profile).distillation() if group.annotation is DistillConfig else group.annotation()
 
 
 def _with_values(arguments: list[str], switches: set[str]) -> list[str]:
