@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipywidgets
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 
@@ -18,12 +19,14 @@ from mclip.show.figures import training_curves
 from mclip.show.style import figure
 from mclip.show.widgets import (
     TEMPERATURES,
+    ablation_explorer,
     circle_chart,
     circle_explorer,
     kernel_chart,
     kernel_explorer,
     loss_chart,
     loss_explorer,
+    pair_chart,
     replay,
     response_and_gradient,
     schedule_explorer,
@@ -236,3 +239,53 @@ def test_every_control_changes_the_chart(name):
         seen.add(bytes(chart.value))
     assert len(seen) == 1 + len(controls)
     assert message.value == ""
+
+
+def run_of(name: str, seed: int, mean: float, recall: float | None = None) -> dict:
+    """A record as the studies make it, with made-up scores; the held-out score is half the mean."""
+    experiment = {"title": f"the {name}", "group": "order", "question": "", "against": "old", "student": "kd"}
+    metrics = {"mean": mean, "sets": {"held-out": {"value": mean / 2}}, "retrieval": {"r10": recall}}
+    if recall is None:
+        del metrics["retrieval"]
+    details = {"experiment": experiment, "configuration": {"seed": seed}}
+    return {"model": {"name": name}, "seed": seed, "details": details, "metrics": metrics}
+
+
+RUNS = [
+    *(run_of("old", seed, 50.0 + seed, 40.0) for seed in range(3)),
+    *(run_of("new", seed, 57.0 + seed + (seed == 2), 40.0) for seed in range(3)),
+    run_of("late", 7, 50.0, 40.0),
+]
+
+
+def test_pair_chart_shows_seeds_and_their_difference():
+    """Top-1 rises by 7, 7 and 8 points; the interval is that of scipy's paired t-test, the two being all there is."""
+    fig = pair_chart(RUNS[:6], "new", "old")
+    (*above, low, middle, high) = fig.axes
+    assert [ax.get_title("left") for ax in above] == ["R@10", "held-out", "mean top-1"]
+    assert [list(line.get_xdata()) for line in above[2].lines] == [[57, 50], [58, 51], [60, 52]]
+    assert [name.get_text() for name in above[0].get_yticklabels()] == ["the new", "the old"]
+    expected = scipy.stats.ttest_rel([57, 58, 60], [50, 51, 52]).confidence_interval()
+    spread = high.collections[0].get_segments()[0][:, 0]
+    assert list(spread) == pytest.approx(list(expected))
+    titles = [ax.get_title("left").split("\n") for ax in (low, middle, high)]
+    assert titles[0][1] == "the same run"
+    assert titles[2] == [f"+7.3 ({expected.low:+.1f} to {expected.high:+.1f})", "better"]
+
+
+def test_ablation_explorer_says_where_a_pair_shares_no_seed():
+    controls, message, chart = controls_of(ablation_explorer(RUNS, "new", "old"))
+    assert [control.value for control in controls] == ["new", "old"]
+    first = bytes(chart.value)
+    assert first == pair_chart(RUNS, "new", "old")._repr_png_()
+    controls[0].value, controls[1].value = "old", "new"
+    assert bytes(chart.value) == pair_chart(RUNS, "old", "new")._repr_png_() != first
+    controls[1].value = "late"
+    assert "no seed has a record" in message.value
+    assert bytes(chart.value) == b""
+
+
+def test_records_without_retrieval_have_a_column_less():
+    fig = pair_chart([run_of("new", 0, 51.0), run_of("old", 0, 50.0)], "new", "old")
+    assert [ax.get_title("left") for ax in fig.axes[:2]] == ["held-out", "mean top-1"]
+    assert fig.axes[3].get_title("left") == "+1.0\nno interval: one seed each"

@@ -1,8 +1,9 @@
-"""Charts that follow controls: points on a circle, a kernel, prompts against a picture, the losses of distillation."""
+"""Charts that follow controls: circle, kernel, prompts against a picture, losses of distillation, pairs of recipes."""
 
 import html
 import io
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ipywidgets
@@ -20,8 +21,19 @@ from mclip.config import DistillConfig, TrainConfig, require
 from mclip.evaluate import embed_texts
 from mclip.pairs import Crops
 from mclip.pictures import UNREADABLE, PictureError, as_rgb
+from mclip.show.ablations import MEASURES, VERDICTS, difference, in_points, means_of, plan_of
 from mclip.show.figures import caption_matrix, training_curves
-from mclip.show.style import COLOURS, HATCHES, PALETTE, NotebookFigure, figure, interval_bars, label, name_rows
+from mclip.show.style import (
+    COLOURS,
+    HATCHES,
+    PALETTE,
+    NotebookFigure,
+    figure,
+    interval_bars,
+    intervals,
+    label,
+    name_rows,
+)
 from mclip.steps import make_optimizer
 from mclip.text_encoder import mix_steps, toeplitz
 
@@ -351,3 +363,45 @@ def kernel_explorer(words: Sequence[str], logits: Sequence[float]) -> ipywidgets
     pairs = zip(logits, names, strict=True)
     taps = [ipywidgets.FloatSlider(value, description=name, **looks) for value, name in pairs]
     return follow([place, *taps], lambda place, *values: kernel_chart(words, place, values))
+
+
+def pair_chart(records: Sequence[Mapping[str, Any]], one: str, other: str) -> NotebookFigure:
+    """Scores of two configurations seed by seed, and below the points by which ``one`` is ahead of ``other``.
+
+    There is a column for each of MEASURES that the records hold. ResultError where the two share no seed.
+    """
+    plan, means = plan_of(records), {}
+    for measure in MEASURES:
+        with suppress(KeyError):  # records of test sets have no retrieval
+            means[measure] = means_of(records, measure)
+    words = {"helps": "better", "hurts": "worse", "identical": "the same run"}
+    fig = figure(8.6, 3.6)
+    axes = fig.subplots(2, len(means), height_ratios=(1.5, 1), squeeze=False)
+    for (above, below), (measure, scores) in zip(axes.T, means.items(), strict=True):
+        effect = difference(scores, one, other)
+        for seed in sorted(scores[one].keys() | scores[other].keys()):
+            points = [(scores[name][seed], row) for row, name in enumerate((one, other)) if seed in scores[name]]
+            above.plot(*zip(*points, strict=True), "o-", color=PALETTE[seed], label=f"seed {seed}")
+        above.set(title=measure, xlabel="%")
+        name_rows(
+            above, [label(plan[name]["title"], 24, 2) for name in (one, other)] if above is axes[0, 0] else ["", ""]
+        )
+        above.set_ylim(1.5, -0.5)
+        colour, marker = VERDICTS[effect["verdict"]]
+        intervals(below, [0], [effect], marker, color=colour)
+        below.axvline(0, color="black", linewidth=1)
+        verdict = words.get(effect["verdict"], "undecided") if "low" in effect else "no interval: one seed each"
+        below.set(title=f"{in_points(effect)}\n{verdict}", xlabel="points, first minus second", yticks=())
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return fig
+
+
+def ablation_explorer(records: Sequence[Mapping[str, Any]], one: str, other: str) -> ipywidgets.VBox:
+    """Two choices among the configurations of a study, at first ``one`` and ``other``, over :func:`pair_chart`."""
+    names = {f"{row['group']}: {row['title']}": name for name, row in plan_of(records).items()}
+    looks = {"options": names, "layout": {"width": "420px"}}
+    controls = [
+        ipywidgets.Dropdown(value=name, description=place, **looks)
+        for name, place in ((one, "first"), (other, "second"))
+    ]
+    return follow(controls, lambda first, second: pair_chart(records, first, second))
