@@ -82,7 +82,8 @@ def difference(means: Means, name: str, against: str) -> dict[str, Any]:
     own, other = means.get(name, {}), means.get(against, {})
     points = [own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]
     if not points:
-        raise ResultError(f"{name}: no seed has a record of it and of {against}; run: python -m mclip study ablations")
+        remedy = "train both with one seed: python -m mclip study"
+        raise ResultError(f"{name}: no seed has a record of it and of {against}; {remedy}")
     value, (deviation, freedom) = statistics.fmean(points), pooled_deviation(means)
     effect = {"value": value, "n": len(points)}
     if len(points) > 1 and not any(points):  # in one seed, two runs may score the same by chance
