@@ -35,8 +35,9 @@ def test_all_see_equally_many_samples():
 
 
 def whole(row):
-    """The plan of a row, and the terms of a student alone, which its plan leaves out."""
-    return json.loads(json.dumps(asdict(BASE))) | plan(row)
+    """The plan of a row, and for a student alone what its plan leaves out: no weights, and the study's schedule."""
+    schedule = {key: value for key, value in STUDIES[row.study].recipe.items() if not key.endswith("_weight")}
+    return json.loads(json.dumps(asdict(BASE) | schedule)) | plan(row)
 
 
 def test_only_what_a_name_says_differs():
@@ -94,7 +95,7 @@ def test_seeds_differ_in_the_seed_alone():
     assert first == second
 
 
-@pytest.mark.parametrize("study", ["scenes", "ablations", "defects", "views", "grounding", "examples"])
+@pytest.mark.parametrize("study", STUDIES)
 def test_the_committed_records_are_finished_work(study, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "work", lambda job: pytest.fail(f"{job.row.full_name}-{job.seed} would be done again"))
     assert main(["study", study, "--out_dir", str(tmp_path)]) == 0
