@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -200,3 +201,13 @@ def test_accuracies_are_those_of_the_records_wherever_they_are_printed():
                 assert scores <= known.get(words[0] if words else "", set()), (path.name, line)
                 found += len(scores)
     assert found >= 7 * (1 + 2 + 4)
+
+
+def test_a_whole_run_of_the_course_gives_the_records():
+    """What ``make course`` found on the sets of scenes, against the study of scenes."""
+    found = json.loads((DATA / "results" / "course_summary.json").read_text(encoding="utf-8"))["zero_shot"]
+    records = [r for r in load_results(DATA / "results" / "scenes.json") if (r["task"], r["seed"]) == ("zero_shot", 0)]
+    assert len(records) == 28
+    for record in records:
+        score = found[record["dataset"]][record["model"]["name"]]
+        assert score["top1"] == pytest.approx(record["metrics"]["top1"]["value"]), (record["dataset"], score)
