@@ -149,11 +149,10 @@ def train_student(
         widths = penultimate if distill.feature_source == "penultimate" else (config.embed_dim,) * 2
         objective = Distillation(distill, widths, teacher.embed_dim, teacher.logit_scale)
         if distill.order[0] == "feature" and not distill.similarity_weight and config.embed_dim != teacher.embed_dim:
-            message = (
-                f"phase 1 teaches an aligner from {config.embed_dim} to the teacher's {teacher.embed_dim} dimensions"
-            )
+            gap = f"from {config.embed_dim} to the teacher's {teacher.embed_dim} dimensions"
             remedy = "the terms of profile gpu are made for that (python -m mclip distill --profile gpu --print_config)"
-            warnings.warn(f"{message}, and hardly the student's own cosines; {remedy}", stacklevel=2)
+            message = f"phase 1 teaches an aligner {gap}, and hardly the student's own cosines; {remedy}"
+            warnings.warn(message, stacklevel=2)
         if not base_checkpoint:
             # Where embeddings are to equal the teacher's, responses agree only at the teacher's scale.
             nn.init.constant_(model.logit_scale, math.log(teacher.logit_scale))

@@ -151,7 +151,7 @@ def overlap_chart(image: np.ndarray, maps: Tensor, masks: Tensor, row: int, thre
     """
     fig = figure(8.3, 2.8)
     left, right = fig.subplots(1, 2, width_ratios=(0.7, 1))
-    heat, mask = maps[row].numpy(), masks[row].numpy()
+    heat, mask, percent = maps[row].numpy(), masks[row].numpy(), 100 * overlap(maps, masks, threshold)
     bright = heat > threshold * heat.max()
     left.imshow(np.asarray(image).mean(0), cmap="gray", interpolation="nearest")
     areas = {"both": bright & mask, "map alone": bright & ~mask, "object alone": mask & ~bright}
@@ -160,13 +160,11 @@ def overlap_chart(image: np.ndarray, maps: Tensor, masks: Tensor, row: int, thre
         left.plot([], [], "s", color=colour, label=name)
     left.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     left.axis("off")
-    left.set_title(f"IoU of this one {100 * overlap(maps, masks, threshold)[row]:.0f} %")
+    left.set_title(f"IoU of this one {percent[row]:.0f} %")
     grid = np.linspace(0.05, 0.95, 19)
     right.plot(grid, [100 * overlap(maps, masks, float(cut)).mean() for cut in grid], color="black")
     right.axvline(threshold, color="black", linestyle=":")
-    title = (
-        f"Mean IoU of {len(maps)} maps: at {threshold:.2f} it is {100 * overlap(maps, masks, threshold).mean():.1f} %"
-    )
+    title = f"Mean IoU of {len(maps)} maps: at {threshold:.2f} it is {percent.mean():.1f} %"
     right.set(title=title, xlabel="threshold (share of the map's maximum)", ylabel="mean IoU (%)", ylim=(0, None))
     return fig
 

@@ -376,16 +376,14 @@ def pair_chart(records: Sequence[Mapping[str, Any]], one: str, other: str) -> No
             means[measure] = means_of(records, measure)
     words = {"helps": "better", "hurts": "worse", "identical": "the same run"}
     fig = figure(8.6, 3.6)
-    axes = fig.subplots(2, len(means), height_ratios=(1.5, 1), squeeze=False)
+    axes = fig.subplots(2, len(means), sharey="row", height_ratios=(1.5, 1), squeeze=False)
     for (above, below), (measure, scores) in zip(axes.T, means.items(), strict=True):
         effect = difference(scores, one, other)
         for seed in sorted(scores[one].keys() | scores[other].keys()):
             points = [(scores[name][seed], row) for row, name in enumerate((one, other)) if seed in scores[name]]
             above.plot(*zip(*points, strict=True), "o-", color=PALETTE[seed], label=f"seed {seed}")
         above.set(title=measure, xlabel="%")
-        name_rows(
-            above, [label(plan[name]["title"], 24, 2) for name in (one, other)] if above is axes[0, 0] else ["", ""]
-        )
+        name_rows(above, [label(plan[name]["title"], 24, 2) for name in (one, other)])
         above.set_ylim(1.5, -0.5)
         colour, marker = VERDICTS[effect["verdict"]]
         intervals(below, [0], [effect], marker, color=colour)
