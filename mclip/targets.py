@@ -28,7 +28,8 @@ from mclip.teacher import Teacher, TeacherError
 
 PICTURES_IN_SHARD, CAPTIONS_IN_SHARD = 8192, 65536
 CAPTIONS_AT_ONCE = 256
-PICTURES_AT_ONCE = 64  # more leave a processor's cache: 256 at once take twice as long each
+PIXELS_AT_ONCE = 64 * 64**2  # more leave a processor's cache, and each picture then takes about twice as long
+FEWEST_AT_ONCE = 16
 
 
 def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True, crops: Crops | None = None) -> Targets:
@@ -142,10 +143,10 @@ def embed_pictures(
             return teacher.prepare(torch.from_numpy(np.array(pairs.images[rows[here]])))
         return torch.stack(list(pool().map(read, rows[here], seeds[here])))
 
-    embeddings = []
+    embeddings, together = [], max(FEWEST_AT_ONCE, PIXELS_AT_ONCE // teacher.image_size**2)
     with evaluating(teacher.model) as device:
-        for start in range(0, len(rows), PICTURES_AT_ONCE):
-            images = batch(slice(start, start + PICTURES_AT_ONCE)).to(device)
+        for start in range(0, len(rows), together):
+            images = batch(slice(start, start + together)).to(device)
             embeddings.append(teacher.model.encode_image(images, normalize=True).half().cpu())
     return torch.cat(embeddings).numpy()
 

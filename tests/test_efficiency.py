@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections import OrderedDict
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from torch import nn
 from mclip.cli.main import main
 from mclip.config import ConfigError
 from mclip.deploy import cost
-from mclip.deploy.cost import candidate, latency, multiply_adds, parameter_parts, random_model, threads
+from mclip.deploy.cost import candidate, latency, multiply_adds, parameter_parts, random_model, threads, time_by_kind
+from mclip.deploy.export import quiet
 from mclip.deploy.fused import fold_batch_norm, fused
 from mclip.deploy.reader import session
 from mclip.files import DATA
@@ -52,6 +54,19 @@ def test_multiply_adds_of_a_transformer_block_count_attention():
     x = torch.zeros(1, length, 32)
     assert multiply_adds(lambda: block(x)) == length * (4 * 32 * 32 + 2 * length * 32 + 2 * 32 * 64)
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_the_time_of_a_graph_goes_to_the_operations_that_it_holds(tmp_path):
+    module, pictures = (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 14**2, 4)),
+        torch.zeros(1, 3, 16, 16),
+    )
+    with quiet():
+        torch.onnx.export(module.eval(), (pictures,), tmp_path / "two.onnx", input_names=["pictures"], verbose=False)
+    begun = time.perf_counter()
+    times = time_by_kind(tmp_path / "two.onnx", {"pictures": pictures.numpy()}, rounds=5)
+    assert 0 < 5 * sum(times.values()) < 1000 * (time.perf_counter() - begun)
+    assert min(times["convolutions"], times["matrix products"]) > 0 == times["normalisation"]
 
 
 def test_parts_are_all_parameters():

@@ -108,16 +108,18 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def write_graphs(model: MobileCLIP, folder: Path) -> None:
+def write_graphs(model: MobileCLIP, folder: Path, fuse: bool = True) -> None:
     """``image.onnx`` and ``text.onnx`` of the fused ``model``, by PyTorch's exporter on ``torch.export``.
 
-    Batch and length of captions stay open. The exporter's notes of which line of code made which node are left out.
+    Batch and length of captions stay open; without ``fuse``, only to compare, they may be those of the example, two
+    pictures and two captions of at most three words. The exporter's notes of which line of code made which node are
+    left out.
     """
     size, context = model.config.image.image_size, model.config.text.context_length
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=context)
     images, tokens = torch.zeros(2, 3, size, size), model.tokenizer(["a small dog", "a cat"])
     inputs = (("encode_image", "images", images, {0: batch}), ("encode_text", "tokens", tokens, {0: batch, 1: length}))
-    deployed = fused(model)
+    deployed = fused(model) if fuse else model.eval()
     for name, (encode, key, example, shape) in zip(GRAPHS["float32"], inputs, strict=True):
         options = {"input_names": [key], "output_names": ["embeddings"], "dynamic_shapes": (shape,), "verbose": False}
         with quiet():
