@@ -216,6 +216,11 @@ def test_image_grid_and_temperatures():
     for ax, temperature in zip(fig.axes, (1, 8), strict=True):
         expected = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
         np.testing.assert_allclose([bar.get_width() for bar in ax.patches], expected)
+    fig = figures.temperature_effect([logits, logits[::-1]], [0, 8], ["a", "b", "c"], images[:2], [0, 1])
+    for i, row in enumerate(np.reshape(fig.axes, (2, 3))):
+        np.testing.assert_array_equal(row[0].images[0].get_array(), images[i].transpose(1, 2, 0))
+        np.testing.assert_allclose([bar.get_width() for bar in row[1].patches[:3]], np.eye(3)[2 * i], atol=1e-9)
+        assert row[2].patches[3].get_width() == row[2].patches[i].get_width()  # its own caption, drawn over its bar
 
 
 def every_figure(records):

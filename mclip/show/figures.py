@@ -294,17 +294,35 @@ def embedding_map(points: Any, shapes: Any, colours: Any, outlines: Outlines, pa
     return fig
 
 
-def temperature_effect(logits: Any, temperatures: Sequence[float], captions: Sequence[str]) -> style.NotebookFigure:
-    """softmax(logits / T) of one picture's scaled similarities (K,), one panel per temperature."""
-    logits = np.asarray(logits, dtype=float)
-    fig = style.figure(1.4 + 1.75 * len(temperatures), 1.3 + 0.24 * len(logits))
-    axes = fig.subplots(1, len(temperatures), sharey=True, squeeze=False)[0]
-    for ax, temperature in zip(axes, temperatures, strict=True):
-        shares = softmax(logits / temperature)
-        ax.barh(range(len(shares)), shares, color=style.PALETTE[2])
-        ax.set(title=f"T = {temperature:g}: {entropy(shares, base=2):.1f} bits", xlabel="probability", xlim=(0, 1))
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.grid(False, axis="y")
-    style.name_rows(axes[0], [style.label(caption, 34) for caption in captions])
+def temperature_effect(
+    logits: Any, temperatures: Sequence[float], captions: Sequence[str], images: Any = (), own: Sequence[int] = ()
+) -> style.NotebookFigure:
+    """softmax(logits / T) of one picture's scaled similarities (K,), one panel per temperature; T = 0 is the limit.
+
+    With ``images`` uint8 (N, 3, H, W) the logits are (N, K): a row of panels beside each picture. The bar of the
+    picture's own caption, number ``own`` (N,), is orange and hatched.
+    """
+    rows, beside = np.atleast_2d(np.asarray(logits, dtype=float)), int(len(images) > 0)
+    columns, bars = beside + len(temperatures), range(rows.shape[1])
+    fig = style.figure(1.4 + 1.75 * columns, 0.7 + len(rows) * (0.4 + 0.18 * len(bars)))
+    axes = fig.subplots(len(rows), columns, squeeze=False)
+    for line, image in zip(axes, images, strict=False):
+        line[0].imshow(np.asarray(image).transpose(1, 2, 0), interpolation="nearest")
+        line[0].axis("off")
+    for number, (line, row) in enumerate(zip(axes[:, beside:], rows, strict=True)):
+        right = list(own[number : number + 1])
+        for ax, temperature in zip(line, temperatures, strict=True):
+            shares = softmax(row / max(temperature, 1e-6))
+            ax.barh(bars, shares, color=style.PALETTE[2])
+            ax.barh(
+                right, [shares[i] for i in right], color=style.PALETTE[1], hatch="//", edgecolor="white", linewidth=0
+            )
+            name = f"T = {temperature:g}" if temperature else "T → 0"
+            ax.set(title=f"{name}: {entropy(shares, base=2):.1f} bits", xlim=(0, 1), xticks=(0, 0.5, 1))
+            ax.xaxis.set_major_formatter("{x:g}")
+            style.name_rows(ax, [style.label(caption, 34) for caption in captions])
+            ax.tick_params(labelleft=ax is line[0], labelbottom=number == len(rows) - 1)
+    for ax in axes[-1, beside:]:
+        ax.set_xlabel("probability")
     fig.suptitle("A higher temperature shows what else the teacher considers")
     return fig
