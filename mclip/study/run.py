@@ -155,12 +155,15 @@ def summed_up(job: Job, result: TrainResult, records: Records) -> dict[str, Any]
 
 
 def shares_of(log: Records) -> dict[str, dict[str, float]]:
-    """Of each phase, what part each term has of the sum of weight times loss, in percent, averaged over its steps."""
+    """Of each phase, what part each term has of the sum of weight times loss, in percent, averaged over its steps.
+
+    Where nothing is left of the sum, as with some of the defects, no term has a part.
+    """
     phases: dict[str, dict[str, list[float]]] = {}
     for step in (record for record in log if "terms" in record):
         sizes = {name: step["weights"][name] * abs(value) for name, value in step["terms"].items()}
         for name, size in sizes.items():
-            share = 100 * size / sum(sizes.values())
+            share = 100 * size / (sum(sizes.values()) or 1)
             phases.setdefault(str(step["phase"]), {}).setdefault(name, []).append(share)
     return {phase: {name: fmean(parts) for name, parts in terms.items()} for phase, terms in phases.items()}
 
