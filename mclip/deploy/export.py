@@ -23,14 +23,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    CalibrationMethod,
-    QuantFormat,
-    QuantType,
-    quantize_dynamic,
-    quantize_static,
-)
+from onnxruntime import quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from PIL import ExifTags, Image
 from torch import Tensor, nn
@@ -39,17 +32,7 @@ from mclip import pictures
 from mclip.config import require
 from mclip.deploy import reader
 from mclip.deploy.fused import fused
-from mclip.deploy.reader import (
-    GOLDEN,
-    GRAPHS,
-    KIND,
-    MANIFEST,
-    PREPROCESS,
-    TOKENIZER,
-    VERSION,
-    Deployed,
-    require_executorch,
-)
+from mclip.deploy.reader import GRAPHS, Deployed
 from mclip.deploy.tokenizer import portable_tokenizer
 from mclip.evaluate import ZeroShotSet, as_templates, zero_shot_record
 from mclip.files import atomic_folder, file_hash, write_json
@@ -130,7 +113,7 @@ def write_graphs(model: MobileCLIP, folder: Path, fuse: bool = True) -> None:
         onnx.save(proto, folder / name)
 
 
-class _Calibration(CalibrationDataReader):
+class _Calibration(quantization.CalibrationDataReader):
     """``images`` in batches, which are read one at a time: histograms keep all activations of what is read at once."""
 
     def __init__(self, images: np.ndarray) -> None:
@@ -182,20 +165,20 @@ def write_int8(folder: Path, images: np.ndarray) -> None:
     """
     (image, text), (image8, text8) = GRAPHS["float32"], GRAPHS["int8"]
     simplified = folder / f"{image}.simplified"
-    weights = {"per_channel": True, "weight_type": QuantType.QInt8}
-    static = {"quant_format": QuantFormat.QDQ, "activation_type": QuantType.QUInt8}
+    weights = {"per_channel": True, "weight_type": quantization.QuantType.QInt8}
+    static = {"quant_format": quantization.QuantFormat.QDQ, "activation_type": quantization.QuantType.QUInt8}
     # The stride works for every method, and counts batches.
     ranges = {"CalibPercentile": 99.999, "CalibStridedMinMax": 1}
-    static |= {"calibrate_method": CalibrationMethod.Percentile, "extra_options": ranges}
+    static |= {"calibrate_method": quantization.CalibrationMethod.Percentile, "extra_options": ranges}
     with quiet():
-        quantize_dynamic(folder / text, folder / text8, **weights)
+        quantization.quantize_dynamic(folder / text, folder / text8, **weights)
         # Symbolic shapes are not needed, and ONNX Runtime's inference of them stumbles over F.normalize.
         quant_pre_process(folder / image, simplified, skip_symbolic_shape=True)
         try:
-            quantize_static(simplified, folder / image8, _Calibration(images), **static, **weights)
+            quantization.quantize_static(simplified, folder / image8, _Calibration(images), **static, **weights)
         except ValueError:  # where a layer always gives one number there is no histogram
-            static["calibrate_method"] = CalibrationMethod.MinMax
-            quantize_static(simplified, folder / image8, _Calibration(images), **static, **weights)
+            static["calibrate_method"] = quantization.CalibrationMethod.MinMax
+            quantization.quantize_static(simplified, folder / image8, _Calibration(images), **static, **weights)
     simplified.unlink()
     for name in (image8, text8):
         slim(folder / name)
@@ -309,7 +292,7 @@ def export(
     some = calibration is None or len(calibration) > 0
     require(some, "calibration", "no pictures", "give some pictures of the training set")
     if executorch:
-        require_executorch()
+        reader.require_executorch()
     model = copy.deepcopy(model).eval().cpu()
     size, context = model.config.image.image_size, model.config.text.context_length
     steps = {"size": size, "crop": "shortest side resized, then the centre", "interpolation": "bicubic"}
@@ -326,13 +309,13 @@ def export(
             write_executorch(model, new, prepared)
             forms += [f"executorch {form}" for form in forms]
             written_by["executorch"] = importlib.metadata.version("executorch")
-        portable_tokenizer(context).save(str(new / TOKENIZER), pretty=False)
-        write_json(new / PREPROCESS, steps | {"channels": "RGB", "mean": model.MEAN, "std": model.STD})
-        np.savez_compressed(new / GOLDEN, **golden(model))
+        portable_tokenizer(context).save(str(new / reader.TOKENIZER), pretty=False)
+        write_json(new / reader.PREPROCESS, steps | {"channels": "RGB", "mean": model.MEAN, "std": model.STD})
+        np.savez_compressed(new / reader.GOLDEN, **golden(model))
         hashes = {path.name: file_hash(path)[path.name] for path in sorted(new.iterdir())}
         manifest = {
-            "kind": KIND,
-            "version": VERSION,
+            "kind": reader.KIND,
+            "version": reader.VERSION,
             "model": describe_model(name, model),
             "forms": forms,
             "embed_dim": model.config.embed_dim,
@@ -341,7 +324,7 @@ def export(
             "files": {file: {"bytes": (new / file).stat().st_size, "sha256": sha} for file, sha in hashes.items()},
             "versions": written_by,
         }
-        write_json(new / MANIFEST, manifest)
+        write_json(new / reader.MANIFEST, manifest)
         rows = [f"| `{file}` | {about['bytes']:,} | `{about['sha256']}` |" for file, about in manifest["files"].items()]
         (new / "README.md").write_text(CARD.format(**manifest, rows="\n".join(rows)), encoding="utf-8")
         (new / "reader.py").write_text(standalone_reader(), encoding="utf-8")

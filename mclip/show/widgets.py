@@ -21,19 +21,10 @@ from mclip.config import DistillConfig, TrainConfig, require
 from mclip.evaluate import embed_texts
 from mclip.pairs import Crops
 from mclip.pictures import UNREADABLE, PictureError, as_rgb
+from mclip.show import style
 from mclip.show.ablations import MEASURES, VERDICTS, difference, in_points, means_of, plan_of
 from mclip.show.figures import caption_matrix, training_curves
-from mclip.show.style import (
-    COLOURS,
-    HATCHES,
-    PALETTE,
-    NotebookFigure,
-    figure,
-    interval_bars,
-    intervals,
-    label,
-    name_rows,
-)
+from mclip.show.style import PALETTE, NotebookFigure, figure, label, name_rows
 from mclip.steps import make_optimizer
 from mclip.text_encoder import mix_steps, toeplitz
 
@@ -190,7 +181,7 @@ def loss_chart(student: Model, teacher: Model, captions: Sequence[str], temperat
     fig.colorbar(shown, ax=above[1], label="probability of the caption")
     for (name, table), look, offset in zip(shares.items(), ("teacher", "kd"), (-0.2, 0.2), strict=True):
         places, rows = [n + offset for n in range(count)], [{"value": share} for share in table[row]]
-        interval_bars(bars, places, rows, 0.4, label=name, color=COLOURS[look], hatch=HATCHES[look])
+        style.interval_bars(bars, places, rows, 0.4, label=name, color=style.COLOURS[look], hatch=style.HATCHES[look])
     bars.set(title=f"Row {row + 1} of both, as bars", xlabel="probability", xlim=(0, 1))
     name_rows(bars, [f"{label(text, 34)}  {n}" for n, text in enumerate(captions, 1)])
     measured = [(t, *response_and_gradient(student, teacher, t)) for t in (*TEMPERATURES, temperature)]
@@ -386,7 +377,7 @@ def pair_chart(records: Sequence[Mapping[str, Any]], one: str, other: str) -> No
         name_rows(above, [label(plan[name]["title"], 24, 2) for name in (one, other)])
         above.set_ylim(1.5, -0.5)
         colour, marker = VERDICTS[effect["verdict"]]
-        intervals(below, [0], [effect], marker, color=colour)
+        style.intervals(below, [0], [effect], marker, color=colour)
         below.axvline(0, color="black", linewidth=1)
         verdict = words.get(effect["verdict"], "undecided") if "low" in effect else "no interval: one seed each"
         below.set(title=f"{in_points(effect)}\n{verdict}", xlabel="points, first minus second", yticks=())

@@ -7,30 +7,10 @@ from typing import Any
 from mclip.files import DATA, atomic_path
 from mclip.recipes import describe
 from mclip.results import ResultError, load_results
-from mclip.show import tables
-from mclip.show.ablations import (
-    ablation_figure,
-    ablation_table,
-    defect_curves,
-    defect_table,
-    difference,
-    in_points,
-    means_of,
-    recipe_figure,
-    recipe_table,
-)
-from mclip.show.cost import cost_of_models
-from mclip.show.figures import (
-    per_class_recall,
-    performance_comparison,
-    photograph_means,
-    photograph_scores,
-    similarity_matrices,
-    training_curves,
-)
-from mclip.show.grounding import grounding_scores
+from mclip.show import ablations, cost, grounding, tables
+from mclip.show import figures as charts
 from mclip.show.style import NotebookFigure, bar_chart, save_figure
-from mclip.show.tables import Scores, by_model, markdown, milliseconds, reached, zero_shot_table
+from mclip.show.tables import Scores, markdown
 from mclip.study.table import STUDIES
 from mclip.train import read_log
 
@@ -64,18 +44,18 @@ def paired_markdown(records: Records) -> str:
 
 def photographs_markdown(records: Records) -> str:
     """The table of the photograph sets over seeds, and by how much the mean of kd is above that of base."""
-    table = scores_markdown(photograph_scores(records), ("base", "clip", "kd", "teacher"))
-    means = photograph_means(records)
+    table = scores_markdown(charts.photograph_scores(records), ("base", "clip", "kd", "teacher"))
+    means = charts.photograph_means(records)
     if not means.get("kd", {}).keys() & means.get("base", {}).keys():
         return table
-    effect = difference(means, "kd", "base")
-    return f"{table}\n\nMean of these sets, kd - base, in points: {in_points(effect)}, {effect['n']} seeds."
+    effect = ablations.difference(means, "kd", "base")
+    return f"{table}\n\nMean of these sets, kd - base, in points: {ablations.in_points(effect)}, {effect['n']} seeds."
 
 
 def bench_markdown(records: Records) -> str:
     """The rows of ``bench.json``, and whether their aims are reached."""
     rows = [row for record in records for row in record["details"]["rows"]]
-    cells = [(r["what"], f"{r['value']:.4g} {r['unit']}", r["bar"], reached(r["value"], r["bar"])) for r in rows]
+    cells = [(r["what"], f"{r['value']:.4g} {r['unit']}", r["bar"], tables.reached(r["value"], r["bar"])) for r in rows]
     return markdown(("what", "measured", "aim", "reached"), cells)
 
 
@@ -94,10 +74,10 @@ def cost_markdown(records: Records) -> str:
 
 def headline(records: Records, costs: Mapping[str, Any]) -> str:
     """The sentences that open the README: what distillation gained, and what the small model costs."""
-    classes = round(100 / by_model(records)["colour-shape"]["kd"][0]["metrics"]["chance"])
-    top1 = {name: f"{row['value']:.0f} %" for name, row in zero_shot_table(records)["colour-shape"].items()}
+    classes = round(100 / tables.by_model(records)["colour-shape"]["kd"][0]["metrics"]["chance"])
+    top1 = {name: f"{row['value']:.0f} %" for name, row in tables.zero_shot_table(records)["colour-shape"].items()}
     models = costs["models"]
-    small, large = (sum(milliseconds(models[name]).values()) for name in ("mobile-256", "ViT-B-32"))
+    small, large = (sum(tables.milliseconds(models[name]).values()) for name in ("mobile-256", "ViT-B-32"))
     size = {name: f"{models[name]['megabytes']:.0f} MB" for name in ("mobile-256", "mobile-256, int8", "ViT-B-32")}
     return (
         f"Shown a drawn picture and the names of {classes} kinds of coloured shapes, the distilled student chooses the "
@@ -140,15 +120,15 @@ def figures_of(records: Mapping[str, Records]) -> dict[str, NotebookFigure]:
     cosines = {name: record["details"]["cosines"] for name, record in examples.items()}
     ships = [record for record in records["photo"] if not records["photographs"] or record["model"]["name"] == "photo"]
     return {
-        "performance_comparison": performance_comparison(records["scenes"], [*records["photographs"], *ships]),
-        "per_class_recall": per_class_recall(records["scenes"], "shape"),
-        "training_curves": training_curves(read_log(RESULTS / "logs" / "kd.jsonl")),
-        "grounding": grounding_scores(records["grounding"]),
-        "efficiency_pareto": cost_of_models(records["efficiency"][0]["metrics"]),
-        "ablations": ablation_figure(records["ablations"]),
-        "recipes": recipe_figure(records["recipes"]),
-        "defects": defect_curves(records["defects"], records["ablations"]),
-        "similarity_matrices": similarity_matrices(cosines, records["examples"][0]["details"]["captions"]),
+        "performance_comparison": charts.performance_comparison(records["scenes"], [*records["photographs"], *ships]),
+        "per_class_recall": charts.per_class_recall(records["scenes"], "shape"),
+        "training_curves": charts.training_curves(read_log(RESULTS / "logs" / "kd.jsonl")),
+        "grounding": grounding.grounding_scores(records["grounding"]),
+        "efficiency_pareto": cost.cost_of_models(records["efficiency"][0]["metrics"]),
+        "ablations": ablations.ablation_figure(records["ablations"]),
+        "recipes": ablations.recipe_figure(records["recipes"]),
+        "defects": ablations.defect_curves(records["defects"], records["ablations"]),
+        "similarity_matrices": charts.similarity_matrices(cosines, records["examples"][0]["details"]["captions"]),
         "prompt_sensitivity": prompt_sensitivity({name: record["metrics"] for name, record in examples.items()}),
     }
 
@@ -159,17 +139,17 @@ def tables_of(records: Mapping[str, Records]) -> dict[str, str]:
     return {
         "headline": headline(records["scenes"], costs),
         "cost": cost_markdown(records["bench"]),
-        "scenes": scores_markdown(zero_shot_table(records["scenes"]), ("base", "clip", "kd", "teacher")),
+        "scenes": scores_markdown(tables.zero_shot_table(records["scenes"]), ("base", "clip", "kd", "teacher")),
         "paired": paired_markdown(records["scenes"]),
-        "ablations": ablation_table(records["ablations"]),
-        "recipes": recipe_table(records["recipes"]),
-        "baselines": recipe_table(records["baselines"]),
-        "defects": defect_table(records["defects"], means_of(records["ablations"])),
+        "ablations": ablations.ablation_table(records["ablations"]),
+        "recipes": ablations.recipe_table(records["recipes"]),
+        "baselines": ablations.recipe_table(records["baselines"]),
+        "defects": ablations.defect_table(records["defects"], ablations.means_of(records["ablations"])),
         "efficiency": f"{tables.efficiency_table(costs)}\n\n{tables.efficiency_goals(costs)}",
-        "views": scores_markdown(zero_shot_table(records["views"]), ("whole", "cached-views", "online")),
-        "photo": scores_markdown(photograph_scores(records["photo"]), ("kd", "teacher")),
+        "views": scores_markdown(tables.zero_shot_table(records["views"]), ("whole", "cached-views", "online")),
+        "photo": scores_markdown(charts.photograph_scores(records["photo"]), ("kd", "teacher")),
         "photographs": photographs_markdown(records["photographs"]),
-        "search": ablation_table([record for record in records["photographs"] if record["task"] == "choice"]),
+        "search": ablations.ablation_table([record for record in records["photographs"] if record["task"] == "choice"]),
         "bench": bench_markdown(records["bench"]),
     }
 
