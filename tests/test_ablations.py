@@ -11,7 +11,7 @@ from scipy import stats
 from mclip.files import DATA
 from mclip.results import ResultError, load_results, make_result
 from mclip.show import ablations as ablation_figures
-from mclip.show.ablations import difference, effects, means_of, pooled_deviation, recipe_figure, recipe_table
+from mclip.show.ablations import difference, effects, means_of, pooled_deviation, recipe_figure
 from mclip.study.table import BY_NAME, DEFECTS
 
 MODEL = {"name": "kd", "parameters": 1, "sha256": "0" * 64}
@@ -124,7 +124,10 @@ def test_recipes_are_judged_by_retrieval_new_pairs_and_all_sets():
             metrics = {"mean": mean, "sets": sets, "retrieval": {"r10": r10}}
             model = {**MODEL, "name": name}
             records.append(make_result("recipe", "scenes", "x", 10, model, metrics, seed=seed, details=about))
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in recipe_table(records).splitlines()]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in ablation_figures.ablation_table(records, *ablation_figures.MEASURES).splitlines()
+    ]
     assert rows[0][3:6] == ["R@10", "held-out", "mean top-1"]
     metrics = [record["metrics"] for record in records]
     for column, value in enumerate((lambda m: m["retrieval"]["r10"], lambda m: m["sets"]["held-out"]["value"])):

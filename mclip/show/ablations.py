@@ -21,7 +21,6 @@ from mclip.show.tables import markdown
 
 Records = Iterable[Mapping[str, Any]]
 Means = Mapping[str, Mapping[int, float]]
-Plan = dict[str, Mapping[str, Any]]
 VERDICTS = {
     "helps": (PALETTE[2], "^"),
     "hurts": (PALETTE[3], "v"),
@@ -37,7 +36,7 @@ MEASURES: dict[str, Callable[[Mapping[str, Any]], float]] = {
 """What a recipe is judged by, in percent: retrieval, new pairs of colour and shape, and the mean of all sets."""
 
 
-def plan_of(records: Records) -> Plan:
+def plan_of(records: Records) -> dict[str, Mapping[str, Any]]:
     """What each configuration is, ``{name: {"title", "group", "question", "against", "student"}}``, as they come."""
     return {record["model"]["name"]: record["details"]["experiment"] for record in records}
 
@@ -118,38 +117,27 @@ def failures_of(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {name: f"failed: {error}" for name, error in errors.items() if name not in means}
 
 
-def ablation_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table: mean over seeds, or the error of all, and the difference to each one's counterpart."""
-    means, plan, failed = means_of(records), plan_of(records), failures_of(records)
-    found, rows = effects(records), []
-    for name, each in plan.items():
-        own = means.get(name, {})
-        mean = f"{statistics.fmean(own.values()):.1f}" if own else failed[name]
-        row = [each["group"], each["title"], len(own), mean, "", "", ""]
-        if name in found:
-            effect = found[name]
-            row[4:] = [plan[each["against"]]["title"], in_points(effect), effect["verdict"]]
-        rows.append(row)
-    header = ("question", "configuration", "seeds", "mean, %", "against", "points", "verdict")
-    return markdown(header, rows)
+def ablation_table(records: Sequence[Mapping[str, Any]], *measures: str) -> str:
+    """A Markdown table: ``measures`` over seeds, or the error of all, and the differences to each one's counterpart.
 
-
-def recipe_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table: each of ``MEASURES`` over seeds, and its difference to the configuration's counterpart."""
-    means = {measure: means_of(records, measure) for measure in MEASURES}
-    found = {measure: effects(records, measure) for measure in MEASURES}
-    plan, failed = plan_of(records), failures_of(records)
-    rows = []
+    They are some of ``MEASURES``. Without any the table has mean top-1 and its verdict.
+    """
+    judged = measures or ("mean top-1",)
+    means = {measure: means_of(records, measure) for measure in judged}
+    found = {measure: effects(records, measure) for measure in judged}
+    plan, failed, rows = plan_of(records), failures_of(records), []
     for name, each in plan.items():
-        row = [each["group"], each["title"], len(means["R@10"].get(name, {}))]
-        row += [
-            failed[name] if name in failed else f"{statistics.fmean(means[m][name].values()):.1f}" for m in MEASURES
-        ]
-        row.append(plan[each["against"]]["title"] if name in found["R@10"] else "")
-        row += [in_points(found[measure][name]) if name in found[measure] else "" for measure in MEASURES]
-        rows.append(row)
-    points = [f"points of {measure}" for measure in MEASURES]
-    return markdown(("question", "configuration", "seeds", *MEASURES, "against", *points), rows)
+        own = [failed[name] if name in failed else f"{statistics.fmean(means[m][name].values()):.1f}" for m in judged]
+        row = [each["group"], each["title"], len(means[judged[0]].get(name, {})), *own]
+        differences = [found[measure].get(name) for measure in judged]
+        row.append(plan[each["against"]]["title"] if differences[0] else "")
+        row += [in_points(effect) if effect else "" for effect in differences]
+        rows.append(row if measures else [*row, differences[0]["verdict"] if differences[0] else ""])
+    names, points = (
+        [*measures] or ["mean, %"],
+        [f"points of {measure}" for measure in measures] or ["points", "verdict"],
+    )
+    return markdown(("question", "configuration", "seeds", *names, "against", *points), rows)
 
 
 def recipe_figure(records: Sequence[Mapping[str, Any]], against: str = "feature") -> NotebookFigure:
@@ -157,13 +145,11 @@ def recipe_figure(records: Sequence[Mapping[str, Any]], against: str = "feature"
 
     One that scores far less than the others is left out of the picture, and named below it.
     """
-    plan = plan_of(records)
-    means = {measure: means_of(records, measure) for measure in ("mean top-1", "R@10")}
-    gains = {
-        name: [difference(means[measure], name, against)["value"] for measure in means]
-        for name in plan
-        if name != against and means["R@10"].get(name, {}).keys() & means["R@10"].get(against, {}).keys()
-    }
+    plan, means = plan_of(records), [means_of(records, measure) for measure in ("mean top-1", "R@10")]
+    others = [
+        name for name, own in means[1].items() if name != against and own.keys() & means[1].get(against, {}).keys()
+    ]
+    gains = {name: [difference(each, name, against)["value"] for each in means] for name in others}
     near = {name: gain for name, gain in gains.items() if min(gain) > -10}
     fig = figure(8.3, 5.2)
     ax = fig.subplots()
