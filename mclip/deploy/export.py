@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+import yaml
 from onnxruntime import quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from PIL import ExifTags, Image
@@ -41,30 +42,8 @@ from mclip.pairs import normalise
 from mclip.pictures import open_picture
 from mclip.results import describe_model, versions
 
-GOLDEN_TEXTS = (
-    "a photo of a dog.",
-    "  A small RED star,\non green grass!",
-    "Crème brûlée in the café’s window",
-    "it's 10 o'clock",
-    "",
-    "a very long caption " * 40,
-)
-"""What a tokenizer that was written anew gets wrong first: case, punctuation, white space, accents, numbers, length."""
-
-
-CARD = """# {model[name]}, for a device
-
-Parameters: {model[parameters]:,}. Weights' SHA-256: `{model[sha256]}`.
-Embeddings of {embed_dim} numbers; captions of at most {context_length} tokens.
-
-`reader.py` reads this folder with numpy, Pillow, onnxruntime and tokenizers. An app in another language
-computes the examples of `golden.npz` first. For each file named under `pictures`, the prepared picture and the
-embedding have to agree; for each text, the tokens and the embedding.
-
-| file | bytes | SHA-256 |
-|---|---|---|
-{rows}
-"""
+WORDS = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
+"""The texts of the examples, and the README of the folder."""
 
 
 class Half(nn.Module):
@@ -247,11 +226,11 @@ def golden(model: MobileCLIP) -> dict[str, np.ndarray]:
     files = golden_pictures(model.config.image.image_size * 3 // 2)
     opened = (open_picture(Image.open(io.BytesIO(content))) for content in files.values())
     prepared = torch.stack([model.preprocess(picture) for picture in opened])
-    tokens = model.tokenizer(list(GOLDEN_TEXTS))
+    tokens = model.tokenizer(WORDS["golden_texts"])
     with torch.inference_mode():
         images, texts = model.encode_image(prepared, normalize=True), model.encode_text(tokens, normalize=True)
     inputs = {"pictures": np.array(list(files)), "prepared": prepared.numpy().astype(np.float16)}
-    inputs |= {"texts": np.array(GOLDEN_TEXTS), "tokens": tokens.numpy()}
+    inputs |= {"texts": np.array(WORDS["golden_texts"]), "tokens": tokens.numpy()}
     contents = {name: np.frombuffer(content, np.uint8) for name, content in files.items()}
     return {**contents, **inputs, "image_embeddings": images.numpy(), "text_embeddings": texts.numpy()}
 
@@ -326,7 +305,7 @@ def export(
         }
         write_json(new / reader.MANIFEST, manifest)
         rows = [f"| `{file}` | {about['bytes']:,} | `{about['sha256']}` |" for file, about in manifest["files"].items()]
-        (new / "README.md").write_text(CARD.format(**manifest, rows="\n".join(rows)), encoding="utf-8")
+        (new / "README.md").write_text(WORDS["card"].format(**manifest, rows="\n".join(rows)), encoding="utf-8")
         (new / "reader.py").write_text(standalone_reader(), encoding="utf-8")
         for form in forms:
             Deployed(new, form)

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mclip.files import DATA, atomic_path
 from mclip.recipes import describe
 from mclip.results import ResultError, load_results
@@ -79,16 +81,8 @@ def headline(records: Records, costs: Mapping[str, Any]) -> str:
     models = costs["models"]
     small, large = (sum(tables.milliseconds(models[name]).values()) for name in ("mobile-256", "ViT-B-32"))
     size = {name: f"{models[name]['megabytes']:.0f} MB" for name in ("mobile-256", "mobile-256, int8", "ViT-B-32")}
-    return (
-        f"Shown a drawn picture and the names of {classes} kinds of coloured shapes, the distilled student chooses the "
-        f"right one in {top1['kd']} of cases, the same student without a teacher in {top1['base']}, the teacher in "
-        f"{top1['teacher']}.\n"
-        f"`mobile-256`, the size for a phone, takes {small:.1f} ms for a picture and a caption on one core of a CPU "
-        f"where CLIP ViT-B/32 takes {large:.0f} ms, and {size['mobile-256']} of weights "
-        f"({size['mobile-256, int8']} in int8) where that takes {size['ViT-B-32']}.\n"
-        "These numbers, and all tables in [figures](figures/README.md), are written from `data/results` by "
-        "`make figures`."
-    )
+    words = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    return words["headline"].format(classes=classes, top1=top1, small=small, large=large, size=size).strip()
 
 
 def replace_block(text: str, name: str, block: str) -> str:
