@@ -1,7 +1,6 @@
 """What a model costs to keep and to run: parameters, multiply-adds, bytes and milliseconds.
 
-The models have random weights, because the cost does not depend on them. The rivals are those that open_clip ships,
-in the form in which they would be deployed; so is the student.
+The models have random weights, because the cost does not depend on them.
 """
 
 import io
@@ -48,10 +47,7 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to be measured, in evaluation mode, with the numbers of parameters that it has as trained, by part.
-
-    With ``graphs``, these are measured in place of the model.
-    """
+    """A model in evaluation mode, or its ``graphs``, to be measured; ``parameters`` are those as trained, by part."""
 
     name: str
     model: nn.Module
@@ -69,10 +65,7 @@ class Candidate:
         return len(file.getbuffer()) / 1e6
 
     def calls(self, batch: int = 1) -> dict[str, Call]:
-        """What is timed: ``batch`` random pictures, and ``batch`` times the caption, to normalised embeddings.
-
-        Graphs are opened here, to compute with as many threads as PyTorch has now.
-        """
+        """What is timed: ``batch`` random pictures or captions to embeddings, with the threads that PyTorch has now."""
         images = torch.rand(batch, 3, self.image_size, self.image_size)
         tokens = self.tokenizer([CAPTION] * batch)
         if self.graphs:
@@ -132,10 +125,7 @@ def random_model(name: str) -> tuple[MobileCLIP, ModelConfig]:
 
 
 def parameter_parts(model: nn.Module) -> dict[str, int]:
-    """Numbers of parameters of a student or an open_clip model: image, text, token table, other, total.
-
-    Projections count with their encoder; the token table is not counted in the text.
-    """
+    """Numbers of parameters of a student or an open_clip model: image, text without its token table, and the rest."""
     parts = dict.fromkeys(("image", "text", "token table", "other"), 0)
     for name, parameter in model.named_parameters():
         kind = "image" if name.startswith(("visual.", "image_")) else "text"
@@ -145,10 +135,8 @@ def parameter_parts(model: nn.Module) -> dict[str, int]:
 
 
 def multiply_adds(call: Call) -> int:
-    """Multiply-adds of the matrix products and convolutions in ``call``, by PyTorch's counter of operations.
-
-    PyTorch's fused path of attention, which its counter does not know and would take for nothing, is off meanwhile.
-    """
+    """Multiply-adds of the matrix products and convolutions in ``call``, by PyTorch's counter of operations."""
+    # The counter does not know PyTorch's fused path of attention, and would take it for nothing.
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

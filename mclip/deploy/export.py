@@ -1,9 +1,7 @@
 """The student in a folder that an app can carry: ONNX graphs, tokenizer, preparation of pictures, and a self-check.
 
-:mod:`mclip.deploy.reader` reads it without PyTorch. The graphs are in ONNX (https://onnx.ai); ONNX Runtime writes the
-int8 ones. A float is stored as scale x (integer - zero point), so a number takes one byte, and the scale says what one
-step of the integer is worth (Jacob et al. 2018, https://arxiv.org/abs/1712.05877). On request the graphs are written
-for ExecuTorch as well, PyTorch's own engine for devices (https://docs.pytorch.org/executorch).
+:mod:`mclip.deploy.reader` reads it without PyTorch. ONNX Runtime writes the int8 graphs, with numbers as by
+Jacob et al. 2018 (https://arxiv.org/abs/1712.05877). On request there are graphs for ExecuTorch as well.
 """
 
 import copy
@@ -74,8 +72,7 @@ def write_graphs(model: MobileCLIP, folder: Path, fuse: bool = True) -> None:
     """``image.onnx`` and ``text.onnx`` of the fused ``model``, by PyTorch's exporter on ``torch.export``.
 
     Batch and length of captions stay open; without ``fuse``, only to compare, they may be those of the example, two
-    pictures and two captions of at most three words. The exporter's notes of which line of code made which node are
-    left out.
+    pictures and two captions of at most three words.
     """
     size, context = model.config.image.image_size, model.config.text.context_length
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=context)
@@ -109,10 +106,7 @@ class _Calibration(quantization.CalibrationDataReader):
 
 
 def slim(graph: Path) -> None:
-    """Rewrite the file without what computes nothing: names of nodes, shapes in between, a constant's second copy.
-
-    Quantised graphs repeat zero points, and name each scale after the layer that it belongs to.
-    """
+    """Rewrite the file without what computes nothing: names of nodes, shapes in between, a constant's second copy."""
     proto = onnx.load(graph)
     inner = proto.graph
     inner.ClearField("value_info")
@@ -253,7 +247,7 @@ def export(
     """Write ``folder``, whole or not at all, after :class:`Deployed` has read it and found it right.
 
     Args:
-        model: a student; of other models nothing says that their halves export and their captions are cut alike.
+        model: a student.
         folder: must not exist.
         name: of the model, for the manifest and the card.
         calibration: uint8 pictures (N, 3, H, W) like those of training; with them, int8 graphs are written as well.

@@ -1,7 +1,6 @@
 """The student in the form that a device runs: the same embeddings, to rounding, from fewer and larger operations.
 
-What training needs and inference does not is worked out once: BatchNorm, whose statistics no longer change, becomes
-part of the convolution before it, and the kernels of LightConv become the matrices that they stand for.
+BatchNorm becomes part of the convolution before it, and kernels of LightConv become the matrices that they stand for.
 """
 
 import copy

@@ -1,7 +1,6 @@
 """CLIP's tokenizer and our cleaning of captions as one file of the ``tokenizers`` library, for apps without PyTorch.
 
-The library exists for Rust, Python, JavaScript, Swift and others, and the file says everything: normaliser, words,
-byte pairs, start and end, the longest caption, padding.
+The library exists for Rust, Python, JavaScript, Swift and others.
 """
 
 from open_clip.tokenizer import SimpleTokenizer
@@ -13,12 +12,6 @@ WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 START, END = ("<start_of_text>", 49406), ("<end_of_text>", 49407)
 
 
-def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Token: id of CLIP's 49,408 tokens, and its merges of byte pairs in order."""
-    whole = SimpleTokenizer()
-    return whole.encoder, list(whole.bpe_ranks)
-
-
 def portable_tokenizer(context_length: int) -> Tokenizer:
     """The same ids as :class:`~mclip.text_encoder.Tokenizer`, by the ``tokenizers`` library alone.
 
@@ -26,8 +19,8 @@ def portable_tokenizer(context_length: int) -> Tokenizer:
     web: text decoded with the wrong code page, ``&amp;`` and its like, control characters. A letter that Unicode has
     only had for a few years may be unknown to the library's tables.
     """
-    ids, merges = vocabulary()
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, end_of_word_suffix="</w>"))
+    clip = SimpleTokenizer()
+    tokenizer = Tokenizer(models.BPE(vocab=clip.encoder, merges=list(clip.bpe_ranks), end_of_word_suffix="</w>"))
     replace = [
         (rf"\A[{SPACE}\p{{P}}]+|[{SPACE}\p{{P}}]+\z", ""),
         ("[\u02bc\u2018-\u201b]", "'"),  # curly quotes, which ftfy makes straight
@@ -41,8 +34,8 @@ def portable_tokenizer(context_length: int) -> Tokenizer:
     words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
-    ends = processors.TemplateProcessing(single=f"{START[0]} $A {END[0]}", special_tokens=[START, END])
-    tokenizer.post_processor = ends
+    single = f"{START[0]} $A {END[0]}"
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[START, END])
     tokenizer.enable_truncation(context_length)  # counts start and end, which are put round what is left
     tokenizer.enable_padding(pad_id=0, pad_token="!")
     return tokenizer

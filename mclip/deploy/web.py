@@ -58,15 +58,10 @@ def golden_json(folder: Path) -> dict[str, Any]:
     with np.load(folder / GOLDEN, allow_pickle=False) as golden:
         prepared = golden["prepared"].astype(np.float32).transpose(0, 2, 3, 1)
         levels = np.rint((prepared * settings["std"] + settings["mean"]) * 255).astype(np.uint8)
-        pictures = [
-            {
-                "name": name,
-                "file": base64.b64encode(golden[name].tobytes()).decode(),
-                "levels": base64.b64encode(own.tobytes()).decode(),
-                "embedding": embedding.tolist(),
-            }
-            for name, own, embedding in zip(golden["pictures"], levels, golden["image_embeddings"], strict=True)
-        ]
+        pictures = []
+        for name, own, embedding in zip(golden["pictures"], levels, golden["image_embeddings"], strict=True):
+            file, own = (base64.b64encode(content.tobytes()).decode() for content in (golden[name], own))
+            pictures.append({"name": name, "file": file, "levels": own, "embedding": embedding.tolist()})
         rows = zip(golden["texts"], golden["tokens"], golden["text_embeddings"], strict=True)
         texts = [{"text": str(text), "tokens": ids.tolist(), "embedding": own.tolist()} for text, ids, own in rows]
     return {"pictures": pictures, "texts": texts}

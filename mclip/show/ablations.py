@@ -1,7 +1,6 @@
 """What the ablations and the defects say: differences with intervals, verdicts, tables and figures.
 
-Records say themselves what they are: ``details.experiment`` holds the configuration's title, its group, and the name of
-what it is compared with.
+``details.experiment`` of a record holds the configuration's title, its group, and what it is compared with.
 """
 
 import math

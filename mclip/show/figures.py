@@ -1,6 +1,7 @@
 """Figures from results records and logs, drawn without a screen and without training anything."""
 
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,12 @@ from mclip.show import style
 from mclip.show.tables import by_model, over_seeds, read_published, zero_shot_table
 
 Records = Sequence[Mapping[str, Any]]
-Outlines = Mapping[str, Callable[[Any, Any], Any]]
-Paints = Mapping[str, tuple[float, float, float]]
 
 
 def performance_comparison(records: Records, photographs: Records = ()) -> style.NotebookFigure:
     """Zero-shot top-1 of base, clip, kd and teacher with 95 % intervals; beside it the published series.
 
-    Records of other models have their bars below, under their own names. ``photographs``, where there are any, come
-    first, with retrieval among them, and the drawn sets below.
+    Other models have their own names below. ``photographs``, where there are any, come first, with their retrieval.
     """
     groups, scores = by_model(records), zero_shot_table(records)
     if not groups:
@@ -103,14 +101,12 @@ def photograph_scores(records: Records) -> style.Table:
 
 def photograph_means(records: Records) -> dict[str, dict[int, float]]:
     """``{model: {seed: mean over the photograph sets}}`` in percent, of :func:`score_of`."""
-    scores = [
-        (model, record["seed"], score_of(record)[1]["value"])
-        for models in photographs_by_model(records).values()
-        for model, group in models.items()
-        for record in group
-    ]
-    means = pd.DataFrame(scores, columns=["model", "seed", "score"]).groupby(["model", "seed"])["score"].mean()
-    return {model: means[model].to_dict() for model in means.index.unique("model")}
+    scores: dict[str, dict[int, list[float]]] = {}
+    for models in photographs_by_model(records).values():
+        for model, group in models.items():
+            for record in group:
+                scores.setdefault(model, {}).setdefault(record["seed"], []).append(score_of(record)[1]["value"])
+    return {model: {seed: fmean(values) for seed, values in seeds.items()} for model, seeds in scores.items()}
 
 
 def per_class_recall(records: Records, dataset: str, limit: int = 6) -> style.NotebookFigure:
@@ -264,7 +260,9 @@ def image_grid(images: Any, captions: Sequence[str], columns: int = 6) -> style.
     return fig
 
 
-def embedding_map(points: Any, shapes: Any, colours: Any, outlines: Outlines, paints: Paints) -> style.NotebookFigure:
+def embedding_map(
+    points: Any, shapes: Any, colours: Any, outlines: Mapping[str, Callable], paints: Mapping[str, Sequence[float]]
+) -> style.NotebookFigure:
     """Mean embeddings (N, d) on their two main directions; right the same without the mean of each shape.
 
     ``shapes`` and ``colours`` (N,) number the items of ``outlines``, {name: signed distance of x and y}, and of

@@ -19,11 +19,18 @@ from mclip.image_encoder import stage_names
 from mclip.pictures import square
 from mclip.results import ResultError
 from mclip.show.style import COLOURS, HATCHES, LABELS, PALETTE, NotebookFigure, figure, grouped_bars, label
-from mclip.show.widgets import compare_prompts, follow, open_upload, picture_chooser, prompt_chart, read_prompts
+from mclip.show.widgets import (
+    WIDE,
+    compare_prompts,
+    follow,
+    open_upload,
+    picture_chooser,
+    prompt_chart,
+    read_prompts,
+    show_picture,
+)
 
 Model = nn.Module
-BASELINES = ("random", "centre")
-"""Maps that know nothing of picture and phrase."""
 
 
 def map_layers(model: Model) -> dict[str, nn.Module]:
@@ -116,30 +123,22 @@ def scores(maps: Tensor, masks: Tensor, threshold: float) -> dict[str, np.ndarra
 
 
 def baselines(masks: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    """Maps (N, S, S) that know nothing of picture and phrase: noise, and a hill in the centre.
-
-    Noise points at a place by chance, so it hits as often as the objects' mean share of the area says.
-    """
+    """Maps (N, S, S) that know nothing of picture and phrase, ``random`` and a hill in the ``centre``."""
     size, generator = masks.shape[-1], torch.Generator().manual_seed(seed)
     at = (torch.arange(size) + 0.5) / size - 0.5
     hill = torch.exp(-(at[:, None] ** 2 + at[None, :] ** 2) / (2 * 0.15**2))
     maps = torch.rand(masks.shape, generator=generator), hill.expand(len(masks), -1, -1)
-    return dict(zip(BASELINES, maps, strict=True))
+    return dict(zip(("random", "centre"), maps, strict=True))
 
 
 def grounding_chart(image: np.ndarray, maps: dict[str, np.ndarray], name: str = "Grad-CAM") -> NotebookFigure:
     """A picture, uint8 (3, H, W), beside each map (H, W) over it, under its phrase; ``name`` says what maps show."""
-    picture = np.asarray(image).transpose(1, 2, 0)
     fig = figure(max(5.5, 1.9 * (1 + len(maps))), 2.3)
     fig.set_layout_engine("compressed")
     axes = fig.subplots(1, 1 + len(maps))
-    axes[0].imshow(picture, interpolation="nearest")
-    for ax, title in zip(axes, ("the picture", *maps), strict=True):
+    for ax, (title, heat) in zip(axes, {"the picture": None, **maps}.items(), strict=True):
+        shown = show_picture(ax, image, heat)
         ax.set_title(label(title, 28))
-        ax.axis("off")
-    for ax, heat in zip(axes[1:], maps.values(), strict=True):
-        ax.imshow(picture.mean(2), cmap="gray", interpolation="nearest")
-        shown = ax.imshow(heat, cmap="viridis", alpha=0.65, vmin=0, vmax=1)
     fig.colorbar(shown, ax=axes[-1], label=name, ticks=(0, 1), shrink=0.8)
     return fig
 
@@ -171,10 +170,9 @@ def overlap_chart(image: np.ndarray, maps: Tensor, masks: Tensor, row: int, thre
 
 def overlap_explorer(images: np.ndarray, maps: Tensor, masks: Tensor, phrases: Sequence[str]) -> ipywidgets.VBox:
     """A slider for the threshold and a choice among pictures (N, 3, S, S) by their phrases, over overlap_chart."""
-    wide = {"continuous_update": False, "layout": {"width": "400px"}}
-    cut = ipywidgets.FloatSlider(0.3, min=0.05, max=0.95, step=0.05, description="threshold", **wide)
+    cut = ipywidgets.FloatSlider(0.3, min=0.05, max=0.95, step=0.05, description="threshold", **WIDE)
     names = [(f"{row + 1}: {phrase}", row) for row, phrase in enumerate(phrases)]
-    choice = ipywidgets.Dropdown(options=names, description="picture", layout=wide["layout"])
+    choice = ipywidgets.Dropdown(options=names, description="picture", layout=WIDE["layout"])
     return follow([choice, cut], lambda row, threshold: overlap_chart(images[row], maps, masks, row, threshold))
 
 

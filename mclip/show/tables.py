@@ -26,10 +26,7 @@ def read_published(path: str | Path) -> Scores:
 
 
 def over_seeds(intervals: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """One interval stays; those of several seeds give their mean and Student's 95 % interval, in percent.
-
-    With several seeds it covers the noise of training, on this test set.
-    """
+    """One interval stays; those of several seeds give their mean and Student's 95 % interval, in percent."""
     if len(intervals) == 1:
         return dict(intervals[0])
     values = [interval["value"] for interval in intervals]
@@ -60,13 +57,12 @@ def zero_shot_table(records: Records) -> Scores:
 
     A failed measurement has no entry: it is not a zero.
     """
-    return {
-        dataset: {
-            model: over_seeds([r["metrics"]["top1"] for r in own]) | {"n": own[0]["n"]} for model, own in row.items()
-        }
-        for dataset, row in by_model(records).items()
-        if row
-    }
+    table: Scores = {}
+    for dataset, row in by_model(records).items():
+        for model, own in row.items():
+            score = over_seeds([record["metrics"]["top1"] for record in own])
+            table.setdefault(dataset, {})[model] = score | {"n": own[0]["n"]}
+    return table
 
 
 def retrieval_table(records: Records) -> Scores:
@@ -145,14 +141,11 @@ def forms_table(costs: Mapping[str, Any]) -> str:
 
     For each set of photographs top-1, and in brackets how often the answer is PyTorch's, both in percent.
     """
-    forms = costs["forms"]
+    forms, rows = costs["forms"], []
     sets = list(forms["PyTorch"]["top1"])
     header = ("", "MB", "image, ms (p95)", "text, ms (p95)", "cosine, image", "cosine, text", *sets)
-    rows = []
     for form, row in forms.items():
-        clock = [
-            f"{row['latency'][half]['median']:.2f} ({row['latency'][half]['p95']:.2f})" for half in ("image", "text")
-        ]
+        clock = ["{median:.2f} ({p95:.2f})".format(**row["latency"][half]) for half in ("image", "text")]
         cosines = [f"{row['cosine'][half]:.4f}" for half in ("image", "text")]
         answers = [f"{row['top1'][name]:.1f} ({row['same answer'][name]:.1f})" for name in sets]
         rows.append([form, f"{row['megabytes']:.2f}", *clock, *cosines, *answers])

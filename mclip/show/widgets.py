@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 import skimage.data
 import torch
+from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ from mclip.text_encoder import mix_steps, toeplitz
 
 MAX_PROMPTS = 20
 TEMPERATURES = np.geomspace(0.5, 32, 25)
+SHARPNESS = {"min": 0, "max": 2, "step": 0.02, "readout_format": ".1f"}  # of a logit scale, as a power of 10
 WIDE = {"continuous_update": False, "layout": {"width": "380px", "margin": "2px 16px 2px 2px"}}
 Model = tuple[Tensor, Tensor, float]  # embeddings of pictures and captions (B, d), normalised, and the logit scale
 Log = Sequence[Mapping[str, Any]]
@@ -71,10 +74,7 @@ def read_prompts(text: str) -> list[str]:
 
 
 def compare_prompts(model: nn.Module, tokenizer: Any, image: Tensor, prompts: Sequence[str]) -> tuple[Array, Array]:
-    """Cosines (P,) of one picture's normalised embedding (d,) with ``prompts``, and their softmax (P,).
-
-    The cosines are multiplied by the model's learned scale, at most 100, before the softmax.
-    """
+    """Cosines (P,) of a normalised embedding (d,) with ``prompts``, and their softmax (P,) at the model's scale."""
     cosines = (embed_texts(model, tokenizer, prompts) @ image).double()
     scale = model.logit_scale.detach().cpu().double().exp().clamp(max=100)
     return cosines.numpy(), (scale * cosines).softmax(0).numpy()
@@ -90,14 +90,10 @@ def prompt_chart(
     width, ratios = (7.5, (1, 2.2)) if heat is None else (8.6, (1, 1, 1.9))
     fig = figure(width, max(2.2, 1.2 + 0.28 * len(prompts)))
     left, *middle, right = fig.subplots(1, len(ratios), width_ratios=ratios)
-    picture = np.asarray(image).transpose(1, 2, 0)
-    left.imshow(picture, interpolation="nearest")
-    left.axis("off")
+    show_picture(left, image)
     for ax in middle:
-        ax.imshow(picture.mean(2), cmap="gray", interpolation="nearest")
-        ax.imshow(heat, cmap="viridis", alpha=0.65, vmin=0, vmax=1)
+        show_picture(ax, image, heat)
         ax.set_title("Where it looks")
-        ax.axis("off")
     bars = right.barh(range(len(prompts)), shares, color=PALETTE[7])
     bars[int(np.argmax(cosines))].set_facecolor(PALETTE[0])
     for row, (cosine, share) in enumerate(zip(cosines, shares, strict=True)):
@@ -106,6 +102,16 @@ def prompt_chart(
     right.set(title="The prompt that fits best", xlabel="softmax over the prompts", xlim=(0, 1.6))
     right.set_xticks(np.linspace(0, 1, 5))
     return fig
+
+
+def show_picture(ax: Axes, image: Array, heat: Array | None = None) -> AxesImage:
+    """A picture, uint8 (3, H, W), without axes; with ``heat`` (H, W), from 0 to 1, this over a grey copy of it."""
+    ax.axis("off")
+    picture = np.asarray(image).transpose(1, 2, 0)
+    if heat is None:
+        return ax.imshow(picture, interpolation="nearest")
+    ax.imshow(picture.mean(2), cmap="gray", interpolation="nearest")
+    return ax.imshow(heat, cmap="viridis", alpha=0.65, vmin=0, vmax=1)
 
 
 def free_photographs() -> dict[str, Image.Image]:
@@ -202,10 +208,9 @@ def loss_chart(student: Model, teacher: Model, captions: Sequence[str], temperat
 def loss_explorer(student: Model, teacher: Model, captions: Sequence[str]) -> ipywidgets.VBox:
     """Sliders for temperature, the student's logit scale and the picture, over :func:`loss_chart` of a small batch."""
     heat = {"min": -1, "max": 5, "base": 2, "step": 0.25, "readout_format": ".2f"}
-    sharpness = {"min": 0, "max": 2, "step": 0.02, "readout_format": ".1f"}
     controls = [
         ipywidgets.FloatLogSlider(4.0, description="temperature T", **heat, **WIDE),
-        ipywidgets.FloatLogSlider(student[2], description="student's logit scale", **sharpness, **WIDE),
+        ipywidgets.FloatLogSlider(student[2], description="student's logit scale", **SHARPNESS, **WIDE),
         ipywidgets.IntSlider(1, min=1, max=len(captions), description="picture", **WIDE),
     ]
 
@@ -218,10 +223,9 @@ def loss_explorer(student: Model, teacher: Model, captions: Sequence[str]) -> ip
 def replay(log: Log, config: DistillConfig) -> list[dict[str, Any]]:
     """What schedule and balancer of ``config`` make of the losses in ``log``: phase, weights and temperature by step.
 
-    ``log`` holds a whole distillation. Its losses, and the gradient norms that it has of some steps, stay what they
-    were: this shows the weights that other settings would have given them, not how the run would have gone on. Before
-    the first time that the log has them, a term counts with the loss and the norm that it had then. The log-variances
-    of "uncertainty" are trained as in the run. ConfigError for a log without gradient norms.
+    Losses and gradient norms stay those of the whole distillation in ``log``: this shows the weights that other
+    settings would have given them, not how the run would have gone on. Until the log has a term, its first loss and
+    norm stand in. Log-variances of "uncertainty" are trained as in the run. ConfigError for a log without norms.
     """
     steps = [record for record in log if "terms" in record]
     values = pd.DataFrame([record["terms"] for record in steps]).bfill()
@@ -268,9 +272,9 @@ def schedule_explorer(log: Log) -> ipywidgets.VBox:
     ]
 
     def draw(starts: Sequence, end: float, ramp: float, heat: Sequence, balancers: tuple[str, ...]) -> NotebookFigure:
-        lowest, highest = heat
-        settings = {"ramp": ramp, "min_temperature": lowest, "max_temperature": highest, "balancers": balancers}
-        return training_curves(replay(log, DistillConfig(phases=(*starts, end), **settings)))
+        bounds = dict(zip(("min_temperature", "max_temperature"), heat, strict=True))
+        config = DistillConfig(phases=(*starts, end), ramp=ramp, balancers=balancers, **bounds)
+        return training_curves(replay(log, config))
 
     return follow(controls, draw)
 
@@ -293,9 +297,8 @@ def circle_chart(image: Tensor, text: Tensor, scale: float) -> NotebookFigure:
     for i in range(count):
         for points, marker, name in ((image, "o", "picture"), (text, "s", "caption")):
             circle.plot(*points[i], marker, color=PALETTE[i], label=f"{name}s" if i == 0 else None)
-            circle.annotate(
-                f"{name[0]}{i}", points[i] * (1.15 if name == "picture" else 0.84), ha="center", va="center"
-            )
+            beside = points[i] * (1.15 if name == "picture" else 0.84)
+            circle.annotate(f"{name[0]}{i}", beside, ha="center", va="center")
         circle.quiver(*image[i], *steps[i], color=PALETTE[i], width=0.012, **length)
     circle.set(title="Where descent moves each picture", xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), aspect="equal")
     circle.legend(loc="center")
@@ -319,14 +322,13 @@ def circle_explorer(pictures: Sequence[int], captions: Sequence[int], scale: flo
     looks = {"min": 0, "max": 359, "continuous_update": False, "layout": {"width": "220px"}}
     pairs = zip((*pictures, *captions), names, strict=True)
     points = [ipywidgets.IntSlider(angle, description=name, **looks) for angle, name in pairs]
-    sharpness = {"min": 0, "max": 2, "step": 0.02, "readout_format": ".1f"}
 
     def draw(*values: float) -> NotebookFigure:
         angles = torch.deg2rad(torch.tensor(values[:-1], dtype=torch.float32))
         places = torch.stack([angles.cos(), angles.sin()], 1)
         return circle_chart(places[: len(pictures)], places[len(pictures) :], values[-1])
 
-    return follow([*points, ipywidgets.FloatLogSlider(scale, description="scale s", **sharpness, **WIDE)], draw)
+    return follow([*points, ipywidgets.FloatLogSlider(scale, description="scale s", **SHARPNESS, **WIDE)], draw)
 
 
 def kernel_chart(words: Sequence[str], place: int, logits: Sequence[float]) -> NotebookFigure:
@@ -388,9 +390,6 @@ def pair_chart(records: Sequence[Mapping[str, Any]], one: str, other: str) -> No
 def ablation_explorer(records: Sequence[Mapping[str, Any]], one: str, other: str) -> ipywidgets.VBox:
     """Two choices among the configurations of a study, at first ``one`` and ``other``, over :func:`pair_chart`."""
     names = {f"{row['group']}: {row['title']}": name for name, row in plan_of(records).items()}
-    looks = {"options": names, "layout": {"width": "420px"}}
-    controls = [
-        ipywidgets.Dropdown(value=name, description=place, **looks)
-        for name, place in ((one, "first"), (other, "second"))
-    ]
+    looks, places = {"options": names, "layout": {"width": "420px"}}, {"first": one, "second": other}
+    controls = [ipywidgets.Dropdown(value=name, description=place, **looks) for place, name in places.items()]
     return follow(controls, lambda first, second: pair_chart(records, first, second))

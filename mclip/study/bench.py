@@ -1,6 +1,6 @@
 """Speed and memory: ``make bench`` measures training, the command ``efficiency`` what each model costs to run.
 
-Random weights and noise stand in for models and photographs: nothing can be learnt from them, and they cost the same.
+Random weights and noise stand in for models and photographs, because they cost the same.
 """
 
 import ctypes
@@ -237,8 +237,7 @@ def forms(count: int = 1000, rounds: int = 30) -> dict[str, Any]:
     photographs of each set top-1 (%) and how often the answer is PyTorch's (%). The sets lie below the cache folder.
     int8 is calibrated as by the command ``export``. ExecuTorch is measured if it is installed.
     """
-    model, _ = load_model("photo")
-    model.eval()
+    model = load_model("photo")[0].eval()
     pictures = free_crops(model.config.image.image_size, 256)
     has_executorch = importlib.util.find_spec("executorch") is not None
 
@@ -250,20 +249,18 @@ def forms(count: int = 1000, rounds: int = 30) -> dict[str, Any]:
         manifest = export(model, folder, "photo", pictures, has_executorch)
         readers = {form: Deployed(folder, form, threads=1) for form in manifest["forms"]}
         reader = readers["float32"]
-        megabytes = 4e-6 * sum(weight.numel() for weight in model.parameters())
-        measured: dict[str, Any] = {"PyTorch": {"photographs": count, "megabytes": megabytes}}
+        measured = {"PyTorch": {"megabytes": 4e-6 * sum(weight.numel() for weight in model.parameters())}}
         encoders = {"PyTorch": {"image": eager(model.encode_image), "text": eager(model.encode_text)}}
         for form, each in readers.items():
             encoders[form] = {"image": each.encode_prepared, "text": each.encode_tokens}
-            megabytes = sum(manifest["files"][graph]["bytes"] for graph in each.graphs) / 1e6
-            measured[form] = {"photographs": count, "megabytes": megabytes}
+            measured[form] = {"megabytes": sum(manifest["files"][graph]["bytes"] for graph in each.graphs) / 1e6}
         inputs = {"image": reader.prepare([pictures[0].transpose(1, 2, 0)]), "text": reader.tokenize([CAPTION])}
         with threads(1):
             halves = {(form, half): call for form, own in encoders.items() for half, call in own.items()}
             clock = latency({key: partial(call, inputs[key[1]]) for key, call in halves.items()}, rounds)
             answers = [_photograph_answers(name, count, reader, encoders) for name in EXCERPTS]
     for form, row in measured.items():
-        row["latency"] = {half: clock[form, half] for half in inputs}
+        row |= {"photographs": count, "latency": {half: clock[form, half] for half in inputs}}
         row["cosine"] = {half: float(np.mean([own[form]["cosine"][half] for own in answers])) for half in inputs}
         for key in ("top1", "same answer"):
             row[key] = {name: own[form][key] for name, own in zip(EXCERPTS, answers, strict=True)}
@@ -339,8 +336,7 @@ def efficiency(only: list[str] | None = None, out: str = "") -> None:
         kept = [record for record in load_results(file) if record["dataset"] == "costs"] if file.exists() else []
         metrics, details = (kept[0]["metrics"], kept[0]["details"]) if kept else ({}, {})
         kept_rows = metrics.get("forms", {}) if name == "forms" else {}
-        metrics = metrics | {name: kept_rows | COSTS[name]()}
-        details = details | {"caption": CAPTION}
+        metrics, details = metrics | {name: kept_rows | COSTS[name]()}, details | {"caption": CAPTION}
         if key := {"models": "machine", "forms": "machine of forms"}.get(name):
             details[key] = describe_machine()
         save_result(file, make_result("efficiency", "costs", "none", len(MODELS), NO_MODEL, metrics, details=details))

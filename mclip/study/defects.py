@@ -1,7 +1,6 @@
 """The fourteen defects of the existing implementation, each of which can be switched on.
 
-A defect is a few lines that take the place of ours. While it is on, nothing may look wrong, but the tests that
-experiments.yaml lists for it fail.
+While one is on, nothing may look wrong, but the tests that experiments.yaml lists for it fail.
 """
 
 import math

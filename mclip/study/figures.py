@@ -1,6 +1,6 @@
 """The command ``figures``: draws the figures, and writes the tables beside them, from ``data/results`` alone."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,11 @@ COST_SETS = {"COCO 2017": (118_287, 5, 30), "CC12M": (12_400_000, 1, 30)}
 """Pictures, captions of each, and passes."""
 
 
-def scores_markdown(table: Scores, models: Iterable[str]) -> str:
+def scores_markdown(table: Scores, models: Sequence[str]) -> str:
     """Percentages with their intervals: a row for each key of ``table``, a column for each model."""
-    models = list(models)
-    rows = []
+    cell, rows = "{value:.1f} ({low:.1f}-{high:.1f})", []
     for name, values in table.items():
-        shown = [values.get(model) for model in models]
-        cells = [f"{v['value']:.1f} ({v['low']:.1f}-{v['high']:.1f})" if v else "" for v in shown]
-        rows.append([name, *cells])
+        rows.append([name, *(cell.format(**values[model]) if values.get(model) else "" for model in models)])
     return markdown(["%", *models], rows)
 
 

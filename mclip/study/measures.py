@@ -61,9 +61,8 @@ def _best_threshold(maps: Tensor, masks: Tensor) -> float:
 
 
 def _grounding(model: Settings, found: dict[str, np.ndarray], start: float, **details: Any) -> dict[str, Any]:
-    metrics = {}
-    for key, values in found.items():
-        metrics[key] = dict(zip(("value", "low", "high"), map(float, bootstrap_interval(values)), strict=True))
+    ends = ("value", "low", "high")
+    metrics = {key: dict(zip(ends, map(float, bootstrap_interval(own)), strict=True)) for key, own in found.items()}
     more = {"seconds": time.perf_counter() - start, "details": details}
     return make_result("grounding", "scenes of two objects", "test", len(found["iou"]), model, metrics, **more)
 

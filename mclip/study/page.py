@@ -6,6 +6,7 @@ import re
 import shutil
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,10 @@ def measure(page: Any, folder: Path, form: str, rounds: int) -> dict[str, Any]:
         for half, milliseconds in zip(("image", "text"), page.evaluate(CALL, ["icon-192.png", CAPTION]), strict=True):
             clock[name][half].append(milliseconds)
         for each, reader in readers.items():
-            for half, encode, given in (
-                ("image", reader.encode_prepared, pixels),
-                ("text", reader.encode_texts, [CAPTION]),
-            ):
+            calls = {"image": partial(reader.encode_prepared, pixels), "text": partial(reader.encode_texts, [CAPTION])}
+            for half, call in calls.items():
                 begun = time.perf_counter()
-                encode(given)
+                call()
                 clock[each][half].append(1000 * (time.perf_counter() - begun))
     return {each: {half: summary(times[1:]) for half, times in halves.items()} for each, halves in clock.items()}
 

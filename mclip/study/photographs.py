@@ -170,9 +170,9 @@ def write_card(folder: Path, name: str, records: Sequence[Mapping[str, Any]]) ->
     """Write a model's ``README.md``: what made it, how good it is, of what it is made, and what it cannot do."""
     rows = []
     for record in records:
+        row = "| {dataset} | {split} | {label} | {value:.1f} | {low:.1f} to {high:.1f} | {n} |"
         label, score = score_of(record)
-        cells = record["dataset"], record["split"], label, f"{score['value']:.1f}"
-        rows.append("| " + " | ".join([*cells, f"{score['low']:.1f} to {score['high']:.1f}", str(record["n"])]) + " |")
+        rows.append(row.format(**record, **score, label=label))
     with atomic_path(folder / "README.md") as temporary:
         words = _STORED["about"][name] | {"title": name, "rows": "\n".join(rows)}
         temporary.write_text(_STORED["card"].format(**records[0]["model"], **words), encoding="utf-8")

@@ -56,8 +56,8 @@ class Job:
         for record in load_results(self.file) if self.file.exists() else ():
             details = record.get("details", {})
             kept = DEFAULTS | details.get("configuration", {})
-            agrees = all(key in kept and kept[key] == value for key, value in self.settings.items())
-            if agrees and details.get("experiment", {}).get("name") == self.row.name:
+            named = details.get("experiment", {}).get("name") == self.row.name
+            if named and self.settings.items() <= kept.items():
                 return True
         return False
 
@@ -104,11 +104,9 @@ def train(job: Job) -> TrainResult:
     if job.study.world == "photographs" and job.row.student == "teacher":
         return TrainResult(nn.Identity(), [], 0.0, 0)  # it comes trained
     config = PRESETS[settings["preset"]]
-    own = [
-        {f.name: settings[f.name] for f in fields(kind) if f.name in settings} for kind in (TrainConfig, DistillConfig)
-    ]
-    loop = from_mapping(TrainConfig, own[0])
-    terms = from_mapping(DistillConfig, own[1]) if job.row.student == "kd" else replace(BASE, **own[1])
+    loop = from_mapping(TrainConfig, {f.name: settings[f.name] for f in fields(TrainConfig) if f.name in settings})
+    own = {f.name: settings[f.name] for f in fields(DistillConfig) if f.name in settings}
+    terms = from_mapping(DistillConfig, own) if job.row.student == "kd" else replace(BASE, **own)
     if job.study.world == "photographs":
         how = {"unlabelled": settings["unlabelled"], "preset": settings["preset"], **job.teacher}
         return job.photographs.train(job.row.student, replace(loop, progress=True), terms, job.folder, **how)
@@ -128,9 +126,8 @@ def evaluate(job: Job, result: TrainResult) -> Records:
     folder, name = job.folder / "model", job.row.name
     model = load_model(folder) if folder.is_dir() else load_open_clip(*job.teacher.values())
     if job.study.world == "scenes":
-        records = evaluate_all(
-            {name: model}, profile=job.settings["profile"], seed=job.seed, drawn=int(job.study.chooses)
-        )
+        how = {"profile": job.settings["profile"], "seed": job.seed, "drawn": int(job.study.chooses)}
+        records = evaluate_all({name: model}, **how)
         return [summed_up(job, result, records)] if job.study.summed_up else records
     judge = partial(job.photographs.judge, *model, name, seed=job.seed)
     summary = summed_up(job, result, judge("choose"))
@@ -198,7 +195,8 @@ def work(job: Job) -> Records:
 def save(job: Job, records: Records) -> None:
     """Keep ``records`` in the order of the table, with what compares two models picture by picture.
 
-    The models of seed 0 that ship, students in fp16, and their logs are copied to ``data``.
+    The models of seed 0 that ship are copied to ``data``: students of scenes in fp16 with their logs, and that of
+    photographs without a teacher with its card, unless its training failed.
     """
     names = [row.name for row in BY_NAME.values() if row.study == job.row.study]
 
@@ -207,15 +205,19 @@ def save(job: Job, records: Records) -> None:
         return names.index(name) if name in names else len(names), record["seed"]
 
     save_result(job.file, *records, order=place)
-    if job.row.full_name == "photographs/base" and (job.file.parent, job.seed) == (RESULTS, 0):
-        ship_base(job, records)
+    ships = (job.file.parent, job.seed, job.row.measure) == (RESULTS, 0, "")
+    reported = [record for record in records if record["task"] != "choice"]
+    if ships and job.row.full_name == "photographs/base" and reported:
+        with atomic_folder(CHECKPOINTS / "photo-base") as temporary:
+            shutil.copytree(job.folder / "model", temporary, dirs_exist_ok=True)
+            write_card(temporary, "photo-base", reported)
     if job.row.study != "scenes":
         return
     measured = [r for r in load_results(job.file) if (r["task"], r["seed"]) == ("zero_shot", job.seed)]
     of_base, of_kd = ({r["dataset"]: r for r in measured if r["model"]["name"] == name} for name in ("base", "kd"))
     pairs = [compare(of_kd[dataset], of_base[dataset]) for dataset in of_kd if dataset in of_base]
     save_result(job.file, *pairs, order=place)
-    if job.file.parent == RESULTS and job.seed == 0 and not job.row.measure:
+    if ships:
         if job.row.student == "clip":
             with atomic_folder(CHECKPOINTS / "clip") as temporary:
                 shutil.copytree(job.folder / "model", temporary, dirs_exist_ok=True)
@@ -223,16 +225,6 @@ def save(job: Job, records: Records) -> None:
             load_model(job.folder / "model")[0].save_pretrained(CHECKPOINTS / job.row.name, half=True)
             with atomic_path(RESULTS / "logs" / f"{job.row.name}.jsonl") as temporary:
                 shutil.copyfile(job.folder / "log.jsonl", temporary)
-
-
-def ship_base(job: Job, records: Records) -> None:
-    """Copy the student of photographs without a teacher to ``data``, with its card; nothing if its training failed."""
-    reported = [record for record in records if record["task"] != "choice"]
-    if not reported:
-        return
-    with atomic_folder(CHECKPOINTS / "photo-base") as temporary:
-        shutil.copytree(job.folder / "model", temporary, dirs_exist_ok=True)
-        write_card(temporary, "photo-base", reported)
 
 
 def work_off(jobs: list[Job], out_dir: Path) -> None:
