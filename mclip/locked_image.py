@@ -35,7 +35,6 @@ from mclip.objectives import Contrastive, Output
 from mclip.pairs import Batch, BatchSource, Pairs
 from mclip.recipes import BASE, save_weights
 from mclip.sources.loading import Rows
-from mclip.sources.readers import CaptionLists
 from mclip.targets import get_crops, trunk_features
 from mclip.teacher import CONFIG_FILE, MERGES_FILE, Tokenize, load_teacher, load_trunk
 from mclip.train import TrainResult, train
@@ -229,7 +228,7 @@ def tune(
 ) -> TrainResult:
     """Train the projection and the text tower of a teacher on the trunk ``LITE2``; ``out_dir/model`` is its folder.
 
-    ``training`` are pairs, and photographs without captions (:func:`~mclip.sources.unpaired.add_unpaired`), which give
+    ``training`` are pairs, and photographs without captions (:func:`~mclip.sources.loading.add_unpaired`), which give
     the covariance of features and the photographs that the classifier knows. ``run`` as in
     :func:`~mclip.recipes.train_student`. Raises: TeacherError without the wheel that holds the trunk.
     """
@@ -263,10 +262,8 @@ def tune(
 def captioned(pairs: Pairs) -> Pairs:
     """The pictures with captions alone, which come first."""
     count = int(pairs.paired.sum())
-    captions = CaptionLists(pairs.captions.texts[: pairs.first_caption[count]], pairs.first_caption[: count + 1])
-    return replace(
-        pairs, images=Rows(pairs.images, np.arange(count)), captions=captions, files=pairs.files[:count], paired=None
-    )
+    images, captions = Rows(pairs.images, rows=np.arange(count)), pairs.captions[:count]
+    return replace(pairs, images=images, captions=captions, files=pairs.files[:count], paired=None)
 
 
 def retrieval_of(features: Tensor, pairs: Pairs, tokenize: Tokenize) -> Callable[[nn.Module], dict[str, float]]:

@@ -30,8 +30,7 @@ from mclip.pairs import BatchSource, Pairs, normalise
 from mclip.results import ResultError, make_result, save_result
 from mclip.scenes.test_sets import evaluate_relation, scene_sets
 from mclip.scenes.world import SceneConfig
-from mclip.sources.loading import load_pairs
-from mclip.sources.unpaired import add_unpaired
+from mclip.sources.loading import add_unpaired, load_pairs
 from mclip.sources.zero_shot import zero_shot_set
 from mclip.targets import OnlineTargets, get_crops, teacher_targets
 from mclip.teacher import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, load_open_clip, load_teacher

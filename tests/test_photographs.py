@@ -23,9 +23,8 @@ from mclip.pairs import Batch
 from mclip.pictures import Crops
 from mclip.recipes import BASE, load_model
 from mclip.results import load_results, weights_sha256
-from mclip.sources.loading import load_pairs
+from mclip.sources.loading import add_unpaired, load_pairs
 from mclip.sources.photographs import EXCERPTS, OWN_SPLIT, photograph_set
-from mclip.sources.unpaired import add_unpaired
 from mclip.study import photographs, run, table
 from mclip.targets import teacher_targets
 from mclip.teacher import CONFIG_FILE, TeacherError, load_teacher, load_trunk
