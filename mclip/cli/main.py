@@ -22,7 +22,7 @@ COMMANDS = {
     "distill": ("mclip.cli.commands:distill", "distil a student from a teacher in three phases"),
     "teacher": ("mclip.cli.commands:teacher", "train a small teacher, or tune one to photographs"),
     "photo": ("mclip.study.photographs:photo", "teacher and student of photographs, in one go"),
-    "evaluate": ("mclip.cli.evaluate:evaluate", "classify pictures zero-shot"),
+    "evaluate": ("mclip.cli.commands:evaluate", "classify pictures zero-shot"),
     "export": ("mclip.cli.commands:export_student", "write a student into a folder that an app can carry"),
     "serve": ("mclip.deploy.serve:serve", "serve the page of an exported student, for a browser or a phone"),
     "download": ("mclip.sources.caption_sets:download", "fetch captions or a test set; resumes"),
