@@ -217,7 +217,9 @@ def tune(
     teacher = load_teacher(str(folder))
     features = trunk_features(teacher, training, settings.progress, get_crops(settings))
     rows, bias = (load_trunk(LITE2)[f"classifier.{kind}"].float() for kind in ("weight", "bias"))
-    pairs = training if training.paired is None else captioned(training)
+    count = int(training.paired.sum())  # pictures with captions come first
+    images, captions = Rows(training.images, rows=np.arange(count)), training.captions[:count]
+    pairs = replace(training, images=images, captions=captions, files=training.files[:count], paired=None)
     everything = torch.from_numpy(np.array(features)).float()
     chances, labels = (everything[len(pairs) :] @ rows.T + bias).softmax(-1).mean(1).max(-1)
     sure = chances > CONFIDENT
@@ -236,13 +238,6 @@ def tune(
     model.fold()
     save_weights(teacher.model, folder, half=True)
     return result
-
-
-def captioned(pairs: Pairs) -> Pairs:
-    """The pictures with captions alone, which come first."""
-    count = int(pairs.paired.sum())
-    images, captions = Rows(pairs.images, rows=np.arange(count)), pairs.captions[:count]
-    return replace(pairs, images=images, captions=captions, files=pairs.files[:count], paired=None)
 
 
 def retrieval_of(features: Tensor, pairs: Pairs, tokenize: Tokenize) -> Callable[[nn.Module], dict[str, float]]:

@@ -49,14 +49,6 @@ def get_model_config(name_or_path: str) -> ModelConfig:
     return from_yaml(ModelConfig, name_or_path)
 
 
-def require_both(train_data_path: str, val_data_path: str) -> None:
-    """ConfigError where pairs to train on come without pairs to validate with, or the other way round."""
-    remedy = "pairs to train on need pairs of the same kind to validate with; give both paths, or neither for scenes"
-    there = "{" in train_data_path or (train_data_path != "" and Path(train_data_path).expanduser().exists())
-    require(bool(val_data_path) or not there, "val_data_path", val_data_path, remedy)
-    require(bool(train_data_path) or not val_data_path, "train_data_path", train_data_path, remedy)
-
-
 def load_data(
     profile: str,
     image_size: int,
@@ -68,27 +60,32 @@ def load_data(
     data_size: float = 1.0,
     noise: float = 0.0,
     scenes: Mapping[str, Any] | None = None,
+    val_scenes: Mapping[str, Any] | None = None,
     seed: int = 0,
     **reading: Any,
 ) -> tuple[Pairs, Pairs]:
     """Training and validation pairs, read as ``reading`` says; scenes of the profile's size where no path is given.
 
-    ``scenes`` changes fields of the ``SceneConfig`` that is trained on. Pictures without captions and sentences
-    without pictures are added to the training pairs (``add_unpaired``).
+    ``scenes`` and ``val_scenes`` change fields of the ``SceneConfig`` that is trained on, and of the other. Pictures
+    without captions and sentences without pictures are added to the training pairs (``add_unpaired``).
+
+    Raises: ConfigError also where pairs to train on come without pairs to validate with, or the other way round.
     """
-    require_both(train_data_path, val_data_path)
+    remedy = "pairs to train on need pairs of the same kind to validate with; give both paths, or neither for scenes"
+    there = "{" in train_data_path or (train_data_path != "" and Path(train_data_path).expanduser().exists())
+    require(bool(val_data_path) or not there, "val_data_path", val_data_path, remedy)
+    require(bool(train_data_path) or not val_data_path, "train_data_path", train_data_path, remedy)
     remedy = "sentences stand beside pictures without captions; give unlabelled_data_path too"
     require(bool(unlabelled_data_path) or not unpaired_texts_path, "unpaired_texts_path", unpaired_texts_path, remedy)
     size = get_profile(profile).pictures
-    drawn = {"size": size, "image_size": image_size, "split": "train", "noise": noise}
-    train_scenes = SceneConfig(**(drawn | dict(scenes or {})))
-    val_scenes = SceneConfig(max(64, size // 20), image_size, "val")
-    training = load_pairs(train_data_path, image_size, data_size=data_size, seed=seed, scenes=train_scenes, **reading)
+    seen = SceneConfig(**({"size": size, "noise": noise} | dict(scenes or {})))
+    unseen = SceneConfig(**({"size": max(64, size // 20), "split": "val"} | dict(val_scenes or {})))
+    training = load_pairs(train_data_path, image_size, data_size=data_size, seed=seed, scenes=seen, **reading)
     if unlabelled_data_path:
         how = {key: reading[key] for key in ("on_error", "decoding", "progress") if key in reading}
         paths = unlabelled_data_path, unpaired_texts_path
         training = add_unpaired(training, *paths, image_size=image_size, seed=seed, **how)
-    return training, load_pairs(val_data_path, image_size, split="val", scenes=val_scenes, **reading)
+    return training, load_pairs(val_data_path, image_size, split="val", scenes=unseen, **reading)
 
 
 def labelled_set(dataset: str, profile: str, root_dir: str = "") -> ZeroShotSet:

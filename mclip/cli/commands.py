@@ -134,20 +134,16 @@ def teacher(
         out_dir: the run's folder; the model is its sub-folder "model".
         pictures: number of scenes. They have clean captions, and no student sees any of them.
     """
-    recipes.require_both(data.train_data_path, data.val_data_path)
     if trunk:
         tune_teacher(data, settings, out_dir)
         return
     size = recipes.open_clip_config("teacher")["model_cfg"]["vision_cfg"]["image_size"]
-    reading = data.reading() | {"progress": settings.progress}
-    train_path, val_path = reading.pop("train_data_path"), reading.pop("val_data_path")
     for key in ("unlabelled_data_path", "unpaired_texts_path"):
-        value, remedy = reading.pop(key), "a teacher that is trained from random weights learns from pairs alone"
+        value, remedy = getattr(data, key), "a teacher that is trained from random weights learns from pairs alone"
         require(value == "", key, value, f"{remedy}; --trunk lite2 uses pictures without captions too")
-    scenes = SceneConfig(pictures, size, "teacher", two_objects=0.1, captions="clean")
-    training = load_pairs(train_path, size, scenes=scenes, **reading)
-    scenes = SceneConfig(500, size, "val", captions="clean")
-    validation = load_pairs(val_path, size, split="val", scenes=scenes, **reading | {"data_size": 1.0})
+    scenes = {"size": pictures, "split": "teacher", "two_objects": 0.1, "captions": "clean"}
+    drawn = {"scenes": scenes, "val_scenes": {"size": 500, "captions": "clean"}, "progress": settings.progress}
+    training, validation = recipes.load_data("cpu", size, **drawn, **data.reading())
     result = recipes.train_open_clip("teacher", training, validation, settings, out_dir)
     folder, metrics = Path(out_dir) / "model", result.validations()[-1]["validation"]
     print(f"{folder}: {result.steps} steps in {result.seconds:.0f} s, validation {metrics}")

@@ -9,32 +9,18 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import yaml
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser
 
 from mclip import __version__
 from mclip.config import ConfigError, DistillConfig, TrainConfig, closest, get_profile
 
-COMMANDS = {
-    "train": ("mclip.cli.commands:train", "train a student on pairs alone"),
-    "distill": ("mclip.cli.commands:distill", "distil a student from a teacher in three phases"),
-    "teacher": ("mclip.cli.commands:teacher", "train a small teacher, or tune one to photographs"),
-    "photo": ("mclip.study.photographs:photo", "teacher and student of photographs, in one go"),
-    "evaluate": ("mclip.cli.commands:evaluate", "classify pictures zero-shot"),
-    "export": ("mclip.cli.commands:export_student", "write a student into a folder that an app can carry"),
-    "serve": ("mclip.deploy.serve:serve", "serve the page of an exported student, for a browser or a phone"),
-    "download": ("mclip.sources.caption_sets:download", "fetch captions or a test set; resumes"),
-    "study": ("mclip.study.run:study", "train or measure what data/results has no record of: studies by name"),
-    "efficiency": ("mclip.study.bench:efficiency", "what presets and rivals cost, all measured in one run"),
-    "page": ("mclip.study.page:page", "time the page of an exported student beside ONNX Runtime, in one run"),
-    "bench": ("mclip.study.bench:bench", "measure speed and memory, in ratios of one run"),
-    "figures": ("mclip.study.figures:figures", "draw the figures from the results files"),
-    "app": ("mclip.cli.app:app", "serve the course's explorers as a page without code"),
-    "course": ("mclip.cli.course:course", "execute the notebooks in order, and summarise what came out"),
-}
-"""Name: (module:function, one line for the help). A module is imported only when its command is called."""
+COMMANDS: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_name("commands.yaml").read_text(encoding="utf-8"))
+"""Name: module:function, and one line for the help. A module is imported only when its command is called."""
 POSITIONAL = {"download": "name", "study": "names"}
 """The argument of a command that is given without its name."""
 SEVERAL: dict[Any, dict[str, Any]] = {
