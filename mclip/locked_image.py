@@ -204,9 +204,7 @@ def tune(
 ) -> TrainResult:
     """Train the projection and the text tower of a teacher on the trunk ``LITE2``; ``out_dir/model`` is its folder.
 
-    The text tower has the architecture of the one that ships, and its tokens: the 6,000 most frequent of CLIP's byte
-    pairs, which are enough for captions.
-
+    The text tower has the shape and the tokens of the one that ships: the 6,000 most frequent of CLIP's byte pairs.
     ``training`` are pairs, and photographs without captions (:func:`~mclip.sources.loading.add_unpaired`), which give
     the covariance of features and the photographs that the classifier knows. ``run`` as in
     :func:`~mclip.recipes.train_student`. Raises: TeacherError without the wheel that holds the trunk.
