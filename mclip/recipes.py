@@ -213,7 +213,7 @@ def save_weights(model: nn.Module, folder: Path, half: bool = False) -> None:
     settings, state = read_json(folder / CONFIG_FILE), {}
     for key, value in model.state_dict().items():
         if not ("trunk" in settings and key.startswith(TRUNK)):
-            state[key] = value.half() if half and value.is_floating_point() else value.contiguous()
+            state[key] = (value.half() if half and value.is_floating_point() else value).contiguous()
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(state, temporary)
     write_json(folder / CONFIG_FILE, settings | {"sha256": file_hash(folder / WEIGHTS_FILE)})
