@@ -1,7 +1,4 @@
-"""The commands that train, evaluate and export, with the names of options that people know.
-
-Each is a plain function around :mod:`mclip.recipes`; the notebooks call the same functions beneath.
-"""
+"""The commands that train, evaluate and export: plain functions around :mod:`mclip.recipes`, as are the notebooks."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,30 +132,26 @@ def teacher(
         pictures: number of scenes. They have clean captions, and no student sees any of them.
     """
     if trunk:
-        tune_teacher(data, settings, out_dir)
-        return
-    size = recipes.open_clip_config("teacher")["model_cfg"]["vision_cfg"]["image_size"]
-    for key in ("unlabelled_data_path", "unpaired_texts_path"):
-        value, remedy = getattr(data, key), "a teacher that is trained from random weights learns from pairs alone"
-        require(value == "", key, value, f"{remedy}; --trunk lite2 uses pictures without captions too")
-    scenes = {"size": pictures, "split": "teacher", "two_objects": 0.1, "captions": "clean"}
-    drawn = {"scenes": scenes, "val_scenes": {"size": 500, "captions": "clean"}, "progress": settings.progress}
-    training, validation = recipes.load_data("cpu", size, **drawn, **data.reading())
-    result = recipes.train_open_clip("teacher", training, validation, settings, out_dir)
-    folder, metrics = Path(out_dir) / "model", result.validations()[-1]["validation"]
-    print(f"{folder}: {result.steps} steps in {result.seconds:.0f} s, validation {metrics}")
-
-
-def tune_teacher(data: DataOptions, settings: TrainConfig, out_dir: str) -> None:
-    """Tune a teacher of photographs, and write the sentences about its classes beside it, for a student to learn."""
-    remedy = "a teacher of photographs is tuned to pairs of photographs; name their file"
-    require(data.train_data_path != "", "train_data_path", "", remedy)
-    remedy = "the covariance of features, and what the classifier knows, come from pictures without captions"
-    require(data.unlabelled_data_path != "", "unlabelled_data_path", "", remedy)
-    training, validation = recipes.load_data("cpu", 64, **data.reading(), progress=settings.progress)
-    result = tune(training, validation, settings, out_dir)
-    write_sentences(Path(out_dir) / "class_sentences.txt")
-    print(f"{Path(out_dir) / 'model'}: {result.steps} steps, validation {result.validations()[-1]['validation']}")
+        needed = {
+            "train_data_path": "a teacher of photographs is tuned to pairs of photographs; name their file",
+            "unlabelled_data_path": "what the classifier knows is read from pictures without captions; name a folder",
+        }
+        for key, remedy in needed.items():
+            require(getattr(data, key) != "", key, "", remedy)
+        training, validation = recipes.load_data("cpu", 64, **data.reading(), progress=settings.progress)
+        result = tune(training, validation, settings, out_dir)
+        write_sentences(Path(out_dir) / "class_sentences.txt")  # about its classes, for a student to learn
+    else:
+        for key in ("unlabelled_data_path", "unpaired_texts_path"):
+            value, remedy = getattr(data, key), "a teacher that is trained from random weights learns from pairs alone"
+            require(value == "", key, value, f"{remedy}; --trunk lite2 uses pictures without captions too")
+        size = recipes.open_clip_config("teacher")["model_cfg"]["vision_cfg"]["image_size"]
+        scenes = {"size": pictures, "split": "teacher", "two_objects": 0.1, "captions": "clean"}
+        drawn = {"scenes": scenes, "val_scenes": {"size": 500, "captions": "clean"}, "progress": settings.progress}
+        training, validation = recipes.load_data("cpu", size, **drawn, **data.reading())
+        result = recipes.train_open_clip("teacher", training, validation, settings, out_dir)
+    validated = result.validations()[-1]["validation"]
+    print(f"{Path(out_dir) / 'model'}: {result.steps} steps in {result.seconds:.0f} s, validation {validated}")
 
 
 def evaluate(
