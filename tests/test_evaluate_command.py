@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mclip.cli import evaluate as evaluate_command
+from mclip import recipes
+from mclip.cli import commands
 from mclip.cli.main import main
 from mclip.config import ConfigError
 from mclip.recipes import load_model, model_name
@@ -60,7 +61,7 @@ def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_loaded(capsys, monkeypatch, options, message):
-    monkeypatch.setattr(evaluate_command, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(recipes, "load_model", lambda *_: pytest.fail("a model was loaded"))
     model = () if "--model_checkpoint" in options else ("--model_checkpoint", "kd")
     error = refused(capsys, *model, *options)
     assert message in error
@@ -79,7 +80,7 @@ def test_a_missing_set_says_how_a_command_fetches_it(capsys, tmp_path):
 
 
 def test_a_folder_is_named_and_no_scene_is_drawn_for_it(zoo, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(evaluate_command, "scene_sets", lambda **_: pytest.fail("scenes were drawn"))
+    monkeypatch.setattr(commands, "scene_sets", lambda **_: pytest.fail("scenes were drawn"))
     monkeypatch.chdir(zoo)
     options = ("--model_checkpoint", "kd", "--save_results", str(tmp_path / "out"), "--prompt", "one {}")
     assert main([*EVALUATE, *options, "--dataset", "."]) == 0

@@ -21,11 +21,11 @@ from mclip.files import read_json, write_json
 from mclip.locked_image import ClassSentences, class_means, tune
 from mclip.pairs import Batch
 from mclip.pictures import Crops
-from mclip.recipes import BASE, load_model
+from mclip.recipes import BASE, load_model, write_untrained
 from mclip.results import load_results, weights_sha256
-from mclip.sources.loading import load_pairs
-from mclip.sources.photographs import EXCERPTS, OWN_SPLIT, photograph_set
-from mclip.sources.unpaired import add_unpaired
+from mclip.sources.caption_sets import OWN_SPLIT
+from mclip.sources.loading import add_unpaired, load_pairs
+from mclip.sources.zero_shot import EXCERPTS, photograph_set
 from mclip.study import photographs, run, table
 from mclip.targets import teacher_targets
 from mclip.teacher import CONFIG_FILE, TeacherError, load_teacher, load_trunk
@@ -172,8 +172,8 @@ def test_what_features_tell_of_the_pictures_is_learnt(pictures, tmp_path, monkey
 
 
 def test_short_captions_are_encoded_as_open_clip_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(locked, "LITE2", fake_wheel(tmp_path, monkeypatch)[0])
-    locked.write_untuned(tmp_path / "teacher", 64, 0)
+    trunk = fake_wheel(tmp_path, monkeypatch)[0]
+    write_untrained(tmp_path / "teacher", "photo-teacher", trunk=trunk, image_size=64)
     teacher = load_teacher(str(tmp_path / "teacher"))
     captions = ["a dog", "two men ride brown horses along the beach", "a " * 60] * 60
     tokens = teacher.tokenize(captions)
@@ -321,8 +321,8 @@ def test_openais_teacher_writes_nothing_that_ships(tmp_path):
 
 
 def test_a_folder_of_a_teacher_without_its_trunk_is_named(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(locked, "LITE2", fake_wheel(tmp_path, monkeypatch)[0])
-    locked.write_untuned(tmp_path / "teacher", 64, 0)
+    trunk = fake_wheel(tmp_path, monkeypatch)[0]
+    write_untrained(tmp_path / "teacher", "photo-teacher", trunk=trunk, image_size=64)
     file = tmp_path / "teacher" / CONFIG_FILE
     settings = read_json(file)
     write_json(file, settings | {"trunk": settings["trunk"] | {"package": "gone_wheel"}})

@@ -13,9 +13,8 @@ from mclip import losses
 from mclip.config import ConfigError, DistillConfig
 from mclip.objectives import Contrastive, Distillation
 from mclip.pairs import Batch, BatchSource, spread
-from mclip.sources.loading import load_pairs
+from mclip.sources.loading import Rows, add_unpaired, load_pairs
 from mclip.sources.readers import DataError
-from mclip.sources.unpaired import Joined, add_unpaired
 from mclip.text_encoder import Tokenizer
 
 
@@ -65,7 +64,7 @@ def test_without_sentences_every_caption_stands_beside_some_picture(folder):
 def test_two_arrays_are_indexed_as_one(first, second, data):
     one = np.arange(3 * first, dtype=np.uint8).reshape(first, 3)
     other = 100 + np.arange(3 * second, dtype=np.uint8).reshape(second, 3)
-    whole, found = np.concatenate([one, other]), Joined(one, other)
+    whole, found = np.concatenate([one, other]), Rows(one, other)
     rows = data.draw(st.lists(st.integers(0, max(0, first + second - 1)), max_size=8 * (first + second > 0)))
     assert found.shape == whole.shape
     assert np.array_equal(found[np.array(rows, int)], whole[np.array(rows, int)])

@@ -27,10 +27,7 @@ LIMITS = (
 
 
 def make_page() -> NotebookNode:
-    """The notebook behind the page: a welcome, then the tagged cells of each notebook in :data:`SERVED`.
-
-    They run in the profile "smoke", so that the page is there in seconds.
-    """
+    """The notebook behind the page: a welcome, then the tagged cells of :data:`SERVED`, in the profile "smoke"."""
     page = new_notebook(cells=[new_markdown_cell(WELCOME)])
     for path in sorted(path for number in SERVED for path in NOTEBOOKS.glob(f"{number}_*.ipynb")):
         notebook = nbformat.read(path, as_version=4)

@@ -1,24 +1,27 @@
-"""The commands that train and export, with the names of options that people know.
-
-Each is a plain function around :mod:`mclip.recipes`; the notebooks call the same functions beneath.
-"""
+"""The commands that train, evaluate and export: plain functions around :mod:`mclip.recipes`, as are the notebooks."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mclip import recipes
-from mclip.config import DistillConfig, TrainConfig, documented, get_profile, require
+from mclip.config import DistillConfig, TrainConfig, closest, documented, get_profile, require
+from mclip.evaluate import evaluate_retrieval, evaluate_zero_shot, input_of
 from mclip.files import processes
 from mclip.locked_image import tune, write_sentences
 from mclip.model import MobileCLIP
+from mclip.results import save_result
+from mclip.scenes.test_sets import RELATION, SETS, evaluate_relation, scene_sets
 from mclip.scenes.world import SceneConfig
 from mclip.sources.caption_sets import captions_of
-from mclip.sources.loading import Decoding, load_pairs
+from mclip.sources.loading import SCENES, Decoding, load_pairs
+from mclip.sources.zero_shot import TORCHVISION_SETS, zero_shot_set
 
 ProfileName = Literal["smoke", "cpu", "gpu"]
 SWA_DECAY = 0.999
 TEACHER_SETTINGS = TrainConfig(max_epochs=7, batch_size=128, learning_rate=1.5e-3, weight_decay=0.1, warmup=0.03)
+CAPTIONS = (".csv", ".tsv", ".json")
+OWN_CAPTIONS = "this set has captions of its own; leave the prompt out"
 
 
 @documented
@@ -128,35 +131,109 @@ def teacher(
         out_dir: the run's folder; the model is its sub-folder "model".
         pictures: number of scenes. They have clean captions, and no student sees any of them.
     """
-    recipes.require_both(data.train_data_path, data.val_data_path)
     if trunk:
-        tune_teacher(data, settings, out_dir)
-        return
-    size = recipes.open_clip_config("teacher")["model_cfg"]["vision_cfg"]["image_size"]
-    reading = data.reading() | {"progress": settings.progress}
-    train_path, val_path = reading.pop("train_data_path"), reading.pop("val_data_path")
-    for key in ("unlabelled_data_path", "unpaired_texts_path"):
-        value, remedy = reading.pop(key), "a teacher that is trained from random weights learns from pairs alone"
-        require(value == "", key, value, f"{remedy}; --trunk lite2 uses pictures without captions too")
-    scenes = SceneConfig(pictures, size, "teacher", two_objects=0.1, captions="clean")
-    training = load_pairs(train_path, size, scenes=scenes, **reading)
-    scenes = SceneConfig(500, size, "val", captions="clean")
-    validation = load_pairs(val_path, size, split="val", scenes=scenes, **reading | {"data_size": 1.0})
-    result = recipes.train_open_clip("teacher", training, validation, settings, out_dir)
-    folder, metrics = Path(out_dir) / "model", result.validations()[-1]["validation"]
-    print(f"{folder}: {result.steps} steps in {result.seconds:.0f} s, validation {metrics}")
+        needed = {
+            "train_data_path": "a teacher of photographs is tuned to pairs of photographs; name their file",
+            "unlabelled_data_path": "what the classifier knows is read from pictures without captions; name a folder",
+        }
+        for key, remedy in needed.items():
+            require(getattr(data, key) != "", key, "", remedy)
+        training, validation = recipes.load_data("cpu", 64, **data.reading(), progress=settings.progress)
+        result = tune(training, validation, settings, out_dir)
+        write_sentences(Path(out_dir) / "class_sentences.txt")  # about its classes, for a student to learn
+    else:
+        for key in ("unlabelled_data_path", "unpaired_texts_path"):
+            value, remedy = getattr(data, key), "a teacher that is trained from random weights learns from pairs alone"
+            require(value == "", key, value, f"{remedy}; --trunk lite2 uses pictures without captions too")
+        size = recipes.open_clip_config("teacher")["model_cfg"]["vision_cfg"]["image_size"]
+        scenes = {"size": pictures, "split": "teacher", "two_objects": 0.1, "captions": "clean"}
+        drawn = {"scenes": scenes, "val_scenes": {"size": 500, "captions": "clean"}, "progress": settings.progress}
+        training, validation = recipes.load_data("cpu", size, **drawn, **data.reading())
+        result = recipes.train_open_clip("teacher", training, validation, settings, out_dir)
+    validated = result.validations()[-1]["validation"]
+    print(f"{Path(out_dir) / 'model'}: {result.steps} steps in {result.seconds:.0f} s, validation {validated}")
 
 
-def tune_teacher(data: DataOptions, settings: TrainConfig, out_dir: str) -> None:
-    """Tune a teacher of photographs, and write the sentences about its classes beside it, for a student to learn."""
-    remedy = "a teacher of photographs is tuned to pairs of photographs; name their file"
-    require(data.train_data_path != "", "train_data_path", "", remedy)
-    remedy = "the covariance of features, and what the classifier knows, come from pictures without captions"
-    require(data.unlabelled_data_path != "", "unlabelled_data_path", "", remedy)
-    training, validation = recipes.load_data("cpu", 64, **data.reading(), progress=settings.progress)
-    result = tune(training, validation, settings, out_dir)
-    write_sentences(Path(out_dir) / "class_sentences.txt")
-    print(f"{Path(out_dir) / 'model'}: {result.steps} steps, validation {result.validations()[-1]['validation']}")
+def evaluate(
+    model_checkpoint: str,
+    dataset: str = "scenes",
+    prompt: str = "",
+    root_dir: str = "",
+    save_results: str = "",
+    profile: ProfileName = "cpu",
+    download: bool = False,
+    seed: int = 0,
+    compare_with: str = "",
+) -> None:
+    """Classify pictures zero-shot, or find them by their captions, and print the scores with 95 % intervals.
+
+    Args:
+        model_checkpoint: base, kd, clip, teacher, or a model folder.
+        dataset: scenes (all its sets), one of its sets, a torchvision set such as cifar10, a folder of pictures in one
+            sub-folder per class, or a .csv, .tsv or .json file of captions for retrieval.
+        prompt: replaces the prompts of one set to classify, for example "a photo of a".
+        root_dir: where torchvision's sets lie.
+        save_results: a folder for the results files.
+        profile: decides how many scenes are drawn.
+        download: let torchvision download the set.
+        seed: of the bootstrap.
+        compare_with: a second model, whose classes of the same pictures are compared with the first one's.
+    """
+    retrieval = Path(dataset).suffix.lower() in CAPTIONS
+    require(model_checkpoint != "", "model_checkpoint", "", "give base, kd, clip, teacher, or a model folder")
+    require(seed >= 0, "seed", seed, "give a whole number from 0")
+    remedy = "only answers of a classification are compared; evaluate the second model by itself"
+    require(not (compare_with and retrieval), "compare_with", compare_with, remedy)
+    _require_dataset(dataset, retrieval, prompt)
+    names = [name for name in (model_checkpoint, compare_with) if name]
+    models = {recipes.model_name(name): recipes.load_model(name, recipes.device_for("auto")) for name in names}
+    remedy = "give another model than model_checkpoint, in a folder of another name"
+    require(len(models) == len(names), "compare_with", compare_with, remedy)
+    count = get_profile(profile).test_pictures
+    drawn = scene_sets(count=count) if dataset in (SCENES, *SETS) else {}
+    for each in [*drawn, RELATION] if dataset == SCENES else [dataset]:
+        data = None if retrieval or each == RELATION else zero_shot_set(each, root_dir or None, download, drawn)
+        records = []
+        for name, (model, tokenizer) in models.items():
+            if retrieval:
+                pairs = load_pairs(dataset, input_of(model).size, split="test")
+                record = evaluate_retrieval(model, tokenizer, pairs, name, seed=seed)
+            elif data is None:
+                record = evaluate_relation(model, tokenizer, name, count=count // 2, seed=seed)
+            else:
+                record = evaluate_zero_shot(model, tokenizer, data, name, prompt=prompt or None, seed=seed)
+            _print_scores(record, name)
+            _save(record, save_results, name)
+            records.append(record)
+        if compare_with:
+            paired = recipes.compare(*records)
+            print(f"{' - '.join(models)}: {recipes.describe(paired)}")
+            _save(paired, save_results, "-".join(models))
+
+
+def _require_dataset(dataset: str, retrieval: bool, prompt: str) -> None:
+    known = (SCENES, *SETS, RELATION, *TORCHVISION_SETS)
+    remedy = f"{closest(dataset, known)} (or name a folder of pictures, or a {', '.join(CAPTIONS)} file of captions)"
+    there = dataset in known or retrieval or (dataset != "" and Path(dataset).expanduser().is_dir())
+    require(there, "dataset", dataset, remedy)
+    own = {SCENES: "the scenes sets have prompts of their own; name one set", RELATION: OWN_CAPTIONS}
+    remedy = OWN_CAPTIONS if retrieval else own.get(dataset, "")
+    require(not (prompt and remedy), "prompt", prompt, remedy)
+
+
+def _print_scores(record: dict[str, Any], name: str) -> None:
+    rows = record["metrics"]
+    if record["task"] != "retrieval":
+        keys = dict.fromkeys(("top1", record["details"]["metric"]))
+        rows = {record["dataset"]: {key: rows[key] for key in keys}}
+    for title, metrics in rows.items():
+        scores = [f"{key} {v['value']:5.1f} % [{v['low']:.1f}, {v['high']:.1f}]" for key, v in metrics.items()]
+        print(f"{name:10} {title:14} {'  '.join(scores)}  n={record['n']}".replace("_", " "))
+
+
+def _save(record: dict[str, Any], folder: str, name: str) -> None:
+    if folder:
+        save_result(Path(folder) / f"{record['task']}_{record['dataset']}_{name}.json", record)
 
 
 def export_student(

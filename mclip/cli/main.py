@@ -9,32 +9,18 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import yaml
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser
 
 from mclip import __version__
 from mclip.config import ConfigError, DistillConfig, TrainConfig, closest, get_profile
 
-COMMANDS = {
-    "train": ("mclip.cli.commands:train", "train a student on pairs alone"),
-    "distill": ("mclip.cli.commands:distill", "distil a student from a teacher in three phases"),
-    "teacher": ("mclip.cli.commands:teacher", "train a small teacher, or tune one to photographs"),
-    "photo": ("mclip.study.photographs:photo", "teacher and student of photographs, in one go"),
-    "evaluate": ("mclip.cli.evaluate:evaluate", "classify pictures zero-shot"),
-    "export": ("mclip.cli.commands:export_student", "write a student into a folder that an app can carry"),
-    "serve": ("mclip.deploy.serve:serve", "serve the page of an exported student, for a browser or a phone"),
-    "download": ("mclip.sources.caption_sets:download", "fetch captions or a test set; resumes"),
-    "study": ("mclip.study.run:study", "train or measure what data/results has no record of: studies by name"),
-    "efficiency": ("mclip.study.bench:efficiency", "what presets and rivals cost, all measured in one run"),
-    "page": ("mclip.study.page:page", "time the page of an exported student beside ONNX Runtime, in one run"),
-    "bench": ("mclip.study.bench:bench", "measure speed and memory, in ratios of one run"),
-    "figures": ("mclip.study.figures:figures", "draw the figures from the results files"),
-    "app": ("mclip.cli.app:app", "serve the course's explorers as a page without code"),
-    "course": ("mclip.cli.course:course", "execute the notebooks in order, and summarise what came out"),
-}
-"""Name: (module:function, one line for the help). A module is imported only when its command is called."""
+COMMANDS: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_name("commands.yaml").read_text(encoding="utf-8"))
+"""Name: module:function, and one line for the help. A module is imported only when its command is called."""
 POSITIONAL = {"download": "name", "study": "names"}
 """The argument of a command that is given without its name."""
 SEVERAL: dict[Any, dict[str, Any]] = {
@@ -43,26 +29,31 @@ SEVERAL: dict[Any, dict[str, Any]] = {
 }
 """Types of options that take several words, as in ``--only 04 08`` and ``--parameters NAME VALUE``."""
 SWITCH = {"0": "false", "1": "true", "false": "false", "true": "true"}
-EPILOG = "The variable MCLIP_CACHE names the folder for downloads, drawn scenes and what the teacher says of pictures."
+HELP = """usage: python -m mclip COMMAND ...   or: --help, --version
+
+{commands}
+
+python -m mclip COMMAND --help lists the options of a command.
+The variable MCLIP_CACHE names the folder for downloads, drawn scenes and what the teacher says of pictures."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Exit status: 0, 2 for wrong usage, 1 for a failed notebook, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(make_parser().format_help().rstrip())
+        print(HELP.format(commands="\n".join(f"  {name:12}{summary}" for name, (_, summary) in COMMANDS.items())))
         return 0 if arguments else 2
     command, *rest = arguments
+    if command == "--version":
+        print(f"mclip {__version__}")
+        return 0
     try:
-        if command.startswith("-"):
-            make_parser().parse_args([command])  # --version prints, and exits
         function, settings = parse(command, rest)
         function(**settings)
     except KeyboardInterrupt:
         return _report("interrupted", 130)
     except ArgumentError as error:
-        helps = f"python -m mclip {'' if command.startswith('-') else f'{command} '}--help"
-        return _report(f"{error} ({helps} lists the options)", 2)
+        return _report(f"{error} (python -m mclip {command} --help lists the options)", 2)
     except (OSError, ValueError, RuntimeError) as error:
         if not isinstance(error, OSError) and not type(error).__module__.startswith("mclip."):
             raise  # a defect of the program: its traceback is what helps
@@ -70,17 +61,6 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f" (an option of {command} names another folder, see --help)" if read_only else ""
         return _report(f"{error}{hint}", getattr(error, "exit_status", 2))
     return 0
-
-
-def make_parser() -> ArgumentParser:
-    """The parser that lists the commands; none is imported for it."""
-    parser = ArgumentParser(prog="python -m mclip", exit_on_error=False, epilog=EPILOG)
-    parser.add_argument("--version", action="version", version=f"mclip {__version__}")
-    describe = "python -m mclip COMMAND --help lists the options of a command."
-    commands = parser.add_subcommands(title="commands", description=describe, metavar="COMMAND", required=False)
-    for name, (_, summary) in COMMANDS.items():
-        commands.add_subcommand(name, ArgumentParser(), help=summary)
-    return parser
 
 
 def parse(command: str, arguments: list[str]) -> tuple[Callable[..., None], dict[str, Any]]:

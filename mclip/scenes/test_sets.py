@@ -11,7 +11,7 @@ from mclip.evaluate import ZeroShotSet, device_of, embed_images, embed_texts
 from mclip.metrics import answers, bootstrap_interval, percent
 from mclip.results import describe_model, make_result
 from mclip.scenes.captions import BACKGROUND_PHRASES, COLOUR_NAMES, RELATIONS, SHAPE_NAMES, Table
-from mclip.scenes.drawing import BACKGROUNDS, SHAPES, TEXTURES, object_distance
+from mclip.scenes.drawing import BACKGROUNDS, SHAPES, TEXTURES, WORDS, object_distance
 from mclip.scenes.world import HELD_OUT, SceneConfig, Scenes, make_scenes
 
 SETS = ("shape", "colour", "texture", "background", "colour-shape", "held-out")
@@ -45,26 +45,20 @@ def scene_sets(image_size: int = 64, count: int = 2000, seed: int = 0) -> dict[s
     unseen = _test_scenes(image_size, count, seed, two_objects=0.0, pairs="held-out")
     # Sets of the same pictures share one tensor, so that an evaluation of all sets can embed it once.
     pictures, unseen_pictures = (torch.from_numpy(scenes.images.copy()) for scenes in (seen, unseen))
-    columns = {key: seen.table[key][:, 0] for key in ("shape", "colour", "texture")}
-    columns["background"] = seen.table["background"]
-    labels = {key: torch.from_numpy(column).long() for key, column in columns.items()}
     phrases = [BACKGROUND_PHRASES[name][0] for name in BACKGROUNDS]
-    noun, adjective = ["a {}", "a picture of a {}"], ["a {} shape", "a picture of a {} thing"]
-    sets = [
-        ZeroShotSet("shape", pictures, labels["shape"], list(SHAPE_NAMES), noun),
-        ZeroShotSet("colour", pictures, labels["colour"], list(COLOUR_NAMES), adjective),
-        ZeroShotSet("texture", pictures, labels["texture"], list(TEXTURES), adjective),
-        ZeroShotSet("background", pictures, labels["background"], phrases, ["a shape {}", "a picture of a thing {}"]),
-    ]
+    names = {"shape": SHAPE_NAMES, "colour": COLOUR_NAMES, "texture": TEXTURES, "background": phrases}
+    sets = {}
+    for key, own in names.items():
+        column = seen.table[key] if key == "background" else seen.table[key][:, 0]
+        labels = torch.from_numpy(column).long()
+        sets[key] = ZeroShotSet(key, pictures, labels, list(own), WORDS["prompts"][key])
     allowed = [pair for pair in PAIRS if pair not in HELD_OUT]
-    for name, images, table, pairs in (
-        ("colour-shape", pictures, seen.table, allowed),
-        ("held-out", unseen_pictures, unseen.table, PAIRS),
-    ):
+    of_pairs = {"colour-shape": (pictures, seen.table, allowed), "held-out": (unseen_pictures, unseen.table, PAIRS)}
+    for key, (images, table, pairs) in of_pairs.items():
         drawn = zip(table["shape"][:, 0], table["colour"][:, 0], strict=True)
-        numbers = torch.tensor([pairs.index(pair) for pair in drawn])
-        sets.append(ZeroShotSet(name, images, numbers, [_pair_name(*pair) for pair in pairs], noun))
-    return {each.name: each for each in sets}
+        labels = torch.tensor([pairs.index(pair) for pair in drawn])
+        sets[key] = ZeroShotSet(key, images, labels, [_pair_name(*pair) for pair in pairs], WORDS["prompts"]["shape"])
+    return sets
 
 
 def relation_captions(scenes: Scenes) -> tuple[list[str], list[str]]:

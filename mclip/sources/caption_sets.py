@@ -15,6 +15,8 @@ _STORED = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf
 ARCHIVES: dict[str, dict[str, str]] = _STORED["archives"]
 SETS: dict[str, dict[str, list[str]]] = _STORED["sets"]
 
+OWN_SPLIT = "1,000 photographs by a hash of the name"
+
 
 def caption_set(
     name: str,
@@ -26,7 +28,8 @@ def caption_set(
 
     ``root_dir/name`` (default: in the cache folder) is looked at first. ``download`` fetches what is missing, and
     unpacks archives that were placed there by hand; once unpacked, the archives may be deleted. COCO may also lie
-    as its zip files unpack: ``annotations/``, ``train2017/`` and ``val2017/``.
+    as its zip files unpack: ``annotations/``, ``train2017/`` and ``val2017/``. Flickr8k may lie as ``images/`` and a
+    CSV file for each split, as ``OWN_SPLIT`` says.
 
     Raises: ConfigError where files are missing, which says how to get them; DownloadError.
     """
@@ -34,6 +37,8 @@ def caption_set(
     require(split in SETS[name], "split", split, f"{name} has {', '.join(SETS[name])}")
     top = Path(root_dir or cache_dir()).expanduser()
     root = top / name
+    if (root / "images").is_dir() and (root / f"{split}.csv").is_file():
+        return root / f"{split}.csv"
     missing = [folder for folder in SETS[name][split] if not (root / folder).is_dir()]
     if missing and not download:
         archives = [f"{ARCHIVES[folder]['url']} ({ARCHIVES[folder]['size']})" for folder in missing]

@@ -1,4 +1,4 @@
-"""Readers of folders: pictures by class or with a text file each, and WebDataset shards as img2dataset writes them.
+"""Readers of folders: pictures by class or with a text file each, or without captions, and shards of WebDataset.
 
 What is hidden in a folder of pictures, such as ``.ipynb_checkpoints`` and ``._1.jpg``, is never read.
 """
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from mclip.files import cache_dir, content_key, missing_folder, read_json
 from mclip.pictures import open_picture
-from mclip.sources.readers import PICTURES, Row, fingerprint
+from mclip.sources.readers import PICTURES, DataError, Row, fingerprint
 
 CLASS_CAPTION = "a photo of a {}"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -58,6 +58,38 @@ def read_folder(path: Path) -> Iterator[Row]:
             continue
         problem = f"{file}: no caption; it needs {text.name} beside it, or a folder named after its class"
         yield number, file if lines else None, lines or problem
+
+
+def unlabelled_pictures(path: str | Path) -> list[str]:
+    """The files of a folder of pictures without captions; DataError where there are none, or where captions are."""
+    path = Path(path).expanduser()
+    remedy = "unlabelled_data_path is a folder of pictures without captions"
+    if not path.is_dir():
+        problem = "it may hold captions: give it as train_data_path" if path.is_file() else "no such folder"
+        raise DataError(f"{path}: {problem}; {remedy}.")
+    files = pictures_in(path)
+    if not files:
+        raise DataError(f"{path}: no picture in it; {remedy}.")
+    captioned = next((file for file in files if Path(file).with_suffix(".txt").is_file()), None)
+    if captioned:
+        raise DataError(f"{captioned} has a caption beside it: give {path} as train_data_path; {remedy}.")
+    return files
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """The sentences of a text file in UTF-8, one a line. DataError, naming the line, for what cannot be read."""
+    path = Path(path).expanduser()
+    if path.suffix.lower() != ".txt" or not path.is_file():
+        problem = "not a text file" if path.exists() else "no such file"
+        raise DataError(f"{path}: {problem}; unpaired_texts_path is a .txt file in UTF-8 with a sentence on each line.")
+    try:
+        texts = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except UnicodeDecodeError as error:
+        line = 1 + error.object[: error.start].count(b"\n")
+        raise DataError(f"{path}, line {line}: not UTF-8 ({error}); save the file as UTF-8.") from error
+    if not texts:
+        raise DataError(f"{path}: no sentence in it; write one on each line.")
+    return texts
 
 
 class VisibleFolder(ImageFolder):

@@ -6,7 +6,7 @@ Few enough pictures are decoded once and kept memory-mapped in the cache; more a
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from mclip.files import cache_dir, content_key, missing_folder, read_json, write
 from mclip.pairs import Pairs
 from mclip.pictures import DECODING_VERSION, PictureError, decode, met_late, pool
 from mclip.scenes.world import SceneConfig, scene_pairs
-from mclip.sources.folders import read_folder, read_shards, shards_of
+from mclip.sources.folders import read_folder, read_shards, read_texts, shards_of, unlabelled_pictures
 from mclip.sources.readers import DataError, OnError, Table, collect, fingerprint, read_annotations, read_csv, reject
 
 SCENES = "scenes"
@@ -48,23 +48,28 @@ class Pictures:
         return np.array(decoded, np.uint8).reshape(-1, *self.shape[1:])
 
 
-@dataclass(frozen=True)
 class Rows:
-    """Some rows of an array, read when they are asked for: a memory-mapped array is not copied into memory."""
+    """Some rows of an array, or of several one after the other, read when they are asked for.
 
-    array: np.ndarray
-    rows: np.ndarray
+    A memory-mapped array is not copied into memory, and pictures that nobody asks for are not decoded.
+    """
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As of an array."""
-        return (len(self), *self.array.shape[1:])
+    def __init__(self, *arrays: Any, rows: np.ndarray | None = None) -> None:
+        self.arrays, self.ends = arrays, np.cumsum([len(array) for array in arrays])
+        self.rows = np.arange(self.ends[-1]) if rows is None else rows
+        self.shape = (len(self.rows), *arrays[0].shape[1:])
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, place: Any) -> np.ndarray:
-        return self.array[self.rows[place]]
+        numbers = self.rows[place]
+        if np.ndim(numbers) == 0:
+            return self[[place]][0]
+        picked, owner = np.empty((len(numbers), *self.shape[1:]), np.uint8), self.ends.searchsorted(numbers, "right")
+        for number, (array, end) in enumerate(zip(self.arrays, self.ends, strict=True)):
+            picked[owner == number] = array[numbers[owner == number] - (end - len(array))]
+        return picked
 
 
 def load_pairs(
@@ -107,7 +112,9 @@ def load_pairs(
         if data_size == 1:
             return pairs
         rows, key = _random_rows(len(pairs), data_size, seed), content_key(pairs.key, data_size, seed)
-        return replace(pairs, images=Rows(pairs.images, rows), captions=[pairs.captions[row] for row in rows], key=key)
+        return replace(
+            pairs, images=Rows(pairs.images, rows=rows), captions=[pairs.captions[row] for row in rows], key=key
+        )
     path = Path(source).expanduser()
     kind = path.suffix.lower()
     if shards_of(path):
@@ -126,6 +133,39 @@ def load_pairs(
     if data_size < 1:
         table = table.take(_random_rows(len(table.pictures), data_size, seed))
     return pairs_of(path, table, image_size, on_error, decoding, progress)
+
+
+def add_unpaired(
+    pairs: Pairs,
+    unlabelled_data_path: str | Path,
+    unpaired_texts_path: str | Path = "",
+    *,
+    image_size: int,
+    seed: int = 0,
+    on_error: OnError = "raise",
+    decoding: Decoding = "auto",
+    progress: bool = True,
+) -> Pairs:
+    """``pairs``, then the pictures of a folder, which stand beside sentences that are not theirs.
+
+    The sentences are those of a text file, or else the captions of ``pairs``, dealt out at random so that each is used.
+    ``paired`` says which rows are pairs. Raises: DataError as :func:`unlabelled_pictures` and :func:`read_texts`.
+    """
+    remedy = "pictures with captions that are files can be joined with others, drawn scenes cannot"
+    require(pairs.files is not None, "unlabelled_data_path", str(unlabelled_data_path), remedy)
+    path = Path(unlabelled_data_path).expanduser()
+    files = unlabelled_pictures(path)
+    captions = pairs.captions_at(range(pairs.first_caption[-1]))
+    texts = read_texts(unpaired_texts_path) if unpaired_texts_path else captions
+    texts = [texts[place] for place in np.random.default_rng(seed).permutation(len(texts))]
+    owned = (texts[number :: len(files)] or [texts[number % len(texts)]] for number in range(len(files)))
+    table = collect(path, "picture", zip(range(len(files)), files, owned, strict=True), on_error)
+    others = pairs_of(path, table, image_size, on_error, decoding, progress)
+    paired = np.arange(len(pairs) + len(others)) < len(pairs)
+    images, captions = Rows(pairs.images, others.images), pairs.captions + others.captions
+    files, skipped = np.concatenate([pairs.files, others.files]), pairs.skipped + others.skipped
+    key = content_key(pairs.key, others.key)
+    return replace(pairs, images=images, captions=captions, key=key, files=files, skipped=skipped, paired=paired)
 
 
 def pairs_of(path: Path, table: Table, image_size: int, on_error: OnError, decoding: Decoding, progress: bool) -> Pairs:

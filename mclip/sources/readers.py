@@ -59,6 +59,10 @@ class CaptionLists(Sequence[list[str]]):
         row = range(len(self))[index]
         return self.texts[self.first[row] : self.first[row + 1]].tolist()
 
+    def __add__(self, other: Self) -> Self:
+        first = np.concatenate([self.first, self.first[-1] + other.first[1:]])
+        return type(self)(np.concatenate([self.texts, other.texts]), first)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 

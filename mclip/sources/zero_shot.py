@@ -1,19 +1,22 @@
-"""Zero-shot test sets: the ones of torchvision that CLIP is judged on, and folders of pictures.
+"""Zero-shot test sets: the ones of torchvision that CLIP is judged on, excerpts of four, and folders of pictures.
 
 Class names and templates in ``zero_shot_sets.json`` are those published with CLIP, as is which metric each set is
 judged by; torchvision and open_clip have the rest. Of CLIP's 27 sets (Radford et al. 2021, Table 9) torchvision offers
 those below, and PASCAL VOC, KITTI and two sets of videos, whose labels or pictures would have to be made first.
 """
 
+import hashlib
 import json
 import operator
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+from torch.utils.data import Subset
 from torchvision import datasets
 
 from mclip.config import ConfigError, closest, require
@@ -24,6 +27,9 @@ from mclip.sources.folders import VisibleFolder
 _STORED = json.loads(Path(__file__).with_name("zero_shot_sets.json").read_text(encoding="utf-8"))
 _SETS: dict[str, dict[str, Any]] = _STORED["sets"]
 TORCHVISION_SETS = tuple(_SETS)
+EXCERPTS: dict[str, list[str]] = _STORED["excerpts"]
+"""Folders of pictures by class, by the set that they are of, and what of the official set each holds."""
+Part = Literal["choose", "report", "all"]
 
 
 def torchvision_set(name: str, root_dir: str | Path | None = None, download: bool = False) -> ZeroShotSet:
@@ -75,6 +81,28 @@ def published_words(name: str, own_names: Sequence[str]) -> tuple[list[str], lis
         for pattern, replacement in _SETS[name].get("rename", [("_", " ")]):
             class_names = [re.sub(pattern, replacement, each) for each in class_names]
     return class_names, _STORED["templates"][name]
+
+
+def photograph_set(name: str, root_dir: str | Path = "", part: Part = "report", download: bool = False) -> ZeroShotSet:
+    """One of ``EXCERPTS`` from its folder below ``root_dir`` if it is there, else torchvision's official test split.
+
+    A test set without a part for validation gives a fifth of its pictures, by a hash of each file's name, for choosing;
+    results are of the rest. Raises: ConfigError where neither is there, as :func:`torchvision_set`.
+    """
+    root, (folder, split) = Path(root_dir or cache_dir()).expanduser(), EXCERPTS[name]
+    if (root / folder).is_dir():
+        data = VisibleFolder(root / folder)
+        test = ZeroShotSet(name, data, None, *published_words(name, data.classes), split)
+    else:
+        test = torchvision_set(name, root, download)
+    if part == "all":
+        return test
+    samples = getattr(test.images, "samples", None)
+    names = ["/".join(Path(file).parts[-2:]) for file, _ in samples] if samples else map(str, range(len(test.images)))
+    fifth = [int(hashlib.sha256(name.encode()).hexdigest(), 16) % 5 == 0 for name in names]
+    rows = [row for row, chosen in enumerate(fifth) if chosen == (part == "choose")]
+    fraction = "a fifth, to choose by" if part == "choose" else "four fifths"
+    return replace(test, images=Subset(test.images, rows), split=f"{test.split} ({fraction})")
 
 
 def image_folder_set(path: str | Path) -> ZeroShotSet:

@@ -37,7 +37,7 @@ from mclip.scenes.test_sets import scene_sets
 from mclip.scenes.world import SceneConfig, export_scenes, make_scenes
 from mclip.show.widgets import free_crops
 from mclip.sources.loading import load_pairs
-from mclip.sources.photographs import EXCERPTS, photograph_set
+from mclip.sources.zero_shot import EXCERPTS, photograph_set
 from mclip.targets import embed_captions, embed_pictures
 from mclip.teacher import load_teacher
 from mclip.train import train

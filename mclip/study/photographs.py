@@ -20,8 +20,9 @@ from mclip.pairs import Pairs
 from mclip.recipes import BASE, load_data, load_model, open_clip_config, train_open_clip, train_student
 from mclip.results import save_result
 from mclip.show.figures import score_of
+from mclip.sources.caption_sets import OWN_SPLIT, caption_set
 from mclip.sources.loading import load_pairs
-from mclip.sources.photographs import EXCERPTS, OWN_SPLIT, flickr8k, photograph_set
+from mclip.sources.zero_shot import EXCERPTS, photograph_set
 from mclip.teacher import CONFIG_FILE, MERGES_FILE
 from mclip.train import TrainResult
 
@@ -60,12 +61,16 @@ class Photographs:
 
         ``unlabelled`` adds photographs without captions and sentences about classes, of which it writes a file.
         """
-        paths = {f"{split}_data_path": str(flickr8k(split, self.root_dir, self.download)) for split in ("train", "val")}
+        paths = {f"{split}_data_path": str(self.captions(split)) for split in ("train", "val")}
         if unlabelled:
             sentences = folder / "class_sentences.txt"
             write_sentences(sentences)
             paths |= {"unlabelled_data_path": str(self.unlabelled()), "unpaired_texts_path": str(sentences)}
         return load_data("cpu", size, **paths, progress=progress)
+
+    def captions(self, split: Literal["train", "val", "test"]) -> Path:
+        """The file of captions of a split of Flickr8k."""
+        return caption_set("flickr8k", self.root_dir or None, self.download, split)
 
     def unlabelled(self) -> Path:
         """Photographs without captions: the folder ``unlabelled``, or else Imagenette's training part."""
@@ -109,7 +114,7 @@ class Photographs:
         sets = [photograph_set(each, self.root_dir, part, self.download) for each in EXCERPTS]
         records = [evaluate_zero_shot(model, tokenizer, each, name, seed=seed) for each in sets]
         split = "test" if part == "report" else "val"
-        file = flickr8k(split, self.root_dir, self.download)
+        file = self.captions(split)
         pairs = replace(load_pairs(file, input_of(model).size, progress=False), name="flickr8k")
         if (file.parent / "images").is_dir():
             split = OWN_SPLIT if part == "report" else f"{OWN_SPLIT}, to choose by"
