@@ -91,7 +91,7 @@ def test_failures_and_missing_seeds_are_no_zeros():
         > effect(means, "icl")["high"] - effect(means, "icl")["low"]
     )
     with pytest.raises(ResultError, match="mclip study"):
-        effect(means, "magnitude")
+        effect(means, "uncertainty")
     assert pooled_deviation(means_of([record("base", 0, 1.0), record("kd", 0, 2.0)]))[1] == 0
 
 
@@ -102,16 +102,16 @@ def test_records_of_different_settings_are_not_pooled():
 
 
 def test_a_configuration_that_always_failed_has_its_row():
-    records = toy_records(np.random.default_rng(3)) + [failure("magnitude", seed) for seed in range(3)]
-    row = next(line for line in ablation_figures.ablation_table(records).splitlines() if "| magnitude |" in line)
-    assert row == r"| balancing | magnitude | 0 | failed: diverged at step 3 \| nan |  |  |  |"
+    records = toy_records(np.random.default_rng(3)) + [failure("uncertainty", seed) for seed in range(3)]
+    row = next(line for line in ablation_figures.ablation_table(records).splitlines() if "| uncertainty |" in line)
+    assert row == r"| balancing | uncertainty | 0 | failed: diverged at step 3 \| nan |  |  |  |"
     left = ablation_figures.ablation_figure(records).axes[0]
     names = [tick.get_text() for tick in left.get_yticklabels()]
     assert [(text.get_text().strip(), text.get_position()[1]) for text in left.texts] == [
-        ("failed: diverged at step 3 | nan", names.index("magnitude"))
+        ("failed: diverged at step 3 | nan", names.index("uncertainty"))
     ]
-    partly = ablation_figures.ablation_table([*records, record("magnitude", 3, 50.0)])
-    assert "| magnitude | 1 | 50.0 |" in partly
+    partly = ablation_figures.ablation_table([*records, record("uncertainty", 3, 50.0)])
+    assert "| uncertainty | 1 | 50.0 |" in partly
 
 
 def test_recipes_are_judged_by_retrieval_new_pairs_and_all_sets():

@@ -66,22 +66,21 @@ def test_the_plan_holds_every_question():
         assert {term} in [{name for name in TERMS if each[f"{name}_weight"]} for each in runs], term
     assert {each["feature_source"] for each in runs} == {"embedding", "penultimate"}
     assert {each["feature_form"] for each in runs} >= {"cosine", "mse"}
-    assert len({tuple(each["phases"]) for each in runs}) >= 4
+    assert len({tuple(each["phases"]) for each in runs}) >= 2
     alone = {("fixed",), ("magnitude",), ("gradient_norm",), ("uncertainty",)}
     assert {tuple(each["balancers"]) for each in runs} >= alone
     temperatures = {(each["max_temperature"], each["min_temperature"]) for each in runs}
-    assert temperatures >= {(1.0, 1.0), (4.0, 4.0), (8.0, 4.0)}
-    assert len({each["learning_rate"] for each in runs if each["student"] == "base"}) >= 3, "the baseline is tuned too"
-    assert {each["noise"] for each in runs} == {0.0, 0.1, 0.3}
-    assert {each["data_size"] for each in runs} == {0.1, 0.3, 1.0}
+    assert temperatures >= {(1.0, 1.0), (4.0, 4.0), (4.0, 1.0)}
+    assert {each["noise"] for each in runs} == {0.0, 0.3}
+    assert {each["data_size"] for each in runs} == {0.1, 1.0}
 
 
 def test_rows_are_chosen_by_study_name_or_pattern():
     assert {row.study for row in choose(["scenes", "views"])} == {"scenes", "views"}
-    assert [row.name for row in choose(["ablations/kd", "ablations/base-rate-*"])] == [
+    assert [row.name for row in choose(["ablations/kd", "ablations/base-*-*"])] == [
         "kd",
-        "base-rate-3e-4",
-        "base-rate-1e-3",
+        "base-noise-30",
+        "base-data-10",
     ]
     with pytest.raises(ConfigError, match="did you mean 'ablations'"):
         choose(["ablation"])
@@ -193,8 +192,10 @@ def test_shares_of_weight_times_loss_are_percentages_of_each_phase():
             "weights": {"feature": 1.0, "response": 1.0},
         },
         {"step": 2, "validation": {"r1": 1.0}},
+        {"step": 3, "phase": 3, "terms": {"feature": 0.0}, "weights": {"feature": 1.0}},
     ]
-    assert run.shares_of(log) == {"1": {"feature": 100.0}, "2": {"feature": 75.0, "response": 25.0}}
+    expected = {"1": {"feature": 100.0}, "2": {"feature": 75.0, "response": 25.0}, "3": {"feature": 0.0}}
+    assert run.shares_of(log) == expected
 
 
 def test_the_scenes_of_a_row_are_what_is_trained_on(tmp_path, monkeypatch):
