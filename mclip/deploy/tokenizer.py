@@ -12,6 +12,12 @@ WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 START, END = ("<start_of_text>", 49406), ("<end_of_text>", 49407)
 
 
+def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Token: id of CLIP's 49,408 tokens, and its merges of byte pairs in order."""
+    whole = SimpleTokenizer()
+    return whole.encoder, list(whole.bpe_ranks)
+
+
 def portable_tokenizer(context_length: int) -> Tokenizer:
     """The same ids as :class:`~mclip.text_encoder.Tokenizer`, by the ``tokenizers`` library alone.
 
@@ -19,8 +25,8 @@ def portable_tokenizer(context_length: int) -> Tokenizer:
     web: text decoded with the wrong code page, ``&amp;`` and its like, control characters. A letter that Unicode has
     only had for a few years may be unknown to the library's tables.
     """
-    clip = SimpleTokenizer()
-    tokenizer = Tokenizer(models.BPE(vocab=clip.encoder, merges=list(clip.bpe_ranks), end_of_word_suffix="</w>"))
+    ids, merges = vocabulary()
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, end_of_word_suffix="</w>"))
     replace = [
         (rf"\A[{SPACE}\p{{P}}]+|[{SPACE}\p{{P}}]+\z", ""),
         ("[\u02bc\u2018-\u201b]", "'"),  # curly quotes, which ftfy makes straight
