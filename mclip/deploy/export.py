@@ -83,7 +83,7 @@ def write_graphs(model: MobileCLIP, folder: Path, fuse: bool = True) -> None:
         options = {"input_names": [key], "output_names": ["embeddings"], "dynamic_shapes": (shape,), "verbose": False}
         with quiet():
             proto = torch.onnx.export(Half(deployed, encode).eval(), (example,), dynamo=True, **options).model_proto
-        inner = proto.graph
+        inner = proto.graph  # below, the exporter's notes of which line of code made which node are left out
         for part in (proto, inner, *inner.node, *inner.value_info, *inner.input, *inner.output, *inner.initializer):
             part.ClearField("metadata_props")
         onnx.save(proto, folder / name)

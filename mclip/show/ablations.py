@@ -123,12 +123,12 @@ def ablation_table(records: Sequence[Mapping[str, Any]], *measures: str) -> str:
     """
     judged = measures or ("mean top-1",)
     means = {measure: means_of(records, measure) for measure in judged}
-    found = {measure: effects(records, measure) for measure in judged}
+    effects_by_measure = {measure: effects(records, measure) for measure in judged}
     plan, failed, rows = plan_of(records), failures_of(records), []
     for name, each in plan.items():
         own = [failed[name] if name in failed else f"{statistics.fmean(means[m][name].values()):.1f}" for m in judged]
         row = [each["group"], each["title"], len(means[judged[0]].get(name, {})), *own]
-        differences = [found[measure].get(name) for measure in judged]
+        differences = [effects_by_measure[measure].get(name) for measure in judged]
         row.append(plan[each["against"]]["title"] if differences[0] else "")
         row += [in_points(effect) if effect else "" for effect in differences]
         rows.append(row if measures else [*row, differences[0]["verdict"] if differences[0] else ""])

@@ -201,13 +201,13 @@ def compare_runs(logs: Mapping[str, Records]) -> style.NotebookFigure:
 
 def caption_matrix(ax: Axes, values: Any, rows: Sequence[str], lowest: float, highest: float) -> AxesImage:
     """Values (B, B) of pictures by captions as colours; both are counted from 1, and ``rows`` are named."""
-    shown = ax.imshow(values, cmap="viridis", interpolation="nearest", aspect="auto", vmin=lowest, vmax=highest)
+    heatmap = ax.imshow(values, cmap="viridis", interpolation="nearest", aspect="auto", vmin=lowest, vmax=highest)
     ticks = range(0, len(rows), -(-len(rows) // 8))
     ax.set_xticks(ticks, [i + 1 for i in ticks])
     ax.set_yticks(range(len(rows)), [f"{style.label(text, 34)}  {i}" for i, text in enumerate(rows, 1)])
     ax.set_xlabel("caption number")
     ax.grid(False)
-    return shown
+    return heatmap
 
 
 def similarity_matrices(matrices: Mapping[str, Any], captions: Sequence[str]) -> style.NotebookFigure:
@@ -218,11 +218,11 @@ def similarity_matrices(matrices: Mapping[str, Any], captions: Sequence[str]) ->
     fig = style.figure(3.2 + 1.7 * len(arrays), max(2.6, 0.19 * size + 1.7))
     axes = fig.subplots(1, len(arrays), sharey=True, squeeze=False)[0]
     for ax, (name, array) in zip(axes, arrays.items(), strict=True):
-        shown = caption_matrix(ax, array, captions, *limits)
+        heatmap = caption_matrix(ax, array, captions, *limits)
         hits = int((array.argmax(1) == np.arange(size)).sum())
         ax.set_title(f"{style.LABELS.get(name, name)}:\n{hits} of {size}")
     axes[0].set_ylabel("picture, named by its caption")
-    fig.colorbar(shown, ax=list(axes), label="cosine similarity", shrink=0.9)
+    fig.colorbar(heatmap, ax=list(axes), label="cosine similarity", shrink=0.9)
     fig.suptitle("True pairs lie on the diagonal: how many pictures find their own caption first")
     return fig
 
@@ -232,7 +232,7 @@ def matrices(values: Mapping[str, Any], xlabel: str, ylabel: str, names: Sequenc
     fig = style.figure(1.0 + 3.6 * len(values), 4.2 if names else 3.4)
     axes = fig.subplots(1, len(values), sharey=True, squeeze=False)[0]
     for ax, (title, matrix) in zip(axes, values.items(), strict=True):
-        shown = ax.imshow(matrix, cmap="viridis", vmin=0)
+        heatmap = ax.imshow(matrix, cmap="viridis", vmin=0)
         if names:
             ax.set_xticks(range(len(names)), names, rotation=60, ha="right")
             ax.set_yticks(range(len(names)), names)
@@ -240,7 +240,7 @@ def matrices(values: Mapping[str, Any], xlabel: str, ylabel: str, names: Sequenc
             ax.locator_params(integer=True)
         ax.set(title=title, xlabel=xlabel)
         ax.grid(False)
-        fig.colorbar(shown, ax=ax, shrink=0.6, label="weight")
+        fig.colorbar(heatmap, ax=ax, shrink=0.6, label="weight")
     axes[0].set_ylabel(ylabel)
     return fig
 
