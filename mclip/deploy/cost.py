@@ -36,7 +36,7 @@ RIVALS = ("ViT-B-32", *_MOBILECLIP, "ViT-M-32-alt", "ViT-S-32-alt")
 KINDS = {
     "convolutions": "Conv",
     "matrix products": "MatMul Gemm FusedMatMul",
-    "normalisation": "BatchNormalization LayerNormalization ReduceMean ReduceSum",
+    "means and norms": "BatchNormalization LayerNormalization ReduceMean ReduceSum",
     "moving numbers": "Reshape Transpose Concat Slice Gather GatherND Squeeze Unsqueeze Split Expand Shape Range Pad "
     "ReorderInput ReorderOutput",
 }

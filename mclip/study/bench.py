@@ -184,9 +184,9 @@ def bench(only: list[str] | None = None, out: str = "") -> None:
 
 
 MODELS: tuple[tuple[str, Form], ...] = (
-    *((name, "deployed") for name in ("mobile-256", "mobile-512", "klmobile", *RIVALS)),
+    *((name, "deployed") for name in ("pocket-256", "mobile-256", "mobile-512", "klmobile", *RIVALS)),
     *((name, "trained") for name in ("mobile-256", "MobileCLIP2-S0")),
-    *(("mobile-256", form) for form in ("ONNX", "int8")),
+    *((name, form) for name in ("pocket-256", "mobile-256") for form in ("ONNX", "int8")),
 )
 """Name and form of all that is measured."""
 
