@@ -197,7 +197,7 @@ class DistillConfig(Settings):
     icl_weight: float = 1.0  # prior of the interactive contrastive term
     feature_source: Literal["embedding", "penultimate"] = "embedding"  # what "feature" aligns with the teacher
     feature_form: Literal["cosine", "mse"] = "cosine"  # 1 - cos, or the squared error summed over dimensions
-    aligner: Literal["auto", "mlp", "identity"] = "auto"  # auto: mlp if widths differ
+    aligner: Literal["auto", "mlp", "identity"] = "auto"  # auto: identity; targets of another width are fitted to it
     online_teacher: bool = False  # embed each batch anew, in place of cached targets: slower, but every crop is new
     order: tuple[Term, Term, Term] = ("feature", "response", "original")  # the term that begins in each phase
     phases: tuple[float, float, float] = (0.5, 0.7, 0.9)  # phases 2 and 3, end of cooling; shares (<= 1) or steps
@@ -274,7 +274,6 @@ class Profile:
     """How much a run does: ``pictures`` of scenes, passes over them, and pictures in each test set.
 
     ``alone`` is what training without a teacher does otherwise: a rate of its own, and crops that no cache has to hold.
-    ``terms`` are settings of DistillConfig for a student whose embeddings are narrower than its teacher's.
     ``captions`` names the set of captions that stands in the place of scenes.
     """
 
@@ -290,11 +289,6 @@ class Profile:
     teacher: str = SHIPPED
     teacher_pretrained: str | None = None
     captions: str = ""
-    terms: dict = field(default_factory=dict)
-
-    def distillation(self) -> DistillConfig:
-        """The loss terms of a distillation of this size."""
-        return from_mapping(DistillConfig, self.terms, "terms.")
 
     def training(self, teacher: bool = True, **changes: Any) -> TrainConfig:
         """The settings of a run of this size, with or without a ``teacher``; ``changes`` replace some."""

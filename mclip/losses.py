@@ -134,7 +134,7 @@ class Aligner(nn.Sequential):
 
     def __init__(self, in_features: int, out_features: int, kind: Literal["mlp", "identity"] = "mlp") -> None:
         require(kind in ("mlp", "identity"), "aligner", kind, "use 'mlp' or 'identity'")
-        remedy = f"student width {in_features}, teacher width {out_features}; use 'mlp'"
+        remedy = f"student width {in_features}, teacher width {out_features}; use 'auto' or 'mlp'"
         require(kind == "mlp" or in_features == out_features, "aligner", kind, remedy)
         first, last = (in_features, out_features), (out_features, out_features)
         super().__init__(*[nn.Linear(*first), nn.ReLU(), nn.Dropout(0.1), nn.Linear(*last)] if kind == "mlp" else [])

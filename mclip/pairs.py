@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as VF
@@ -87,6 +88,7 @@ class Targets:
     logit_scale: float
     key: str = ""  # changes with the teacher's weights, its view of the pictures and the data
     crops: Crops | None = None
+    basis: Tensor | None = None  # (D, d), onto which the embeddings are projected for a narrower student
 
     @property
     def seeds(self) -> np.ndarray:
@@ -94,10 +96,13 @@ class Targets:
         return self.crops.seeds(np.arange(len(self.images))[:, None], np.arange(self.crops.views))
 
     def of(self, pictures: np.ndarray, captions: np.ndarray, view: np.ndarray | None) -> tuple[Tensor, Tensor]:
-        """The embeddings (B, D) of these pictures, each in its view, and of these captions."""
+        """The embeddings (B, D or d) of these pictures, each in its view, and of these captions."""
         rows = self.images[pictures]
         rows = rows if self.crops is None else rows[np.arange(len(rows)), view]
-        return tuple(torch.from_numpy(np.asarray(side, np.float32)) for side in (rows, self.texts[captions]))
+        image, text = (torch.from_numpy(np.asarray(side, np.float32)) for side in (rows, self.texts[captions]))
+        if self.basis is None:
+            return image, text
+        return F.normalize(image @ self.basis, dim=-1), F.normalize(text @ self.basis, dim=-1)
 
 
 @dataclass(frozen=True)

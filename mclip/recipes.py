@@ -7,7 +7,6 @@ import base64
 import math
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from mclip.scenes.test_sets import evaluate_relation, scene_sets
 from mclip.scenes.world import SceneConfig
 from mclip.sources.loading import add_unpaired, load_pairs
 from mclip.sources.zero_shot import zero_shot_set
-from mclip.targets import OnlineTargets, get_crops, teacher_targets
+from mclip.targets import OnlineTargets, fitted, get_crops, teacher_targets
 from mclip.teacher import CONFIG_FILE, MERGES_FILE, TRUNK, WEIGHTS_FILE, load_open_clip, load_teacher
 from mclip.train import TrainResult, train
 
@@ -137,18 +136,17 @@ def train_student(
     objective, targets, crops = Contrastive(distill), None, get_crops(settings, distill.online_teacher)
     if any((distill.feature_weight, distill.response_weight, distill.similarity_weight, distill.icl_weight)):
         teacher = load_teacher(teacher_model, teacher_pretrained, device_for(settings.accelerator))
+        teacher_width = teacher.embed_dim
         if distill.online_teacher:
             targets = OnlineTargets(teacher, training, crops)
         else:
             targets = teacher_targets(teacher, training, settings.progress, crops)
+            if distill.aligner == "auto" and config.embed_dim != teacher_width:
+                teacher_width = config.embed_dim
+                targets = fitted(targets, teacher_width)
         penultimate = (model.image_encoder.features, model.text_encoder.features)
         widths = penultimate if distill.feature_source == "penultimate" else (config.embed_dim,) * 2
-        objective = Distillation(distill, widths, teacher.embed_dim, teacher.logit_scale)
-        if distill.order[0] == "feature" and not distill.similarity_weight and config.embed_dim != teacher.embed_dim:
-            gap = f"from {config.embed_dim} to the teacher's {teacher.embed_dim} dimensions"
-            remedy = "the terms of profile gpu are made for that (python -m mclip distill --profile gpu --print_config)"
-            message = f"phase 1 teaches an aligner {gap}, and hardly the student's own cosines; {remedy}"
-            warnings.warn(message, stacklevel=2)
+        objective = Distillation(distill, widths, teacher_width, teacher.logit_scale)
         if not base_checkpoint:
             # Where embeddings are to equal the teacher's, responses agree only at the teacher's scale.
             nn.init.constant_(model.logit_scale, math.log(teacher.logit_scale))

@@ -59,6 +59,23 @@ def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True, crops
     return targets
 
 
+def fitted(targets: Targets, width: int, rows: int = 20_000) -> Targets:
+    """``targets`` for a student of ``width`` dimensions d: the teacher's embeddings (B, D) rotated, and cut or padded.
+
+    A narrower student gets the first principal directions, so that cosines change least. They are those of the second
+    moments, because centring would change the angles, of up to ``rows`` pictures and as many captions taken together.
+    A wider one gets zeros in the dimensions that are left, and all cosines stay.
+    """
+    moments = 0.0
+    for side in (targets.images, targets.texts):
+        sample = side[:: -(-len(side) // rows)].reshape(-1, side.shape[-1]).astype(np.float64)
+        moments = moments + sample.T @ sample / len(sample)
+    directions = np.linalg.eigh(moments).eigenvectors[:, ::-1]
+    directions = directions * np.where(directions.sum(0) < 0, -1, 1)  # which way one points is arbitrary
+    basis = F.pad(torch.from_numpy(directions).float(), (0, width - len(directions)))
+    return replace(targets, basis=basis, key=f"{targets.key} {width}")
+
+
 def trunk_features(teacher: Teacher, pairs: Pairs, progress: bool = True, crops: Crops | None = None) -> np.ndarray:
     """What the frozen trunk of a teacher says of every picture, (N, F) or with ``crops`` (N, K, F), from the cache.
 

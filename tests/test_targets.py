@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_pictures import gradient
 from test_train import TINY
 
 from mclip import targets as module
 from mclip.config import ConfigError, DistillConfig, TrainConfig
-from mclip.pairs import BatchSource, Pairs
+from mclip.pairs import BatchSource, Pairs, Targets
 from mclip.pictures import Crops, square
 from mclip.recipes import load_model, train_student
-from mclip.targets import OnlineTargets, teacher_targets
+from mclip.targets import OnlineTargets, fitted, teacher_targets
 from mclip.teacher import Teacher, TeacherError, load_teacher
 
 
@@ -51,6 +53,27 @@ def test_small_shards_hold_what_one_large_one_holds(teacher, own_cache, monkeypa
     np.testing.assert_allclose(parts.images[:], images, atol=2e-3)
     np.testing.assert_allclose(parts.texts[:], texts, atol=2e-3)
     assert parts.images[:].dtype == np.float16
+
+
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 2), st.integers(0, 2**16))
+def test_targets_of_another_width_keep_what_cosines_they_can(width, dimensions, views, seed):
+    """Against numpy's singular vectors of all pictures and captions, each kind with half of the weight."""
+    rng = np.random.default_rng(seed)
+    shapes = [(7, views, dimensions) if views else (7, dimensions), (11, dimensions)]
+    images, texts = (rng.normal(size=shape).astype(np.float16) for shape in shapes)
+    crops = Crops(0.5, views, 0) if views else None
+    images, texts = (side / np.linalg.norm(side, axis=-1, keepdims=True) for side in (images, texts))
+    given_view = np.zeros(7, int) if views else None
+    image, text = fitted(Targets(images, texts, 1.0, crops=crops), width).of(np.arange(7), np.arange(7), given_view)
+
+    flat = images.reshape(-1, dimensions).astype(float)
+    scaled = np.concatenate([flat / len(flat) ** 0.5, texts.astype(float) / len(texts) ** 0.5])
+    first = np.linalg.svd(scaled)[2][:width]
+    shown = images[:, 0] if views else images
+    sides = [side.astype(float) @ first.T for side in (shown, texts[:7])]
+    a, b = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in sides)
+    assert image.shape == text.shape == (7, width)
+    assert np.allclose((image @ text.T).numpy(), a @ b.T, atol=5e-3)
 
 
 def test_each_view_is_the_crop_that_its_seed_cuts_again(teacher):

@@ -17,7 +17,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser
 
 from mclip import __version__
-from mclip.config import ConfigError, DistillConfig, TrainConfig, closest, get_profile
+from mclip.config import ConfigError, TrainConfig, closest, get_profile
 
 COMMANDS: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_name("commands.yaml").read_text(encoding="utf-8"))
 """Name: module:function, and one line for the help. A module is imported only when its command is called."""
@@ -125,7 +125,7 @@ def _defaults(command: str, group: Parameter, profile: str) -> Any:
         return group.default
     if group.annotation is TrainConfig:
         return get_profile(profile).training(teacher=command == "distill")
-    return get_profile(profile).distillation() if group.annotation is DistillConfig else group.annotation()
+    return group.annotation()
 
 
 def _with_values(arguments: list[str], switches: set[str]) -> list[str]:

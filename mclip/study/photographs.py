@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 from torchvision.datasets import Imagenette
 
-from mclip.config import PRESETS, DistillConfig, TrainConfig, from_mapping, get_profile
+from mclip.config import PRESETS, DistillConfig, TrainConfig, from_mapping
 from mclip.evaluate import evaluate_retrieval, evaluate_zero_shot, input_of
 from mclip.files import atomic_folder, atomic_path, cache_dir, model_folder, write_json
 from mclip.locked_image import tune, write_sentences
@@ -29,7 +29,7 @@ from mclip.train import TrainResult
 _STORED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 PRESET = "pocket-256"
 SETTINGS = {name: from_mapping(TrainConfig, each, f"{name}.") for name, each in _STORED["settings"].items()}
-STUDENT, TERMS = SETTINGS.pop("student"), get_profile("gpu").distillation()
+STUDENT, TERMS = SETTINGS.pop("student"), DistillConfig()
 RECIPES = {name: (settings, TERMS if name == "kd" else BASE) for name, settings in SETTINGS.items()}
 """Of each model of the study: how it is trained, and on what terms."""
 OPENAI = {"teacher_model": "ViT-B-32", "teacher_pretrained": "openai"}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from mclip.config import closest, from_mapping, get_profile, require
+from mclip.config import DistillConfig, closest, from_mapping, get_profile, require
 from mclip.recipes import BASE, load_model, open_clip_config
 from mclip.results import weights_sha256
 from mclip.study.photographs import OPENAI, PRESET, TeacherName, recipe
@@ -120,7 +120,7 @@ def plan(
         settings |= {"preset": PRESET, "unlabelled": row.student == "kd"} | teacher_of(row, teacher)
     else:
         passes = {"max_epochs": epochs or study.epochs or size.max_epochs}
-        training, terms = size.training(not alone, progress=False, seed=seed, **passes), size.distillation()
+        training, terms = size.training(not alone, progress=False, seed=seed, **passes), DistillConfig()
     settings |= asdict(training) | ({"task": BASE.task} if alone else asdict(terms))
     settings |= {key: value for key, value in study.recipe.items() if key in settings}
     for key in row.changes:
