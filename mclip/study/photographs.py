@@ -29,7 +29,7 @@ from mclip.train import TrainResult
 _STORED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 PRESET = "pocket-256"
 SETTINGS = {name: from_mapping(TrainConfig, each, f"{name}.") for name, each in _STORED["settings"].items()}
-STUDENT, TERMS = SETTINGS.pop("student"), DistillConfig()
+EPOCHS, TERMS = _STORED["shipped_epochs"], DistillConfig()
 RECIPES = {name: (settings, TERMS if name == "kd" else BASE) for name, settings in SETTINGS.items()}
 """Of each model of the study: how it is trained, and on what terms."""
 OPENAI = {"teacher_model": "ViT-B-32", "teacher_pretrained": "openai"}
@@ -125,7 +125,7 @@ def photo(
     root_dir: str = "",
     out_dir: str = "runs/photo",
     teacher: TeacherName = "lite2",
-    epochs: int = STUDENT.max_epochs,
+    epochs: int = EPOCHS,
     seed: int = 0,
     download: bool = True,
     progress: bool = True,
