@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.image import imread
 from matplotlib.text import Text
+from PIL import Image
 
 from mclip.files import DATA
 from mclip.results import ResultError, make_result
@@ -233,6 +235,42 @@ def every_figure(records):
     yield figures.similarity_matrices({"base": similarity, "kd": similarity, "teacher": similarity}, captions)
     yield figures.image_grid(np.zeros((7, 3, 8, 8), np.uint8), captions[:7])
     yield figures.temperature_effect(10 * similarity[0], [1, 4, 8], captions)
+    probes = {"kd": {1: {"value": 40.0, "low": 35.0, "high": 45.0}, 50: {"value": 80.0, "low": 79.0, "high": 81.0}}}
+    yield figures.probe_chart(probes, {"kd": {"value": 88.0}}, "names", 8.3)
+    yield figures.pairs_on_their_way(0, np.eye(4), np.eye(4))
+
+
+def test_pairs_on_their_way_lie_in_the_plane_of_their_goals():
+    goals = np.eye(4)[[0, 1, 2, 0]]  # two pictures and their captions
+    fig = figures.pairs_on_their_way(7, -goals, goals)
+    for line in fig.axes[0].lines:
+        start, end = line.get_xydata()
+        np.testing.assert_allclose(start, -end, atol=1e-12)
+    assert "Step 7: cosine to the goal -1.00 for pictures, -1.00 for captions" in fig.axes[0].get_title(loc="left")
+    own = fig.axes[0].lines[0].get_xydata()[1]
+    assert np.linalg.norm(own) <= 1 + 1e-12
+
+
+def test_an_animation_holds_its_frames_and_ends_at_the_last():
+    frames = [style.figure(1, 1) for _ in range(3)]
+    for height, frame in enumerate(frames):
+        frame.subplots().axhline(height)
+    moving = Image.open(io.BytesIO(style.animation(frames, milliseconds=50)))
+    assert moving.n_frames == 1 + 3  # the first is for viewers that show one picture
+    shown = []
+    for number in range(4):
+        moving.seek(number)
+        shown.append(np.asarray(moving.convert("RGB")).astype(int))
+    np.testing.assert_array_equal(shown[0], shown[3])
+    assert np.abs(shown[1] - shown[2]).max() > 50
+
+
+def test_probe_chart_shows_each_count_and_the_names():
+    rows = {count: {"value": 10.0 + count, "low": 5.0 + count, "high": 12.0 + count} for count in (1, 5, 50)}
+    ax = figures.probe_chart({"kd": rows}, {"kd": {"value": 70.0}}, "names", 8.0).axes[0]
+    curve, names, chance = (line for line in ax.lines if line.get_marker() not in ("|", "_"))
+    assert dict(curve.get_xydata().tolist()) == {1: 11.0, 5: 15.0, 50: 60.0}
+    assert (set(names.get_ydata()), set(chance.get_ydata())) == ({70.0}, {8.0})
 
 
 def test_figures_are_reproducible_readable_and_do_not_overlap(records, tmp_path):

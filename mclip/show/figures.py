@@ -292,6 +292,55 @@ def embedding_map(
     return fig
 
 
+def probe_chart(
+    probes: Mapping[str, Mapping[int, style.Row]], zero_shot: Mapping[str, style.Row], title: str, chance: float
+) -> style.NotebookFigure:
+    """Accuracy of linear probes in percent, {model: {labels a class: row}}; dashed that of the names alone."""
+    fig = style.figure(6.3, 3.6)
+    ax = fig.subplots()
+    for mark, (model, rows) in zip("os^D", probes.items(), strict=False):
+        color, values = style.COLOURS[model], np.array([(r["value"], r["low"], r["high"]) for r in rows.values()])
+        errors = np.abs(values[:, 1:] - values[:, :1]).T
+        look = {"color": color, "marker": mark, "markersize": 4, "capsize": 2, "label": style.LABELS[model]}
+        ax.errorbar(list(rows), values[:, 0], errors, **look)
+        ax.axhline(zero_shot[model]["value"], color=color, linestyle="--")
+    ax.axhline(chance, color="black", linestyle=":")
+    ax.set(title=title, xlabel="labelled pictures a class", ylabel="accuracy (%)", xscale="log", ylim=(0, 100))
+    counts = sorted({count for rows in probes.values() for count in rows})
+    ax.set_xticks(counts, counts)
+    ax.minorticks_off()
+    kinds = (("names, no label", "--"), ("chance", ":"))
+    lines = [Line2D([], [], color="black", linestyle=dash, label=name) for name, dash in kinds]
+    handles = [*ax.get_legend_handles_labels()[0], *lines]
+    fig.legend(handles=handles, loc="outside lower center", ncols=5, columnspacing=1)
+    return fig
+
+
+def pairs_on_their_way(step: int, embeddings: Any, goals: Any) -> style.NotebookFigure:
+    """Embeddings (2N, d) at a ``step``, N pictures and then their captions, with a line from each to its goal (2N, d).
+
+    All are unit vectors. The plane is that of the goals' two main directions, so it is the same at every step.
+    """
+    rows, ends = np.asarray(embeddings), np.asarray(goals)
+    count, plane = len(ends) // 2, np.linalg.svd(ends - ends.mean(0), full_matrices=False)[2][:2].T
+    pictures, captions = (rows * ends).sum(1).reshape(2, count).mean(1)
+    fig = style.figure(6.3, 4.0)
+    ax = fig.subplots()
+    for number, line in enumerate(np.stack([rows @ plane, ends @ plane], 1)):
+        look = {"marker": "os"[number // count], "color": style.PALETTE[number % count % 10]}
+        ax.plot(*line.T, color=look["color"], linewidth=0.5)
+        ax.scatter(*line[0], s=40, **look)
+        ax.scatter(*line[1], s=90, facecolor="none", **look)
+    ax.set(title=f"Step {step}: cosine to the goal {pictures:.2f} for pictures, {captions:.2f} for captions")
+    ax.set(xlabel="first main direction of the goals", ylabel="second", xlim=(-1, 1), ylim=(-1, 1))
+    ax.grid(False)
+    marks = (("picture", "o", "full"), ("its goal", "o", "none"), ("caption", "s", "full"), ("its goal", "s", "none"))
+    black = {"color": "black", "linestyle": ""}
+    handles = [Line2D([], [], label=name, marker=mark, fillstyle=fill, **black) for name, mark, fill in marks]
+    fig.legend(handles=handles, loc="outside lower center", ncols=4)
+    return fig
+
+
 def temperature_effect(
     logits: Any, temperatures: Sequence[float], captions: Sequence[str], images: Any = (), own: Sequence[int] = ()
 ) -> style.NotebookFigure:

@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from mclip.files import atomic_path
 
@@ -68,6 +69,18 @@ def save_figure(fig: NotebookFigure, path: str | Path) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_bytes(fig._repr_png_())
     return Path(path)
+
+
+def animation(frames: Iterable[NotebookFigure], milliseconds: int = 400) -> bytes:
+    """An animated PNG of ``frames`` in a loop, with a long stop at the last. What cannot move shows the last alone."""
+    pictures = [Image.open(io.BytesIO(frame._repr_png_())).convert("RGB") for frame in frames]
+    # The last frame has every colour. One palette for all lets Pillow keep only what changes between two frames.
+    palette = pictures[-1].quantize(128, Image.Quantize.MAXCOVERAGE)
+    pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    durations = [milliseconds] * (len(pictures) - 1) + [8 * milliseconds]
+    buffer, settings = io.BytesIO(), {"save_all": True, "default_image": True, "duration": durations, "loop": 0}
+    pictures[-1].save(buffer, "PNG", append_images=pictures, **settings)
+    return buffer.getvalue()
 
 
 def label(text: str, width: int, lines: int = 1) -> str:
