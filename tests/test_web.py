@@ -39,13 +39,13 @@ from mclip.pictures import open_picture
 from mclip.results import load_results
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+measure_page = pytest.importorskip("measure_page", reason="it needs playwright")
 pytestmark = pytest.mark.browser
 
+READY, BARS = measure_page.READY, measure_page.BARS
 SECONDS = 120  # for whatever a page waits for: other work may share the cores
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CAMERA = ("--use-fake-device-for-media-stream",)  # a green screen with a pie that turns
-READY = "() => !document.querySelector('#settings').disabled && document.querySelector('#check').textContent"
-BARS = "() => document.querySelectorAll('#bars li').length"
 EXAMINE = """async pairs => {
   const { examine } = await import(new URL("app.js", location).href);
   const pack = array => btoa(new Uint8Array(array.buffer).reduce((text, byte) => text + String.fromCharCode(byte), ""));
@@ -501,15 +501,14 @@ def test_the_licences_of_the_libraries_are_linked(folder):
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_the_command_page_measures_both_forms_and_keeps_a_record(folder, tmp_path, monkeypatch, capsys):
+def test_the_page_is_measured_in_both_forms_and_a_record_kept(folder, tmp_path, monkeypatch, capsys):
     """Three rounds, and no wait for a steady camera. A thread of its own, since each one may hold one Playwright."""
-    monkeypatch.setattr("mclip.study.page.time", SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda _: None))
+    monkeypatch.setattr("measure_page.time", SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda _: None))
     file = tmp_path / "web.json"
-    words = ["page", "--out_dir", str(folder), "--out", str(file), "--rounds"]
-    assert main([*words, "1"]) == 2
-    assert "the first call is not counted" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="the first call is not counted"):
+        measure_page.page(str(folder), rounds=1)
     with ThreadPoolExecutor(1) as own:
-        assert own.submit(main, [*words, "3"]).result() == 0
+        own.submit(measure_page.page, str(folder), rounds=3, out=str(file)).result()
     assert f"{file}: first answer after" in capsys.readouterr().out
     (record,) = load_results(file)
     assert (record["task"], record["dataset"], record["n"]) == ("efficiency", "page", 3)

@@ -1,4 +1,8 @@
-"""The command ``page``: an exported student in a browser beside native ONNX Runtime, on the same machine in one run."""
+"""An exported student in a browser beside native ONNX Runtime, on the same machine in one run: data/results/web.json.
+
+``python tests/measure_page.py --out_dir runs/phone`` after ``python -m mclip export --web --out_dir runs/phone``. It is
+no command of the package, because it needs Playwright and Chromium, which come with the development tools.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jsonargparse import auto_cli
+from playwright.sync_api import sync_playwright
 
 from mclip.config import require
 from mclip.deploy.cost import CAPTION, summary
@@ -58,8 +64,6 @@ def page(out_dir: str = "runs/phone", rounds: int = 40, out: str = "") -> None:
         rounds: calls of each half, two at least; the first one warms up.
         out: file of the record; data/results/web.json if empty.
     """
-    from playwright.sync_api import sync_playwright  # of the dependency group dev
-
     chromium, folder, file = shutil.which("chromium"), Path(out_dir).expanduser(), Path(out or FILE)
     require(rounds >= 2, "rounds", rounds, "the first call is not counted; ask for two or more")
     require(chromium is not None, "chromium", None, "the page is measured in it; install it")
@@ -92,3 +96,7 @@ def page(out_dir: str = "runs/phone", rounds: int = 40, out: str = "") -> None:
     metrics["megabytes_without_runtime"] = sum(each.stat().st_size for each in small) / 1e6
     save_result(file, make_result("efficiency", "page", "none", rounds, model, metrics, details=details))
     print(f"{file}: first answer after {metrics['first_answer_seconds']:.1f} s")
+
+
+if __name__ == "__main__":
+    auto_cli(page)
