@@ -32,7 +32,7 @@ from mclip.recipes import load_model
 from mclip.results import ResultError, load_results, weights_sha256
 from mclip.scenes.world import SceneConfig, make_scenes
 from mclip.show import tables
-from mclip.show.cost import cost_of_models
+from mclip.show.figures import cost_of_models
 from mclip.sources.zero_shot import EXCERPTS
 from mclip.study import bench
 from mclip.study.bench import in_new_process, peak_memory

@@ -12,17 +12,25 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.path import Path
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 from scipy.special import softmax
 from scipy.stats import entropy
 
-from mclip.config import closest
+from mclip.config import PRESETS, closest
 from mclip.files import DATA
 from mclip.results import ResultError
 from mclip.show import style
-from mclip.show.tables import by_model, over_seeds, read_published, zero_shot_table
+from mclip.show.tables import by_model, milliseconds, over_seeds, zero_shot_table
 
 Records = Sequence[Mapping[str, Any]]
+LABEL_AT = {
+    "mobile-256": (6, -12),
+    "MobileCLIP2-S0": (6, -10),
+    "ViT-M-32-alt": (-60, 6),
+    "ViT-B-32": (-26, 7),
+    "MobileCLIP-B": (-24, -14),
+}
+"""Places of labels, in points from the model's mark, where the usual one would lie on another mark."""
 
 
 def performance_comparison(records: Records, photographs: Records = ()) -> style.NotebookFigure:
@@ -34,7 +42,9 @@ def performance_comparison(records: Records, photographs: Records = ()) -> style
     if not groups:
         raise ResultError(f"results={len(records)} records hold no zero-shot record; evaluate a model first.")
     measured = {dataset: scores.get(dataset, {}) for dataset in groups}
-    published, photos = read_published(DATA / "published.csv"), photograph_scores(photographs)
+    by_set = pd.read_csv(DATA / "published.csv").groupby("dataset", sort=False)
+    published = {name: {row.model: {"value": row.top1} for row in rows.itertuples()} for name, rows in by_set}
+    photos = photograph_scores(photographs)
     models = list(dict.fromkeys([*style.LABELS, *(name for row in measured.values() for name in row)]))
     places, rows = [["scenes", "published"]], [max(len(measured), len(published))]
     title = "Measured here,\nwith 95 % intervals and chance"
@@ -372,4 +382,53 @@ def temperature_effect(
     for ax in axes[-1, beside:]:
         ax.set_xlabel("probability")
     fig.suptitle("A higher temperature shows what else the teacher considers")
+    return fig
+
+
+def cost_of_models(record: Mapping[str, Any]) -> style.NotebookFigure:
+    """Latency against size of the weights, and the latency of both halves as bars.
+
+    Only the deployed form is drawn: it has the bare name of its model.
+    """
+    models = {name: m for name, m in record["models"].items() if "," not in name}  # a comma: another form
+    latencies = {name: milliseconds(m) for name, m in models.items()}
+    points = [(sum(latencies[name].values()), m["megabytes"]) for name, m in models.items()]
+    fig = style.figure(8.3, 4.2)
+    left, right = fig.subplots(1, 2, width_ratios=(1.25, 1))
+    for name, point in zip(models, points, strict=True):
+        marker, colour = ("o", style.PALETTE[0]) if name in PRESETS else ("s", style.PALETTE[1])
+        left.plot(*point, marker, color=colour, markersize=6)
+        left.annotate(name, point, textcoords="offset points", xytext=LABEL_AT.get(name, (6, 4)), fontsize=8)
+    left.plot([], [], "o", color=style.PALETTE[0], label="presets of this course")
+    left.plot([], [], "s", color=style.PALETTE[1], label="open_clip's")
+    left.set(title="Cost, not accuracy: lower left is cheaper", xscale="log", yscale="log")
+    left.set(xlabel="picture and caption, batch 1, one thread (ms)", ylabel="weights (MB)")
+    left.margins(x=0.25, y=0.12)
+    for axis, ticks in ((left.xaxis, (10, 30, 100, 300, 1000)), (left.yaxis, (50, 100, 200, 400, 800))):
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
+    left.legend(loc="upper left", fontsize=8)
+    for half, colour, hatch, offset in (("image", style.PALETTE[2], "", -0.2), ("text", style.PALETTE[4], "//", 0.2)):
+        rows = [{"value": latencies[name][half]} for name in models]
+        heights = [number + offset for number in range(len(rows))]
+        style.interval_bars(right, heights, rows, 0.4, label=half, color=colour, hatch=hatch)
+        for height, row in zip(heights, rows, strict=True):
+            right.text(row["value"], height, f" {row['value']:.{int(row['value'] < 10)}f}", va="center", fontsize=8)
+    style.name_rows(right, list(models))
+    right.margins(x=0.15)
+    right.set(title="Its two halves", xlabel="median latency (ms)")
+    right.legend(loc="lower right")
+    return fig
+
+
+def stage_chart(stages: Mapping[str, float]) -> style.NotebookFigure:
+    """Milliseconds of each stage of an image encoder, and its share."""
+    fig, total = style.figure(5.5, 2.7), sum(stages.values())
+    ax = fig.subplots()
+    bars = ax.barh(range(len(stages)), list(stages.values()), color=style.PALETTE[2])
+    ax.bar_label(bars, [f" {value:.2f} ms, {value / total:.0%}" for value in stages.values()])
+    style.name_rows(ax, list(stages))
+    ax.margins(x=0.3)
+    ax.set(title="Where the time of one picture goes", xlabel="time of one picture (ms)")
     return fig

@@ -4,10 +4,8 @@ import math
 import operator
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from scipy.special import stdtrit
 
 from mclip.results import ResultError
@@ -15,14 +13,6 @@ from mclip.results import ResultError
 Records = Iterable[Mapping[str, Any]]
 Scores = dict[str, dict[str, dict[str, Any]]]
 """``{row: {model: {"value", "low", "high"}}}``, in percent."""
-
-
-def read_published(path: str | Path) -> Scores:
-    """``{dataset: {model: {"value"}}}``, percent, of a CSV with the columns model, dataset, top1, source."""
-    table: Scores = {}
-    for row in pd.read_csv(path).itertuples():
-        table.setdefault(row.dataset, {})[row.model] = {"value": row.top1}
-    return table
 
 
 def over_seeds(intervals: Sequence[Mapping[str, float]]) -> dict[str, float]:

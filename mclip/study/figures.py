@@ -9,7 +9,7 @@ import yaml
 from mclip.files import DATA, atomic_path
 from mclip.recipes import describe
 from mclip.results import ResultError, load_results
-from mclip.show import ablations, cost, grounding, tables
+from mclip.show import ablations, grounding, tables
 from mclip.show import figures as charts
 from mclip.show.style import NotebookFigure, bar_chart, save_figure
 from mclip.show.tables import Scores, markdown
@@ -115,7 +115,7 @@ def figures_of(records: Mapping[str, Records]) -> dict[str, NotebookFigure]:
         "per_class_recall": charts.per_class_recall(records["scenes"], "shape"),
         "training_curves": charts.training_curves(read_log(RESULTS / "logs" / "kd.jsonl")),
         "grounding": grounding.grounding_scores(records["grounding"]),
-        "efficiency_pareto": cost.cost_of_models(records["efficiency"][0]["metrics"]),
+        "efficiency_pareto": charts.cost_of_models(records["efficiency"][0]["metrics"]),
         "ablations": ablations.ablation_figure(records["ablations"]),
         "recipes": ablations.recipe_figure(records["recipes"]),
         "defects": ablations.defect_curves(records["defects"], records["ablations"]),
