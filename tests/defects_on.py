@@ -3,7 +3,10 @@
 import pytest
 
 from mclip.study.defects import PATCHES, switched_on
-from mclip.study.table import DEFECTS
+from mclip.study.table import BY_NAME
+
+DEFECTS = {row.defect: row for row in BY_NAME.values() if row.defect}
+"""The rows of the table that switch a defect on, by its number."""
 
 
 @pytest.hookimpl(wrapper=True)

@@ -6,13 +6,14 @@ import statistics
 
 import numpy as np
 import pytest
+from defects_on import DEFECTS
 from scipy import stats
 
 from mclip.files import DATA
 from mclip.results import ResultError, load_results, make_result
 from mclip.show import ablations as ablation_figures
 from mclip.show.ablations import difference, effects, means_of, pooled_deviation, recipe_figure
-from mclip.study.table import BY_NAME, DEFECTS
+from mclip.study.table import BY_NAME
 
 MODEL = {"name": "kd", "parameters": 1, "sha256": "0" * 64}
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from defects_on import DEFECTS
 
 from mclip import balancing, losses, text_encoder, train
 from mclip.study.defects import NO_REFUSAL, PATCHES, left_and_right_swapped, switched_on
-from mclip.study.table import DEFECTS
 
 TESTS = Path(__file__).parent
 each_defect = pytest.mark.parametrize("defect", DEFECTS.values(), ids=lambda row: f"{row.defect:02}")

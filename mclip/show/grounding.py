@@ -18,22 +18,11 @@ from mclip.evaluate import embed_images, embed_texts, evaluating, input_of
 from mclip.image_encoder import stage_names
 from mclip.pictures import square
 from mclip.results import ResultError
+from mclip.show import widgets
 from mclip.show.style import COLOURS, HATCHES, LABELS, PALETTE, NotebookFigure, figure, grouped_bars, label
-from mclip.show.widgets import (
-    WIDE,
-    compare_prompts,
-    follow,
-    open_upload,
-    picture_chooser,
-    prompt_chart,
-    read_prompts,
-    show_picture,
-)
-
-Model = nn.Module
 
 
-def map_layers(model: Model) -> dict[str, nn.Module]:
+def map_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of ``model`` whose outputs are maps of the picture, by name, from fine to coarse.
 
     Of the student the last one of each stage, of timm's ResNets their stages, of a Vision Transformer its blocks but
@@ -76,7 +65,9 @@ def grad_cam(model: nn.Module, layer: nn.Module, images: Tensor, texts: Tensor) 
     return cam / cam.flatten(1).amax(1).clamp(min=1e-12)[:, None, None]
 
 
-def phrase_maps(model: Model, tokenizer: Any, images: Tensor, phrases: Sequence[str], layer: str, size: int) -> Tensor:
+def phrase_maps(
+    model: nn.Module, tokenizer: Any, images: Tensor, phrases: Sequence[str], layer: str, size: int
+) -> Tensor:
     """Maps (N, size, size) from 0 to 1 of pictures (N, 3, S, S), prepared, each for its own phrase, bilinear.
 
     ConfigError for an empty phrase, an unknown ``layer``, or another number of phrases than of pictures.
@@ -137,7 +128,7 @@ def grounding_chart(image: np.ndarray, maps: dict[str, np.ndarray], name: str = 
     fig.set_layout_engine("compressed")
     axes = fig.subplots(1, 1 + len(maps))
     for ax, (title, heat) in zip(axes, {"the picture": None, **maps}.items(), strict=True):
-        shown = show_picture(ax, image, heat)
+        shown = widgets.show_picture(ax, image, heat)
         ax.set_title(label(title, 28))
     fig.colorbar(shown, ax=axes[-1], label=name, ticks=(0, 1), shrink=0.8)
     return fig
@@ -170,10 +161,10 @@ def overlap_chart(image: np.ndarray, maps: Tensor, masks: Tensor, row: int, thre
 
 def overlap_explorer(images: np.ndarray, maps: Tensor, masks: Tensor, phrases: Sequence[str]) -> ipywidgets.VBox:
     """A slider for the threshold and a choice among pictures (N, 3, S, S) by their phrases, over overlap_chart."""
-    cut = ipywidgets.FloatSlider(0.3, min=0.05, max=0.95, step=0.05, description="threshold", **WIDE)
+    cut = ipywidgets.FloatSlider(0.3, min=0.05, max=0.95, step=0.05, description="threshold", **widgets.WIDE)
     names = [(f"{row + 1}: {phrase}", row) for row, phrase in enumerate(phrases)]
-    choice = ipywidgets.Dropdown(options=names, description="picture", layout=WIDE["layout"])
-    return follow([choice, cut], lambda row, threshold: overlap_chart(images[row], maps, masks, row, threshold))
+    choice = ipywidgets.Dropdown(options=names, description="picture", layout=widgets.WIDE["layout"])
+    return widgets.follow([choice, cut], lambda row, threshold: overlap_chart(images[row], maps, masks, row, threshold))
 
 
 def prompt_explorer(
@@ -184,21 +175,21 @@ def prompt_explorer(
     It shows the square that the model reads, the Grad-CAM of the best prompt, and a bar for each prompt. Of several
     ``layers`` the reader chooses the one that the map is taken from.
     """
-    chooser, upload = picture_chooser(pictures)
+    chooser, upload = widgets.picture_chooser(pictures)
     look = {"rows": max(4, len(prompts)), "continuous_update": False, "layout": {"width": "400px"}}
     box = ipywidgets.Textarea("\n".join(prompts), description="prompts", **look)
     hidden = {"display": "none"} if len(layers) == 1 else {}
     choice = ipywidgets.Dropdown(options=layers, description="layer", layout=hidden)
 
     def draw(text: str, chosen: Any, layer: str) -> NotebookFigure:
-        lines = read_prompts(text)
-        picture = chosen if isinstance(chosen, Image.Image) else open_upload(chosen)
-        cosines, shares = compare_prompts(model, tokenizer, embed_images(model, [picture])[0][0], lines)
+        lines = widgets.read_prompts(text)
+        picture = chosen if isinstance(chosen, Image.Image) else widgets.open_upload(chosen)
+        cosines, shares = widgets.compare_prompts(model, tokenizer, embed_images(model, [picture])[0][0], lines)
         side, prepared = min(*picture.size, 320), input_of(model).transform(picture)[None]  # a chart shows no more
         heat = phrase_maps(model, tokenizer, prepared, [lines[cosines.argmax()]], layer, side)[0].numpy()
-        return prompt_chart(np.asarray(square(picture, side)).transpose(2, 0, 1), lines, cosines, shares, heat)
+        return widgets.prompt_chart(np.asarray(square(picture, side)).transpose(2, 0, 1), lines, cosines, shares, heat)
 
-    return follow([box, chooser, choice], draw, upload)
+    return widgets.follow([box, chooser, choice], draw, upload)
 
 
 def grounding_scores(records: Iterable[Mapping[str, Any]]) -> NotebookFigure:

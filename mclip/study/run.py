@@ -4,8 +4,6 @@ A record is finished work only if it agrees in all settings. A training that was
 and several processes started at once, with the same ``out_dir``, share what is left.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace

@@ -1,7 +1,5 @@
 """The table of experiments, ``experiments.yaml``: what is trained or measured, and all that decides how it ends."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
@@ -85,8 +83,6 @@ BY_NAME = {
     for name, row in each.rows.items()
 }
 """All experiments by their full name."""
-DEFECTS = {row.defect: row for row in BY_NAME.values() if row.defect}
-"""Those that switch a defect on, by its number."""
 
 
 def choose(names: list[str]) -> list[Experiment]:
