@@ -21,7 +21,7 @@ from playwright.sync_api import sync_playwright
 from mclip.config import require
 from mclip.deploy.cost import CAPTION, summary
 from mclip.deploy.reader import Deployed
-from mclip.deploy.serve import page_server
+from mclip.deploy.web import page_server
 from mclip.files import DATA
 from mclip.results import make_result, save_result
 from mclip.study.bench import describe_machine

@@ -34,7 +34,7 @@ from mclip.cli.main import main
 from mclip.config import ConfigError
 from mclip.deploy import web
 from mclip.deploy.reader import GRAPHS, Deployed, DeployError, prepare
-from mclip.deploy.serve import page_server
+from mclip.deploy.web import page_server
 from mclip.pictures import open_picture
 from mclip.results import load_results
 
