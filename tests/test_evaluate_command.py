@@ -55,6 +55,7 @@ def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
         (("--dataset", ""), "dataset='' cannot work: known names: "),
         (("--dataset", "scene"), "dataset='scene' cannot work: did you mean 'scenes'"),
         (("--dataset", "relatoin"), "dataset='relatoin' cannot work: did you mean 'relation'"),
+        (("--dataset", "shapes"), "dataset='shapes' cannot work: did you mean 'shape'"),
         (("--dataset", "pets"), "'oxford_pets'"),
         (("--dataset", "aircraft"), "'fgvc_aircraft'"),
         (("--model_checkpoint", ""), "model_checkpoint='' cannot work: give base, kd, clip, teacher, or a"),

@@ -192,7 +192,9 @@ def evaluate(
     count = get_profile(profile).test_pictures
     drawn = scene_sets(count=count) if dataset in (SCENES, *SETS) else {}
     for each in [*drawn, RELATION] if dataset == SCENES else [dataset]:
-        data = None if retrieval or each == RELATION else zero_shot_set(each, root_dir or None, download, drawn)
+        data = drawn.get(each)
+        if data is None and not retrieval and each != RELATION:
+            data = zero_shot_set(each, root_dir or None, download)
         records = []
         for name, (model, tokenizer) in models.items():
             if retrieval:
@@ -258,15 +260,12 @@ def export_student(
         executorch: add graphs for ExecuTorch (.pte) in the same forms; needs the extra "executorch".
     """
     from mclip.deploy.export import export  # onnx and onnxruntime take seconds, and no other command needs them
-    from mclip.deploy.reader import require_executorch
     from mclip.deploy.web import libraries, write_web
     from mclip.show.widgets import free_crops
 
     require(int8 or not web, "int8", int8, "the page starts with the int8 graphs")
     if web:
         libraries()  # where they cannot be fetched, that is said before the minute of the export
-    if executorch:
-        require_executorch()
     require(pictures > 0, "pictures", pictures, "calibration needs one or more")
     model, _ = recipes.load_model(model_checkpoint)
     remedy = "only a student can be exported: base, kd, or the model folder of a run"

@@ -9,7 +9,7 @@ import hashlib
 import json
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -121,14 +121,10 @@ def image_folder_set(path: str | Path) -> ZeroShotSet:
     return ZeroShotSet(name, data, None, class_names, ["a photo of a {}"], split)
 
 
-def zero_shot_set(
-    name: str | Path, root_dir: str | Path | None = None, download: bool = False, embedded: Mapping | None = None
-) -> ZeroShotSet:
-    """The set that ``name`` means: one of ``embedded``, one of torchvision's, or a folder of pictures."""
-    if embedded and name in embedded:
-        return embedded[str(name)]
+def zero_shot_set(name: str | Path, root_dir: str | Path | None = None, download: bool = False) -> ZeroShotSet:
+    """The set that ``name`` means: one of torchvision's, or a folder of pictures."""
     if str(name) in _SETS:
         return torchvision_set(str(name), root_dir, download)
-    remedy = f"{closest(str(name), [*(embedded or ()), *_SETS])} (or name a folder of pictures)"
+    remedy = f"{closest(str(name), _SETS)} (or name a folder of pictures)"
     require(str(name) != "" and Path(name).expanduser().is_dir(), "dataset", str(name), remedy)
     return image_folder_set(name)
