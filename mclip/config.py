@@ -5,9 +5,7 @@ A setting that cannot work raises :class:`ConfigError`, whether it comes from Py
 
 import dataclasses
 import difflib
-import inspect
 import json
-import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -87,14 +85,6 @@ def from_yaml(kind: type[Config], path: str | Path) -> Config:
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as a YAML file of settings: {error}") from error
     return from_mapping(kind, values, f"{path}: ")
-
-
-def documented(kind: type[Config]) -> type[Config]:
-    """Add the comments behind the fields of ``kind`` to its docstring, where the command line finds its help."""
-    comments = re.findall(r"^    (\w+): .*  # (.+)$", inspect.getsource(kind), re.MULTILINE)
-    attributes = [f"    {name}: {comment}" for name, comment in comments]
-    kind.__doc__ = "\n".join([inspect.cleandoc(kind.__doc__ or ""), "", "Attributes:", *attributes])
-    return kind
 
 
 class Settings:
@@ -178,7 +168,6 @@ PRESETS = {
 }
 
 
-@documented
 @dataclass(frozen=True)
 class DistillConfig(Settings):
     """Loss terms, the phases in which they begin, and how they are balanced.
@@ -228,7 +217,6 @@ class DistillConfig(Settings):
         self.at_least(1, "gradient_check_frequency", "plateau_patience")
 
 
-@documented
 @dataclass(frozen=True)
 class TrainConfig(Settings):
     """The optimiser and the loop."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mclip import recipes
-from mclip.config import DistillConfig, TrainConfig, closest, documented, get_profile, require
+from mclip.config import DistillConfig, TrainConfig, closest, get_profile, require
 from mclip.evaluate import evaluate_retrieval, evaluate_zero_shot, input_of
 from mclip.files import processes
 from mclip.locked_image import tune, write_sentences
@@ -24,7 +24,6 @@ CAPTIONS = (".csv", ".tsv", ".json")
 OWN_CAPTIONS = "this set has captions of its own; leave the prompt out"
 
 
-@documented
 @dataclass(frozen=True)
 class DataOptions:
     """Pairs to train on and to validate with."""
@@ -46,7 +45,6 @@ class DataOptions:
         return {names.get(key, key): value for key, value in vars(self).items()}
 
 
-@documented
 @dataclass(frozen=True)
 class RunOptions:
     """The model, the size of the run, and where it is written."""

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from inspect import Parameter
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -101,22 +102,31 @@ def _options(command: str, function: Callable[..., None], parameters: Mapping[st
     options = ArgumentParser(**about, exit_on_error=False, allow_abbrev=False)
     helps = "YAML file of options; those written after it win"
     options.add_argument("--config", "--auto_kd_config", action="config", help=helps)
-    documented = {each.arg_name: each.description for each in parse_docstring(function.__doc__ or "").params}
+    described = {each.arg_name: each.description for each in parse_docstring(function.__doc__ or "").params}
     skip = set()
     for key, parameter in parameters.items():
         if dataclasses.is_dataclass(parameter.annotation):
-            options.add_class_arguments(parameter.annotation)
+            options.add_class_arguments(documented(parameter.annotation))
             options.set_defaults(vars(_defaults(command, parameter, "cpu")))
         elif kinds := SEVERAL.keys() & {parameter.annotation, *get_args(parameter.annotation)}:
             form, names = SEVERAL[kinds.pop()], ["-p", f"--{key}"] if key == "parameters" else [f"--{key}"]
             if key == POSITIONAL.get(command):
                 form, names = {"nargs": "*"}, [key]
-            options.add_argument(*names, type=str, default=parameter.default, help=documented[key], **form)
+            options.add_argument(*names, type=str, default=parameter.default, help=described[key], **form)
         else:
             continue
         skip.add(key)
     options.add_function_arguments(function, as_positional=command in POSITIONAL, skip=skip, fail_untyped=True)
     return options
+
+
+@cache
+def documented(kind: type) -> type:
+    """Add the comments behind the fields of a dataclass to its docstring, where the parser finds its help."""
+    comments = re.findall(r"^    (\w+): .*  # (.+)$", inspect.getsource(kind), re.MULTILINE)
+    attributes = [f"    {name}: {comment}" for name, comment in comments]
+    kind.__doc__ = "\n".join([inspect.cleandoc(kind.__doc__ or ""), "", "Attributes:", *attributes])
+    return kind
 
 
 def _defaults(command: str, group: Parameter, profile: str) -> Any:
