@@ -5,7 +5,6 @@ A setting that cannot work raises :class:`ConfigError`, whether it comes from Py
 
 import dataclasses
 import difflib
-import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -76,15 +75,6 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         keys = sorted(old.keys() | new.keys())
         return [line for key in keys for line in differences(old.get(key), new.get(key), f"{name}.{key}".strip("."))]
     return [] if old == new else [f"{name} was {old!r} and is now {new!r}"]
-
-
-def from_yaml(kind: type[Config], path: str | Path) -> Config:
-    """Read ``kind`` from a YAML file; errors name the file."""
-    try:
-        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as a YAML file of settings: {error}") from error
-    return from_mapping(kind, values, f"{path}: ")
 
 
 class Settings:
@@ -250,11 +240,6 @@ class TrainConfig(Settings):
         self.check("crop_scale", 0 < self.crop_scale <= 1, "choose a share of the area in (0, 1]")
         self.check("warmup", 0 <= self.warmup < 1, "choose a fraction of the run in [0, 1)")
         self.check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "choose a decay in (0, 1), or null")
-
-
-_defaults = dataclasses.asdict(TrainConfig()) | dataclasses.asdict(DistillConfig())
-DEFAULTS: dict[str, Any] = json.loads(json.dumps(_defaults))  # lists for tuples, as in a record
-"""What a setting was in a record that was made before the setting was there."""
 
 
 @dataclass(frozen=True)

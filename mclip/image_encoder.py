@@ -46,15 +46,6 @@ def stage_table(width: float = 1.0) -> list[InvertedResidualConfig]:
     return [InvertedResidualConfig(n, *row, 1, width) for n, row in zip(inputs, STAGES, strict=False)]
 
 
-def stage_names() -> list[str]:
-    """The stage of each layer of the trunk: "stem", "stage1" to "stage5" by resolution, "last"."""
-    names, stage = ["stem"], 1
-    for *_, stride in STAGES:
-        stage += stride > 1
-        names.append(f"stage{stage}")
-    return [*names, "last"]
-
-
 def imagenet_trunk_weights() -> dict[str, Tensor] | None:
     """torchvision's ImageNet weights of the convolutions; None, and a warning, where they cannot be had."""
     weights = MobileNet_V3_Large_Weights.IMAGENET1K_V2

@@ -18,7 +18,6 @@ from mclip.image_encoder import ImageEncoder
 from mclip.pictures import open_picture
 from mclip.text_encoder import TextEncoder, Tokenizer
 
-CLIP_VIT_B32_PARAMETERS = 151_277_313
 MAX_LOGIT_SCALE = 100.0
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 KIND = "mclip.MobileCLIP"
@@ -103,13 +102,10 @@ class MobileCLIP(nn.Module):
             state = {key: v.half() if v.is_floating_point() else v for key, v in state.items()}
             if lost := [key for key, value in state.items() if not value.isfinite().all()]:
                 raise ModelError(f"{folder / WEIGHTS_FILE}: fp16 cannot hold {lost}; save without half=True.")
-        try:
-            with atomic_path(folder / WEIGHTS_FILE) as temporary:
-                save_file(state, temporary)
-            record = {"kind": KIND, "config": dataclasses.asdict(self.config)}
-            write_json(folder / CONFIG_FILE, {**record, "sha256": file_hash(folder / WEIGHTS_FILE)})
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{folder}: cannot write here ({error}); choose another folder.") from error
+        with atomic_path(folder / WEIGHTS_FILE) as temporary:
+            save_file(state, temporary)
+        record = {"kind": KIND, "config": dataclasses.asdict(self.config)}
+        write_json(folder / CONFIG_FILE, {**record, "sha256": file_hash(folder / WEIGHTS_FILE)})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, config: ModelConfig | None = None) -> Self:
@@ -118,10 +114,6 @@ class MobileCLIP(nn.Module):
         ModelError for a missing, damaged or foreign file, and for one that ``config``, where given, does not describe.
         """
         folder = Path(folder).expanduser()
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / name).is_file():
-                missing = f"no {name} in it" if folder.is_dir() else "no such folder"
-                raise ModelError(f"{folder}: {missing}; give a folder that save_pretrained wrote.")
         path, settings = folder / WEIGHTS_FILE, folder / CONFIG_FILE
         try:
             record = read_json(settings)
@@ -130,8 +122,12 @@ class MobileCLIP(nn.Module):
             stored, sha256 = from_mapping(ModelConfig, record.get("config")), record.get("sha256")
         except (OSError, ValueError) as error:  # a ConfigError too
             raise ModelError(f"{settings}: not the settings of a student ({error}); copy or save it again.") from error
-        given = stored if config is None else config
-        if changed := differences(dataclasses.asdict(_bare(stored)), dataclasses.asdict(_bare(given))):
+        # A trained model does not show its name, nor where its weights started.
+        bare, expected = (
+            dataclasses.replace(each, name="", image=dataclasses.replace(each.image, pretrained=False))
+            for each in (stored, config or stored)
+        )
+        if changed := differences(dataclasses.asdict(bare), dataclasses.asdict(expected)):
             remedy = "load it without a configuration, or with the one it was trained with"
             raise ModelError(f"{settings}: {'; '.join(changed)}; {remedy}.")
         try:
@@ -139,26 +135,13 @@ class MobileCLIP(nn.Module):
                 raise OSError(f"its SHA-256 is not that of {CONFIG_FILE}")
             state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: damaged or not safetensors ({error}); copy or save it again.") from error
-        model = cls(_bare(stored))  # the stored weights replace every value, so ImageNet's are not fetched first
+            raise ModelError(
+                f"{path}: missing, damaged or not safetensors ({error}); copy or save it again."
+            ) from error
+        model = cls(bare)  # the stored weights replace every value, so ImageNet's are not fetched first
         model.config = stored
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
             raise ModelError(f"{path} does not fit {CONFIG_FILE}; save the model again. {error}") from error
         return model.eval()
-
-
-def _bare(config: ModelConfig) -> ModelConfig:
-    """``config`` without what a trained model does not show: its name, and where its weights started."""
-    return dataclasses.replace(config, name="", image=dataclasses.replace(config.image, pretrained=False))
-
-
-def parameter_counts(model: MobileCLIP) -> dict[str, int]:
-    """Numbers of parameters by part; the token embedding is not counted in the text encoder."""
-    parts = ("image_encoder", "text_encoder", "token_embedding", "image_projection", "text_projection")
-    counts = dict.fromkeys((*parts, "other"), 0)
-    for name, parameter in model.named_parameters():
-        part = "token_embedding" if ".token_embedding." in name else name.split(".")[0]
-        counts[part if part in counts else "other"] += parameter.numel()
-    return {**counts, "total": sum(counts.values())}

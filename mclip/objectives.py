@@ -28,6 +28,7 @@ class Contrastive(nn.Module):
     def __init__(self, config: DistillConfig) -> None:
         super().__init__()
         self.config = config
+        self.aligned = "penultimate" if config.feature_source == "penultimate" else "features"
 
     def forward(self, output: Output, batch: Batch, names: Collection[str], temperature: float) -> dict[str, Tensor]:
         """The scalar terms called ``names``; ``output`` is what the student's forward returned for ``batch``."""
@@ -35,7 +36,7 @@ class Contrastive(nn.Module):
 
     def student_tensors(self, output: Output) -> list[Tensor]:
         """The student's tensors that the terms are computed from. Gradient norms are taken at them."""
-        return embeddings(output)
+        return embeddings(output) + (embeddings(output, self.aligned) if self.aligned == "penultimate" else [])
 
     def _original(self, output: Output, batch: Batch, temperature: float) -> Tensor:
         student = *own_pairs(batch, *embeddings(output)), output["logit_scale"]
@@ -55,16 +56,11 @@ class Distillation(Contrastive):
     ) -> None:
         super().__init__(config)
         self.teacher_logit_scale = teacher_logit_scale
-        self.aligned = "penultimate" if config.feature_source == "penultimate" else "features"
         if config.feature_weight or config.icl_weight:
             fitting = ["identity" if width == teacher_width else "mlp" for width in widths]
             kinds = fitting if config.aligner == "auto" else [config.aligner] * 2
             self.image_aligner = losses.Aligner(widths[0], teacher_width, kinds[0])
             self.text_aligner = losses.Aligner(widths[1], teacher_width, kinds[1])
-
-    def student_tensors(self, output: Output) -> list[Tensor]:
-        """The embeddings, and the penultimate features where those are aligned with the teacher's."""
-        return embeddings(output) + (embeddings(output, self.aligned) if self.aligned == "penultimate" else [])
 
     def _in_teacher_space(self, output: Output) -> tuple[Tensor, Tensor]:
         """The student's pictures and captions, aligned: (B, D) each."""

@@ -1,13 +1,11 @@
 """Pairs of pictures and captions, and the batches of an epoch: tensors for the student, and a teacher's embeddings."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,9 +16,6 @@ from torchvision.transforms.v2 import functional as VF
 
 from mclip.config import require
 from mclip.pictures import Crops, met_late, middle, open_picture, pool, read_picture, square
-
-if TYPE_CHECKING:
-    from mclip.targets import OnlineTargets
 
 READ_AHEAD = 2  # batches, besides the one in use
 
@@ -90,11 +85,6 @@ class Targets:
     crops: Crops | None = None
     basis: Tensor | None = None  # (D, d), onto which the embeddings are projected for a narrower student
 
-    @property
-    def seeds(self) -> np.ndarray:
-        """The seed (N, K) with which each view is cut again."""
-        return self.crops.seeds(np.arange(len(self.images))[:, None], np.arange(self.crops.views))
-
     def of(self, pictures: np.ndarray, captions: np.ndarray, view: np.ndarray | None) -> tuple[Tensor, Tensor]:
         """The embeddings (B, D or d) of these pictures, each in its view, and of these captions."""
         rows = self.images[pictures]
@@ -125,9 +115,9 @@ class Batch:
         """What the model reads, (B, 3, S', S')."""
         return self.prepare(self.pixels) if self.prepare else self.pixels
 
-    def to(self, move: Callable[[Tensor], Tensor]) -> Batch:
+    def to(self, move: Callable[[Tensor], Tensor]) -> Self:
         """All tensors through ``move``."""
-        return Batch(**{key: move(value) if isinstance(value, Tensor) else value for key, value in vars(self).items()})
+        return replace(self, **{key: move(value) for key, value in vars(self).items() if isinstance(value, Tensor)})
 
 
 def spread(order: np.ndarray, paired: np.ndarray) -> np.ndarray:
@@ -151,7 +141,7 @@ class BatchSource:
     prepare: Callable[[Tensor], Tensor]
     batch_size: int
     seed: int
-    targets: Targets | OnlineTargets | None = None
+    targets: Any = None  # a teacher's: Targets, or what has its ``key`` and its ``of``
     crops: Crops | None = None
 
     def __post_init__(self) -> None:

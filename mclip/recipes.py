@@ -8,35 +8,76 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import open_clip
 import torch
+import yaml
 from safetensors.torch import save_file
 from scipy.special import bdtr
 from torch import Tensor, nn
 
 from mclip import load
-from mclip.config import PRESETS, DistillConfig, ModelConfig, TrainConfig, closest, from_yaml, get_profile, require
+from mclip.config import (
+    PRESETS,
+    Config,
+    ConfigError,
+    DistillConfig,
+    ModelConfig,
+    TrainConfig,
+    closest,
+    from_mapping,
+    get_profile,
+    require,
+)
 from mclip.evaluate import ZeroShotSet, embed_images, embed_texts, evaluate_zero_shot
 from mclip.files import atomic_folder, atomic_path, file_hash, model_folder, processes, read_json, write_json
 from mclip.metrics import bootstrap_interval, first_hit_ranks, percent
 from mclip.model import MobileCLIP
 from mclip.objectives import Contrastive, Distillation
 from mclip.pairs import BatchSource, Pairs, normalise
-from mclip.results import ResultError, make_result, save_result
+from mclip.pictures import Crops
+from mclip.results import ResultError, make_result, save_result, weights_sha256
 from mclip.scenes.test_sets import evaluate_relation, scene_sets
 from mclip.scenes.world import SceneConfig
 from mclip.sources.loading import add_unpaired, load_pairs
 from mclip.sources.zero_shot import zero_shot_set
-from mclip.targets import OnlineTargets, fitted, get_crops, teacher_targets
-from mclip.teacher import CONFIG_FILE, MERGES_FILE, TRUNK, WEIGHTS_FILE, load_open_clip, load_teacher
+from mclip.targets import embed_captions, embed_pictures, fitted, get_crops, teacher_targets
+from mclip.teacher import CONFIG_FILE, MERGES_FILE, TRUNK, WEIGHTS_FILE, Teacher, load_open_clip, load_teacher
 from mclip.train import TrainResult, train
 
 BASE = DistillConfig(order=("original", "feature", "response"), feature_weight=0.0, response_weight=0.0, icl_weight=0.0)
 """The student's own loss and nothing else."""
+
+
+@dataclass(frozen=True)
+class OnlineTargets:
+    """Like :class:`~mclip.pairs.Targets`, but the teacher embeds each batch anew, so that every crop can be new."""
+
+    teacher: Teacher
+    pairs: Pairs
+    crops: Crops | None = None
+
+    @property
+    def key(self) -> str:
+        return f"online {weights_sha256(self.teacher.model)[:16]}"
+
+    def of(self, pictures: np.ndarray, captions: np.ndarray, view: np.ndarray | None) -> tuple[Tensor, Tensor]:
+        images = embed_pictures(self.teacher, self.pairs, pictures, self.crops, view)
+        texts = embed_captions(self.teacher, self.pairs, captions)
+        return torch.from_numpy(images).float(), torch.from_numpy(texts).float()
+
+
+def from_yaml(kind: type[Config], path: str | Path) -> Config:
+    """Read ``kind`` from a YAML file; errors name the file."""
+    try:
+        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as a YAML file of settings: {error}") from error
+    return from_mapping(kind, values, f"{path}: ")
 
 
 def get_model_config(name_or_path: str) -> ModelConfig:

@@ -7,20 +7,19 @@ marker, so that a killed run goes on with the next one.
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from mclip.config import TrainConfig, require
 from mclip.evaluate import embed_texts, evaluating
-from mclip.files import atomic_path, cache_dir, content_key
+from mclip.files import atomic_path, cache_dir, content_key, lock
 from mclip.pairs import Pairs, Targets
 from mclip.pictures import DECODING_VERSION, Crops, pool, split_name
 from mclip.results import weights_sha256
@@ -50,7 +49,7 @@ def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True, crops
     pictures = partial(embed_views, teacher, pairs, crops=crops)
     if teacher.trunk:
         features = trunk_features(teacher, pairs, progress, crops)
-        pictures = lambda rows: embed_features(teacher, features[rows.start : rows.stop])  # noqa: E731
+        pictures = partial(embed_features, teacher, features)
     shape, captions = (int(pairs.first_caption[-1]), teacher.embed_dim), partial(embed_captions, teacher, pairs)
     texts = fill(folder / "texts.npy", shape, CAPTIONS_IN_SHARD, captions, progress)
     images = fill(folder / "images.npy", (len(pairs), *each), PICTURES_IN_SHARD, pictures, progress)
@@ -91,10 +90,11 @@ def trunk_features(teacher: Teacher, pairs: Pairs, progress: bool = True, crops:
     return fill(folder / "features.npy", shape, PICTURES_IN_SHARD // 4, compute, progress)
 
 
-def embed_features(teacher: Teacher, features: np.ndarray) -> np.ndarray:
-    """Normalised embeddings (..., D) fp16 of features (..., F) of the teacher's trunk."""
+def embed_features(teacher: Teacher, features: np.ndarray, rows: range) -> np.ndarray:
+    """(len(rows), ..., D) fp16: normalised embeddings of features (N, ..., F) of the teacher's trunk, by number."""
     with evaluating(teacher.model) as device:
-        embedding = teacher.model.visual.head(torch.from_numpy(np.array(features, np.float32)).to(device))
+        some = torch.from_numpy(features[rows.start : rows.stop].astype(np.float32))
+        embedding = teacher.model.visual.head(some.to(device))
     return F.normalize(embedding, dim=-1).half().cpu().numpy()
 
 
@@ -109,7 +109,7 @@ def fill(
     rows, done, begun = shape[0], 0, time.perf_counter()
     file.parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=rows, desc=f"teacher {file.stem}", disable=not progress, leave=False)
-    with bar, FileLock(file.with_name(f".{file.name}.lock")):
+    with bar, lock(file):
         if not file.exists():
             for marker in file.parent.glob(f"{file.stem}-*.done"):  # of an array that somebody deleted
                 marker.unlink()
@@ -173,24 +173,6 @@ def embed_views(teacher: Teacher, pairs: Pairs, rows: range, crops: Crops | None
     views = crops.views if crops else 1
     embedded = embed_pictures(teacher, pairs, np.repeat(rows, views), crops, np.tile(np.arange(views), len(rows)))
     return embedded.reshape(len(rows), views, -1) if crops else embedded
-
-
-@dataclass(frozen=True)
-class OnlineTargets:
-    """Like :class:`~mclip.pairs.Targets`, but the teacher embeds each batch anew, so that every crop can be new."""
-
-    teacher: Teacher
-    pairs: Pairs
-    crops: Crops | None = None
-
-    @property
-    def key(self) -> str:
-        return f"online {weights_sha256(self.teacher.model)[:16]}"
-
-    def of(self, pictures: np.ndarray, captions: np.ndarray, view: np.ndarray | None) -> tuple[Tensor, Tensor]:
-        images = embed_pictures(self.teacher, self.pairs, pictures, self.crops, view)
-        texts = embed_captions(self.teacher, self.pairs, captions)
-        return torch.from_numpy(images).float(), torch.from_numpy(texts).float()
 
 
 def check_targets(targets: Targets) -> None:

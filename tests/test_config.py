@@ -15,8 +15,8 @@ from mclip.config import (
     TextConfig,
     TrainConfig,
     from_mapping,
-    from_yaml,
 )
+from mclip.recipes import from_yaml
 
 
 @pytest.mark.parametrize("name", PRESETS)

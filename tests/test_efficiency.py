@@ -27,12 +27,12 @@ from mclip.deploy.export import quiet
 from mclip.deploy.fused import fold_batch_norm, fused
 from mclip.deploy.reader import session
 from mclip.files import DATA
-from mclip.image_encoder import stage_names
 from mclip.recipes import load_model
 from mclip.results import ResultError, load_results, weights_sha256
 from mclip.scenes.world import SceneConfig, make_scenes
 from mclip.show import tables
 from mclip.show.figures import cost_of_models
+from mclip.show.grounding import stage_names
 from mclip.sources.zero_shot import EXCERPTS
 from mclip.study import bench
 from mclip.study.bench import in_new_process, peak_memory

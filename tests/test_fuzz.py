@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mclip.config import ConfigError, DistillConfig, ImageConfig, ModelConfig, TextConfig, from_yaml
+from mclip.config import ConfigError, DistillConfig, ImageConfig, ModelConfig, TextConfig
 from mclip.model import MobileCLIP, ModelError
+from mclip.recipes import from_yaml
 from mclip.results import ResultError, load_results
 from mclip.sources.loading import load_pairs
 from mclip.sources.readers import DataError

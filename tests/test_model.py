@@ -13,8 +13,9 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 from mclip.config import PRESETS, ImageConfig, ModelConfig, TextConfig
-from mclip.model import CLIP_VIT_B32_PARAMETERS, MobileCLIP, ModelError, ProjectionHead, parameter_counts
+from mclip.model import MobileCLIP, ModelError, ProjectionHead
 from mclip.pictures import PictureError
+from mclip.show.figures import CLIP_VIT_B32_PARAMETERS, parameter_counts
 
 SMALL = ModelConfig(
     "small",
@@ -224,10 +225,10 @@ def saved(model, tmp_path):
 
 
 def test_missing_folder_or_file_is_named(saved):
-    with pytest.raises(ModelError, match="nowhere: no such folder"):
+    with pytest.raises(ModelError, match=r"nowhere/config\.json: not the settings of a student.*No such file"):
         MobileCLIP.from_pretrained(saved / "nowhere")
     (saved / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"no model\.safetensors in it"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: missing.*No such file"):
         MobileCLIP.from_pretrained(saved)
 
 
@@ -261,7 +262,7 @@ def test_damaged_weights_are_refused(saved, damage, hashed):
         torch.save({"a": torch.zeros(1)}, path)
     else:
         path.write_bytes({"cut": content[: len(content) // 2], "garbage": b"\x00" * 64, "empty": b""}[damage])
-    with pytest.raises(ModelError, match=r"model\.safetensors: damaged"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: missing, damaged or not safetensors"):
         MobileCLIP.from_pretrained(saved)
 
 
@@ -285,7 +286,9 @@ def test_a_flipped_bit_in_the_middle_is_found_and_a_folder_without_a_hash_still_
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"model\.safetensors: damaged.*config\.json\); copy or save it again"):
+    with pytest.raises(
+        ModelError, match=r"model\.safetensors: missing, damaged.*config\.json\); copy or save it again"
+    ):
         MobileCLIP.from_pretrained(saved)
     model.save_pretrained(saved)
     forget_hash(saved)
@@ -328,7 +331,7 @@ def test_a_configuration_that_disagrees_is_named_with_both_values(saved):
 
 def test_a_folder_that_cannot_be_written_is_named_and_the_old_model_stays(saved, model):
     before = (saved / "model.safetensors").read_bytes()
-    with pytest.raises(ModelError, match="cannot write here"):
+    with pytest.raises(OSError, match=r"config\.json"):
         model.save_pretrained(saved / "config.json")
     assert (saved / "model.safetensors").read_bytes() == before
 
@@ -341,7 +344,7 @@ def test_an_interrupted_save_leaves_the_old_model(saved, model, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("mclip.model.save_file", interrupted)
-    with pytest.raises(ModelError, match="disk full"):
+    with pytest.raises(OSError, match="disk full"):
         model.save_pretrained(saved)
     assert (saved / "model.safetensors").read_bytes() == before
     assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors"]

@@ -141,7 +141,7 @@ def test_a_tuned_teacher_teaches_and_its_folder_holds_no_trunk(pictures, tmp_pat
     assert (teacher.image_size, teacher.transform(training.picture(0)).shape) == (64, (3, 64, 64))
     crops = Crops(0.6, 2, 0, coarse=16)
     targets = teacher_targets(teacher, training, False, crops)
-    view = crops.cut(training.picture(9), 64, int(targets.seeds[9, 1]))
+    view = crops.cut(training.picture(9), 64, int(crops.seeds(9, 1)))
     with torch.inference_mode():
         directly = teacher.model.encode_image(teacher.transform(view)[None], normalize=True)
     assert targets.images.shape == (20, 2, 512)

@@ -18,8 +18,8 @@ from mclip import targets as module
 from mclip.config import ConfigError, DistillConfig, TrainConfig
 from mclip.pairs import BatchSource, Pairs, Targets
 from mclip.pictures import Crops, square
-from mclip.recipes import load_model, train_student
-from mclip.targets import OnlineTargets, fitted, teacher_targets
+from mclip.recipes import OnlineTargets, load_model, train_student
+from mclip.targets import fitted, teacher_targets
 from mclip.teacher import Teacher, TeacherError, load_teacher
 
 
@@ -80,9 +80,9 @@ def test_each_view_is_the_crop_that_its_seed_cuts_again(teacher):
     pairs, crops = toy(6), Crops(0.4, 3, 5)
     found = teacher_targets(teacher, pairs, progress=False, crops=crops)
     assert found.images.shape == (6, 3, 256)
-    assert found.seeds.shape == (6, 3)
-    assert len(np.unique(found.seeds)) == 18
-    views = [square(pairs.picture(i), 64, int(found.seeds[i, k]), 0.4) for i in range(6) for k in range(3)]
+    seeds = crops.seeds(np.arange(6)[:, None], np.arange(3))
+    assert len(np.unique(seeds)) == 18
+    views = [square(pairs.picture(i), 64, int(seeds[i, k]), 0.4) for i in range(6) for k in range(3)]
     with torch.inference_mode():
         direct = teacher.model.encode_image(torch.stack([teacher.transform(view) for view in views]), normalize=True)
     np.testing.assert_allclose(found.images.reshape(18, -1), direct.numpy(), atol=2e-3)

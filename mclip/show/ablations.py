@@ -3,9 +3,11 @@
 ``details.experiment`` of a record holds the configuration's title, its group, and what it is compared with.
 """
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import cycle, pairwise
 from typing import Any
 
@@ -13,13 +15,15 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from mclip.config import DEFAULTS
+from mclip.config import DistillConfig, TrainConfig
 from mclip.results import ResultError
 from mclip.show.style import PALETTE, NotebookFigure, figure, intervals, label, name_rows
 from mclip.show.tables import markdown
 
 Records = Iterable[Mapping[str, Any]]
 Means = Mapping[str, Mapping[int, float]]
+DEFAULTS: dict[str, Any] = json.loads(json.dumps(asdict(TrainConfig()) | asdict(DistillConfig())))  # lists for tuples
+"""What a setting was in a record that was made before the setting was there."""
 VERDICTS = {
     "helps": (PALETTE[2], "^"),
     "hurts": (PALETTE[3], "v"),

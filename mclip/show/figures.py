@@ -18,11 +18,13 @@ from scipy.stats import entropy
 
 from mclip.config import PRESETS, closest
 from mclip.files import DATA
+from mclip.model import MobileCLIP
 from mclip.results import ResultError
 from mclip.show import style
 from mclip.show.tables import by_model, milliseconds, over_seeds, zero_shot_table
 
 Records = Sequence[Mapping[str, Any]]
+CLIP_VIT_B32_PARAMETERS = 151_277_313
 LABEL_AT = {
     "mobile-256": (6, -12),
     "MobileCLIP2-S0": (6, -10),
@@ -31,6 +33,16 @@ LABEL_AT = {
     "MobileCLIP-B": (-24, -14),
 }
 """Places of labels, in points from the model's mark, where the usual one would lie on another mark."""
+
+
+def parameter_counts(model: MobileCLIP) -> dict[str, int]:
+    """Numbers of parameters by part; the token embedding is not counted in the text encoder."""
+    parts = ("image_encoder", "text_encoder", "token_embedding", "image_projection", "text_projection")
+    counts = dict.fromkeys((*parts, "other"), 0)
+    for name, parameter in model.named_parameters():
+        part = "token_embedding" if ".token_embedding." in name else name.split(".")[0]
+        counts[part if part in counts else "other"] += parameter.numel()
+    return {**counts, "total": sum(counts.values())}
 
 
 def performance_comparison(records: Records, photographs: Records = ()) -> style.NotebookFigure:

@@ -15,11 +15,20 @@ from torch import Tensor, nn
 
 from mclip.config import closest, require
 from mclip.evaluate import embed_images, embed_texts, evaluating, input_of
-from mclip.image_encoder import stage_names
+from mclip.image_encoder import STAGES
 from mclip.pictures import square
 from mclip.results import ResultError
 from mclip.show import widgets
 from mclip.show.style import COLOURS, HATCHES, LABELS, PALETTE, NotebookFigure, figure, grouped_bars, label
+
+
+def stage_names() -> list[str]:
+    """The stage of each layer of the student's trunk: "stem", "stage1" to "stage5" by resolution, "last"."""
+    names, stage = ["stem"], 1
+    for *_, stride in STAGES:
+        stage += stride > 1
+        names.append(f"stage{stage}")
+    return [*names, "last"]
 
 
 def map_layers(model: nn.Module) -> dict[str, nn.Module]:

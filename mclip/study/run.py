@@ -17,11 +17,12 @@ from filelock import FileLock, Timeout
 from torch import nn
 from tqdm.auto import tqdm
 
-from mclip.config import DEFAULTS, PRESETS, DistillConfig, TrainConfig, from_mapping, require
+from mclip.config import PRESETS, DistillConfig, TrainConfig, from_mapping, require
 from mclip.files import DATA, atomic_folder, atomic_path, content_key
 from mclip.model import MobileCLIP
 from mclip.recipes import BASE, compare, evaluate_all, load_data, load_model, train_open_clip, train_student
 from mclip.results import describe_model, load_results, make_result, save_result
+from mclip.show.ablations import DEFAULTS
 from mclip.show.figures import score_of
 from mclip.steps import TrainError
 from mclip.study import measures
