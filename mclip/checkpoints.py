@@ -56,10 +56,7 @@ class RunState:
     stale: int = 0  # validations since the best
     finished: bool = False
     log: list[Record] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.log_path, self.saved = self.folder / "log.jsonl", time.monotonic()
+    saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was written
 
     def checkpoints(self) -> list[Path]:
         """The files of the checkpoints, newest first."""
@@ -88,21 +85,17 @@ class RunState:
         for file in stale + (self.checkpoints() if self.step == 0 else []):
             file.unlink()
         write_json(settings, self.identity)
-        with atomic_path(self.log_path) as temporary:
+        with atomic_path(self.folder / "log.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in self.log), encoding="utf-8")
 
     def record(self, record: Record) -> None:
         """Append one line to the log."""
         self.log.append(record)
         if self.writes:
-            with self.log_path.open("a", encoding="utf-8") as handle:
+            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(record) + "\n")
             if self.on_record:
                 self.on_record(record)
-
-    def due(self, minutes: float) -> bool:
-        """Whether the process that writes has written no checkpoint for ``minutes``."""
-        return self.writes and time.monotonic() - self.saved > 60 * minutes
 
     def save(self) -> None:
         """Write a checkpoint; keep the last two."""

@@ -3,14 +3,12 @@
 A setting that cannot work raises :class:`ConfigError`, whether it comes from Python, a YAML file or the command line.
 """
 
-import dataclasses
 import difflib
 import types
-import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -40,7 +38,7 @@ def closest(name: str, known: Iterable[str]) -> str:
 def from_mapping(kind: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
     """Build the dataclass ``kind`` from ``values``; unknown keys and wrong types raise :class:`ConfigError`."""
     require(isinstance(values, Mapping), prefix.rstrip(".: ") or kind.__name__, values, "give a mapping of settings")
-    hints = typing.get_type_hints(kind)
+    hints = get_type_hints(kind)
     for key, value in values.items():
         require(key in hints, f"{prefix}{key}", value, f"no such setting of {kind.__name__}; {closest(key, hints)}")
     return kind(**{key: _typed(value, hints[key], prefix + key) for key, value in values.items()})
@@ -48,9 +46,9 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], prefix: str = ""
 
 def _typed(value: Any, expected: Any, key: str) -> Any:
     """``value`` as ``expected`` (int is a float, a list is a tuple, a mapping is a dataclass), or ConfigError."""
-    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if dataclasses.is_dataclass(expected):
-        return from_mapping(typing.cast(type, expected), value, key + ".")
+    origin, arguments = get_origin(expected), get_args(expected)
+    if is_dataclass(expected):
+        return from_mapping(cast(type, expected), value, key + ".")
     if origin is Literal:
         require(value in arguments, key, value, closest(value, map(str, arguments)))
         return value
@@ -80,7 +78,7 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
 class Settings:
     """What all dataclasses of settings share: checks of fields, called from ``__post_init__``."""
 
-    PREFIX: typing.ClassVar[str] = ""
+    PREFIX: ClassVar[str] = ""
 
     def check(self, key: str, good: bool, remedy: str) -> None:
         """ConfigError, naming the field ``key``, its value and ``remedy``, unless ``good``."""

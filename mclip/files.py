@@ -48,11 +48,6 @@ def model_folder(name: str | Path) -> Path:
     return folder
 
 
-def processes() -> tuple[int, int]:
-    """This process's number among those that torchrun started, and how many there are: (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def lock(path: str | Path) -> FileLock:
     """A lock for ``path`` among processes. Its file lies in the cache, so that nothing stays beside ``path``."""
     folder = cache_dir() / "locks"
@@ -92,7 +87,6 @@ def missing_folder(path: str | Path) -> Iterator[Path | None]:
     One process fills it while the others wait; if it is killed, the next one takes over.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path):
         if path.is_dir():
             yield None

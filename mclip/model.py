@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from mclip.config import ModelConfig, differences, from_mapping
+from mclip.config import ModelConfig, from_mapping
 from mclip.files import atomic_path, file_hash, read_json, write_json
 from mclip.image_encoder import ImageEncoder
 from mclip.pictures import open_picture
@@ -108,11 +108,8 @@ class MobileCLIP(nn.Module):
         write_json(folder / CONFIG_FILE, {**record, "sha256": file_hash(folder / WEIGHTS_FILE)})
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, config: ModelConfig | None = None) -> Self:
-        """The model that ``save_pretrained`` wrote, in fp32 and in evaluation mode.
-
-        ModelError for a missing, damaged or foreign file, and for one that ``config``, where given, does not describe.
-        """
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """The model that ``save_pretrained`` wrote, in fp32 and in evaluation mode; ModelError if it cannot be read."""
         folder = Path(folder).expanduser()
         path, settings = folder / WEIGHTS_FILE, folder / CONFIG_FILE
         try:
@@ -122,26 +119,16 @@ class MobileCLIP(nn.Module):
             stored, sha256 = from_mapping(ModelConfig, record.get("config")), record.get("sha256")
         except (OSError, ValueError) as error:  # a ConfigError too
             raise ModelError(f"{settings}: not the settings of a student ({error}); copy or save it again.") from error
-        # A trained model does not show its name, nor where its weights started.
-        bare, expected = (
-            dataclasses.replace(each, name="", image=dataclasses.replace(each.image, pretrained=False))
-            for each in (stored, config or stored)
-        )
-        if changed := differences(dataclasses.asdict(bare), dataclasses.asdict(expected)):
-            remedy = "load it without a configuration, or with the one it was trained with"
-            raise ModelError(f"{settings}: {'; '.join(changed)}; {remedy}.")
         try:
             if sha256 and sha256 != file_hash(path):  # an older folder has none
                 raise OSError(f"its SHA-256 is not that of {CONFIG_FILE}")
             state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{path}: missing, damaged or not safetensors ({error}); copy or save it again."
-            ) from error
-        model = cls(bare)  # the stored weights replace every value, so ImageNet's are not fetched first
-        model.config = stored
-        try:
+            # The stored weights replace every value, so ImageNet's are not fetched first.
+            model = cls(dataclasses.replace(stored, image=dataclasses.replace(stored.image, pretrained=False)))
+            model.config = stored
             model.load_state_dict(state)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: missing or damaged ({error}); copy or save it again.") from error
         except RuntimeError as error:
             raise ModelError(f"{path} does not fit {CONFIG_FILE}; save the model again. {error}") from error
         return model.eval()

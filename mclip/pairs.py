@@ -171,11 +171,11 @@ class BatchSource:
         with ThreadPoolExecutor(1, "batches") as reader:
             waiting = deque()
             try:
-                for number in range(start, len(self) + READ_AHEAD):
-                    if number < len(self):
-                        waiting.append(reader.submit(batch, number))
-                    if number >= start + READ_AHEAD:
+                for number in range(start, len(self)):
+                    waiting.append(reader.submit(batch, number))
+                    if len(waiting) > READ_AHEAD:
                         yield waiting.popleft().result()
+                yield from (last.result() for last in waiting)
             finally:
                 reader.shutdown(wait=True, cancel_futures=True)
 

@@ -5,10 +5,11 @@ Notebooks and the command line call the same functions, so that equal settings g
 
 import base64
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,15 @@ from mclip.config import (
     ModelConfig,
     TrainConfig,
     closest,
+    differences,
     from_mapping,
     get_profile,
     require,
 )
 from mclip.evaluate import ZeroShotSet, embed_images, embed_texts, evaluate_zero_shot
-from mclip.files import atomic_folder, atomic_path, file_hash, model_folder, processes, read_json, write_json
+from mclip.files import atomic_folder, atomic_path, file_hash, model_folder, read_json, write_json
 from mclip.metrics import bootstrap_interval, first_hit_ranks, percent
-from mclip.model import MobileCLIP
+from mclip.model import MobileCLIP, ModelError
 from mclip.objectives import Contrastive, Distillation
 from mclip.pairs import BatchSource, Pairs, normalise
 from mclip.pictures import Crops
@@ -154,6 +156,25 @@ def retrieval_validation(tokenizer: Any, pairs: Pairs, limit: int = 1000) -> Cal
     return validate
 
 
+def processes() -> tuple[int, int]:
+    """This process's number among those that torchrun started, and how many there are: (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def load_student(name: str | Path, config: ModelConfig) -> MobileCLIP:
+    """The student in a model folder, which ``config`` has to describe; ModelError where it does not."""
+    model = MobileCLIP.from_pretrained(model_folder(name))
+    # A trained model does not show its name, nor where its weights started.
+    stored, given = (
+        replace(each, name="", image=replace(each.image, pretrained=False)) for each in (model.config, config)
+    )
+    if changed := differences(asdict(stored), asdict(given)):
+        raise ModelError(
+            f"{name}: {'; '.join(changed)}; start from it with the configuration that it was trained with."
+        )
+    return model
+
+
 def train_student(
     config: ModelConfig,
     training: Pairs,
@@ -173,7 +194,7 @@ def train_student(
     """
     out_dir = Path(out_dir).expanduser()
     torch.manual_seed(settings.seed)
-    model = MobileCLIP.from_pretrained(model_folder(base_checkpoint), config) if base_checkpoint else MobileCLIP(config)
+    model = load_student(base_checkpoint, config) if base_checkpoint else MobileCLIP(config)
     objective, targets, crops = Contrastive(distill), None, get_crops(settings, distill.online_teacher)
     if any((distill.feature_weight, distill.response_weight, distill.similarity_weight, distill.icl_weight)):
         teacher = load_teacher(teacher_model, teacher_pretrained, device_for(settings.accelerator))

@@ -8,7 +8,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import operator
 import platform
 import subprocess
 from collections.abc import Callable, Mapping
@@ -162,8 +161,8 @@ def save_result(path: str | Path, *records: Record, order: Callable[[Any], Any] 
         validate_result(record)
     with lock(path), atomic_path(path) as temporary:
         kept = load_results(path) if path.exists() else []
-        keys = operator.itemgetter("task", "dataset", "split", "seed")
-        merged = list({(*keys(record), record["model"]["name"]): record for record in [*kept, *records]}.values())
+        keys = ("task", "dataset", "split", "seed")
+        merged = {(*map(each.get, keys), each["model"]["name"]): each for each in [*kept, *records]}.values()
         lines = [json.dumps(record, ensure_ascii=False) for record in sorted(merged, key=order or (lambda _: 0))]
         temporary.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
     return path

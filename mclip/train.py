@@ -5,7 +5,6 @@ balancer -> one scalar -> step. Lightning Fabric moves it to the device and the 
 processes that torchrun has started.
 """
 
-import json
 import math
 import os
 import signal
@@ -110,7 +109,8 @@ def train(
             run.finished = last or (rest == 0 and patience is not None and run.stale >= patience)
 
             # Each process may be interrupted, and has a clock of its own, so they must agree on what to do.
-            wish = STOP if interrupts else SAVE if run.due(config.checkpoint_minutes) else GO_ON
+            due = run.writes and time.monotonic() - run.saved > 60 * config.checkpoint_minutes
+            wish = STOP if interrupts else SAVE if due else GO_ON
             wish = int(fabric.all_reduce(wish, reduce_op="max"))
             if rest == 0 or wish != GO_ON:
                 run.save()
@@ -120,11 +120,6 @@ def train(
     if average:
         model.load_state_dict(average.module.state_dict())
     return TrainResult(model.eval(), run.log, time.perf_counter() - begun, run.step)
-
-
-def read_log(path: str | Path) -> list[Record]:
-    """The records of a JSON-lines log."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:

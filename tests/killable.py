@@ -78,7 +78,7 @@ def set_trap(place: str, step: int) -> None:
     def finish(function: Callable, *arguments: Any, **keys: Any) -> None:
         """What is still done of the function that the process dies in."""
         if place == "line":
-            with arguments[0].log_path.open("a", encoding="utf-8") as handle:
+            with (arguments[0].folder / "log.jsonl").open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(arguments[1])[:40])
         if place in ("half", "whole"):
             function(*arguments, **keys)

@@ -27,9 +27,8 @@ from PIL import Image
 from mclip.cli.course import NOTEBOOKS
 from mclip.config import DistillConfig
 from mclip.files import DATA
-from mclip.show.figures import training_curves
+from mclip.show.figures import read_log, training_curves
 from mclip.show.widgets import replay
-from mclip.train import read_log
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.browser

@@ -15,7 +15,7 @@ from mclip.config import ConfigError, DistillConfig
 from mclip.files import DATA
 from mclip.recipes import BASE
 from mclip.show import widgets
-from mclip.show.figures import training_curves
+from mclip.show.figures import read_log, training_curves
 from mclip.show.style import figure
 from mclip.show.widgets import (
     TEMPERATURES,
@@ -31,7 +31,6 @@ from mclip.show.widgets import (
     response_and_gradient,
     schedule_explorer,
 )
-from mclip.train import read_log
 
 CAPTIONS = ["a red star", "a $ heart", "a blue ring", "a thing"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from mclip.train import read_log
+from mclip.show.figures import read_log
 
 MODEL = """\
 name: tiny

@@ -15,8 +15,8 @@ from toy_run import CASES, FIXED, SETTINGS, Interrupted, run, settings_of
 
 from mclip.config import ConfigError
 from mclip.pairs import BatchSource, Pairs
+from mclip.show.figures import read_log
 from mclip.steps import statistics_at_rest
-from mclip.train import read_log
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

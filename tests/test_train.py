@@ -15,8 +15,9 @@ from mclip.model import MobileCLIP
 from mclip.objectives import Contrastive, Distillation
 from mclip.pairs import Batch, BatchSource, Pairs, Targets
 from mclip.recipes import BASE, student_prepare
+from mclip.show.figures import read_log
 from mclip.steps import TrainError
-from mclip.train import learning_rate, read_log, train
+from mclip.train import learning_rate, train
 
 TINY = ModelConfig(
     "tiny",

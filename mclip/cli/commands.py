@@ -7,7 +7,6 @@ from typing import Any, Literal
 from mclip import recipes
 from mclip.config import DistillConfig, TrainConfig, closest, get_profile, require
 from mclip.evaluate import evaluate_retrieval, evaluate_zero_shot, input_of
-from mclip.files import processes
 from mclip.locked_image import tune, write_sentences
 from mclip.model import MobileCLIP
 from mclip.results import save_result
@@ -67,7 +66,7 @@ def _train(data: DataOptions, run: RunOptions, settings: TrainConfig, name: str,
         settings = replace(settings, ema_decay=SWA_DECAY)
     folder = Path(run.checkpoint_dir) / (run.checkpoint_filename or name)
     result = recipes.train_student(config, training, validation, settings, folder, **options)
-    if processes()[0] == 0:
+    if recipes.processes()[0] == 0:
         print(f"{folder / 'model'}: {result.steps} steps, validation {result.validations()[-1]['validation']}")
 
 

@@ -1,6 +1,8 @@
 """Figures from results records and logs, drawn without a screen and without training anything."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
 from statistics import fmean
 from typing import Any
 
@@ -166,6 +168,12 @@ def _draw_series(ax: Axes, table: pd.DataFrame, unit: str) -> None:
         ax.minorticks_off()
     elif unit != "loss":
         ax.set_ylim(0, None)
+
+
+def read_log(path: str | PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a JSON-lines log."""
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def training_curves(log: Records) -> style.NotebookFigure:

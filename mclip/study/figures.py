@@ -11,10 +11,10 @@ from mclip.recipes import describe
 from mclip.results import ResultError, load_results
 from mclip.show import ablations, grounding, tables
 from mclip.show import figures as charts
+from mclip.show.figures import read_log
 from mclip.show.style import NotebookFigure, bar_chart, save_figure
 from mclip.show.tables import Scores, markdown
 from mclip.study.table import STUDIES
-from mclip.train import read_log
 
 Records = list[dict[str, Any]]
 RESULTS, FIGURES, README = DATA / "results", DATA.parent / "figures", DATA.parent / "README.md"
