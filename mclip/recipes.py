@@ -165,13 +165,10 @@ def load_student(name: str | Path, config: ModelConfig) -> MobileCLIP:
     """The student in a model folder, which ``config`` has to describe; ModelError where it does not."""
     model = MobileCLIP.from_pretrained(model_folder(name))
     # A trained model does not show its name, nor where its weights started.
-    stored, given = (
-        replace(each, name="", image=replace(each.image, pretrained=False)) for each in (model.config, config)
-    )
+    stored, given = (replace(c, name="", image=replace(c.image, pretrained=False)) for c in (model.config, config))
     if changed := differences(asdict(stored), asdict(given)):
-        raise ModelError(
-            f"{name}: {'; '.join(changed)}; start from it with the configuration that it was trained with."
-        )
+        remedy = "start from it with the configuration that it was trained with"
+        raise ModelError(f"{name}: {'; '.join(changed)}; {remedy}.")
     return model
 
 
