@@ -164,10 +164,12 @@ def make_optimizer(modules: nn.Module, config: TrainConfig) -> torch.optim.AdamW
 def statistics_at_rest(model: nn.Module) -> Iterator[None]:
     """BatchNorm normalises by the batch but keeps its running statistics, which the second pass will move."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, batches) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)

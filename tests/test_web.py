@@ -97,7 +97,7 @@ def folder(tmp_path_factory) -> Path:
     except DeployError as error:
         pytest.skip(f"the libraries of the page cannot be had here: {error}")
     path = tmp_path_factory.mktemp("web") / "photo"
-    words = ["--model_checkpoint", "photo", "--out_dir", str(path), "--pictures", "64", "--web"]
+    words = ["--model_checkpoint", "photo", "--out_dir", str(path), "--web"]
     assert main(["export", *words]) == 0
     return path
 
