@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose
 
 from mclip.config import ConfigError, require
-from mclip.metrics import answers, class_ranks, require_finite, retrieval, zero_shot_metrics
+from mclip.metrics import answers, class_ranks, rank_metrics, require_finite, retrieval
 from mclip.pairs import Pairs, normalise
 from mclip.pictures import as_rgb, named, open_picture, pool
 from mclip.results import describe_model, make_result
@@ -196,7 +196,7 @@ def zero_shot_record(
     """
     truth = torch.as_tensor(labels).cpu()
     ranks = class_ranks(embeddings, classifier, truth)
-    metrics = zero_shot_metrics(embeddings, classifier, truth, dataset.class_names, more["seed"], ranks)
+    metrics = rank_metrics(ranks, truth, dataset.class_names, more["seed"])
     more["details"] = {"metric": dataset.metric, **answers(ranks < 1, truth.tolist())}
     more["seconds"] = time.perf_counter() - start
     return make_result("zero_shot", dataset.name, dataset.split, len(truth), described, metrics, **more)

@@ -25,7 +25,8 @@ class EvaluationError(ValueError):
 
 def require_finite(embeddings: Tensor, what: str) -> Tensor:
     """``embeddings`` (N, d), or :class:`EvaluationError`: NaN compares false, so it would rank first."""
-    if bad := int((~embeddings.isfinite().all(1)).sum()):
+    bad = int((~embeddings.isfinite().all(1)).sum())
+    if bad:
         raise EvaluationError(f"{bad} of {len(embeddings)} {what} embeddings are not finite; it diverged.")
     return embeddings
 
@@ -76,26 +77,21 @@ def percent(interval: Interval) -> dict[str, float]:
 
 def class_ranks(images: Tensor, classifier: Tensor, labels: Tensor) -> np.ndarray:
     """How many classes come before the right one, (N,): embeddings (N, d), classifier (d, n_classes), labels (N,)."""
-    require(
-        len(labels) == len(images) > 0, "labels", tuple(labels.shape), f"give one for each of {len(images)} pictures"
-    )
+    n, classes = len(images), classifier.shape[1]
+    require(len(labels) == n > 0, "labels", tuple(labels.shape), f"give one for each of {n} pictures")
     whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     require(whole, "labels", str(labels.dtype), "give class numbers as whole numbers, for example labels.long()")
-    (lowest, highest), classes = (int(bound) for bound in labels.aminmax()), classifier.shape[1]
+    lowest, highest = int(labels.min()), int(labels.max())
     require(lowest >= 0 and highest < classes, "labels", (lowest, highest), f"class numbers are 0 to {classes - 1}")
     return first_hit_ranks(images, classifier.T.contiguous(), labels, torch.arange(classes)).numpy()
 
 
-def zero_shot_metrics(
-    images: Tensor, classifier: Tensor, labels: Tensor, class_names: Sequence[str], seed: int = 0, ranks: Any = None
-) -> dict[str, Any]:
-    """Metrics in percent of embeddings (N, d) with labels (N,) against a classifier (d, n_classes).
+def rank_metrics(ranks: np.ndarray, labels: Tensor, class_names: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """Metrics in percent of the ranks (N,) of :func:`class_ranks` and the labels (N,).
 
     ``top1``, ``top5`` (of more than five classes), ``mean_per_class_recall``, and ``per_class`` recall of the classes
     present, each with its interval; ``chance`` and ``n``. The bootstrap of the mean recall resamples within each class.
-    ``ranks`` are those of :func:`class_ranks`, where they are known.
     """
-    ranks = class_ranks(images, classifier, labels) if ranks is None else ranks
     classes, truth, hits = len(class_names), labels.numpy(), ranks < 1
     metrics: dict[str, Any] = {"top1": percent(bootstrap_interval(hits, seed))}
     if classes > 5:
@@ -110,6 +106,13 @@ def zero_shot_metrics(
         key = f"{name} ({number})" if name in metrics["per_class"] else name  # ImageNet has names that occur twice
         metrics["per_class"][key] = percent(bootstrap_interval(hits[truth == number], seed))
     return metrics
+
+
+def zero_shot_metrics(
+    images: Tensor, classifier: Tensor, labels: Tensor, class_names: Sequence[str], seed: int = 0
+) -> dict[str, Any]:
+    """:func:`rank_metrics` of image embeddings (N, d) with labels (N,) against a classifier (d, n_classes)."""
+    return rank_metrics(class_ranks(images, classifier, labels), labels, class_names, seed)
 
 
 def retrieval(image_emb: Tensor, text_emb: Tensor, owner: Tensor, seed: int = 0) -> dict[str, Any]:

@@ -102,15 +102,22 @@ class MobileCLIP(nn.Module):
             state = {key: v.half() if v.is_floating_point() else v for key, v in state.items()}
             if lost := [key for key, value in state.items() if not value.isfinite().all()]:
                 raise ModelError(f"{folder / WEIGHTS_FILE}: fp16 cannot hold {lost}; save without half=True.")
-        with atomic_path(folder / WEIGHTS_FILE) as temporary:
-            save_file(state, temporary)
-        record = {"kind": KIND, "config": dataclasses.asdict(self.config)}
-        write_json(folder / CONFIG_FILE, {**record, "sha256": file_hash(folder / WEIGHTS_FILE)})
+        try:
+            with atomic_path(folder / WEIGHTS_FILE) as temporary:
+                save_file(state, temporary)
+            record = {"kind": KIND, "config": dataclasses.asdict(self.config)}
+            write_json(folder / CONFIG_FILE, {**record, "sha256": file_hash(folder / WEIGHTS_FILE)})
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{folder}: cannot write here ({error}); choose another folder.") from error
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
         """The model that ``save_pretrained`` wrote, in fp32 and in evaluation mode; ModelError if it cannot be read."""
         folder = Path(folder).expanduser()
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                missing = f"no {name} in it" if folder.is_dir() else "no such folder"
+                raise ModelError(f"{folder}: {missing}; give a folder that save_pretrained wrote.")
         path, settings = folder / WEIGHTS_FILE, folder / CONFIG_FILE
         try:
             record = read_json(settings)
@@ -128,7 +135,7 @@ class MobileCLIP(nn.Module):
             model.config = stored
             model.load_state_dict(state)
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: missing or damaged ({error}); copy or save it again.") from error
+            raise ModelError(f"{path}: damaged or not safetensors ({error}); copy or save it again.") from error
         except RuntimeError as error:
             raise ModelError(f"{path} does not fit {CONFIG_FILE}; save the model again. {error}") from error
         return model.eval()

@@ -83,7 +83,7 @@ class Targets:
     logit_scale: float
     key: str = ""  # changes with the teacher's weights, its view of the pictures and the data
     crops: Crops | None = None
-    basis: Tensor | None = None  # (D, d), onto which the embeddings are projected for a narrower student
+    basis: Tensor | None = None  # (D, d): turns the embeddings to a student of another width d
 
     def of(self, pictures: np.ndarray, captions: np.ndarray, view: np.ndarray | None) -> tuple[Tensor, Tensor]:
         """The embeddings (B, D or d) of these pictures, each in its view, and of these captions."""

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import operator
 import platform
 import subprocess
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +43,7 @@ class _Model:
 class _Result:
     """The schema: one field for each key of a record; :func:`make_result` says what they mean."""
 
-    schema: Literal[1]
+    schema: int
     task: str
     dataset: str
     split: str
@@ -60,6 +61,7 @@ class _Result:
     details: dict | None = None
 
     def __post_init__(self) -> None:
+        require(self.schema == 1, "schema", self.schema, "this version of mclip reads schema 1")
         digest = self.model.sha256
         require(len(digest) == 64, "model.sha256", digest, "give the 64 digits of weights_sha256(model)")
         for key in ("task", "dataset", "split", "error"):
@@ -69,8 +71,8 @@ class _Result:
         require(0 <= self.seconds < math.inf, "seconds", self.seconds, "give the measured seconds")
         either = (self.metrics is None) != (self.error is None)
         require(either, "metrics", self.metrics, 'give either "metrics" or "error"')
-        if self.metrics is not None or self.n is not None:
-            require((self.n or 0) > 0, "n", self.n, "metrics are measured on at least one sample")
+        failed = self.metrics is None and self.n is None
+        require(failed or (self.n or 0) > 0, "n", self.n, "metrics are measured on at least one sample")
         if self.metrics is not None:
             _check_metrics(self.metrics, "metrics", self.task in ("zero_shot", "retrieval"))
             top1, remedy = self.metrics.get("top1"), 'give {"value", "low", "high"}'
@@ -154,29 +156,35 @@ def make_result(
 def save_result(path: str | Path, *records: Record, order: Callable[[Any], Any] | None = None) -> Path:
     """Add ``records`` to the list in the JSON file ``path``; one of the same task, data, seed and model is replaced.
 
-    ``order`` is a key that sorts the list. Several processes may save at once. Raises: ResultError, or OSError.
+    ``order`` is a key that sorts the list. Several processes may save at once. Raises: ResultError.
     """
     path = Path(path)
     for record in records:
         validate_result(record)
-    with lock(path), atomic_path(path) as temporary:
-        kept = load_results(path) if path.exists() else []
-        keys = ("task", "dataset", "split", "seed")
-        merged = {(*map(each.get, keys), each["model"]["name"]): each for each in [*kept, *records]}.values()
-        lines = [json.dumps(record, ensure_ascii=False) for record in sorted(merged, key=order or (lambda _: 0))]
-        temporary.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lock(path), atomic_path(path) as temporary:
+            kept = load_results(path) if path.exists() else []
+            keys = operator.itemgetter("task", "dataset", "split", "seed")
+            merged = list({(*keys(record), record["model"]["name"]): record for record in [*kept, *records]}.values())
+            lines = [json.dumps(record, ensure_ascii=False) for record in sorted(merged, key=order or (lambda _: 0))]
+            temporary.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    except OSError as error:
+        raise ResultError(f"{path}: cannot be written ({error.strerror}); choose another folder.") from error
     return path
 
 
 def load_results(path: str | Path) -> list[dict[str, Any]]:
     """The records of a file, or of every ``*.json`` of a folder by name, validated; errors name the file."""
     path, records = Path(path), []
+    if not path.exists():
+        raise ResultError(f"{path}: no such file or folder; give the results file, or the folder that holds some.")
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             for record in content if isinstance(content, list) else [content]:
                 validate_result(record)
                 records.append(record)
-        except (OSError, ValueError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, ResultError) as error:
             raise ResultError(f"{file}: {error}") from error
     return records

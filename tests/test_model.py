@@ -226,10 +226,10 @@ def saved(model, tmp_path):
 
 
 def test_missing_folder_or_file_is_named(saved):
-    with pytest.raises(ModelError, match=r"nowhere/config\.json: not the settings of a student.*No such file"):
+    with pytest.raises(ModelError, match="nowhere: no such folder"):
         MobileCLIP.from_pretrained(saved / "nowhere")
     (saved / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"model\.safetensors: missing.*No such file"):
+    with pytest.raises(ModelError, match=r"no model\.safetensors in it"):
         MobileCLIP.from_pretrained(saved)
 
 
@@ -263,7 +263,7 @@ def test_damaged_weights_are_refused(saved, damage, hashed):
         torch.save({"a": torch.zeros(1)}, path)
     else:
         path.write_bytes({"cut": content[: len(content) // 2], "garbage": b"\x00" * 64, "empty": b""}[damage])
-    with pytest.raises(ModelError, match=r"model\.safetensors: missing or damaged"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: damaged"):
         MobileCLIP.from_pretrained(saved)
 
 
@@ -287,9 +287,7 @@ def test_a_flipped_bit_in_the_middle_is_found_and_a_folder_without_a_hash_still_
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(
-        ModelError, match=r"model\.safetensors: missing or damaged.*config\.json\); copy or save it again"
-    ):
+    with pytest.raises(ModelError, match=r"model\.safetensors: damaged.*config\.json\); copy or save it again"):
         MobileCLIP.from_pretrained(saved)
     model.save_pretrained(saved)
     forget_hash(saved)
@@ -332,7 +330,7 @@ def test_a_configuration_that_disagrees_is_named_with_both_values(saved):
 
 def test_a_folder_that_cannot_be_written_is_named_and_the_old_model_stays(saved, model):
     before = (saved / "model.safetensors").read_bytes()
-    with pytest.raises(OSError, match=r"config\.json"):
+    with pytest.raises(ModelError, match="cannot write here"):
         model.save_pretrained(saved / "config.json")
     assert (saved / "model.safetensors").read_bytes() == before
 
@@ -345,7 +343,7 @@ def test_an_interrupted_save_leaves_the_old_model(saved, model, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("mclip.model.save_file", interrupted)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ModelError, match="disk full"):
         model.save_pretrained(saved)
     assert (saved / "model.safetensors").read_bytes() == before
     assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors"]
