@@ -100,7 +100,6 @@ def prepare(app: Sphinx, docname: str, source: list[str]) -> None:
                 output["data"] = {"text/markdown": NO_KERNEL}
         if cell["cell_type"] == "code":
             cell["metadata"].setdefault("mystnb", {"image": {"alt": f"Figure: {heading}"}})
-            cell["source"] = text.replace("# NBVAL_CHECK_OUTPUT\n", "")  # a mark for the tests
     if docname.startswith("solutions/"):
         fold_solutions(notebook["cells"])
     source[0] = json.dumps(notebook)

@@ -23,7 +23,7 @@ APPENDICES = sorted(NOTEBOOKS.glob("appendix_*.ipynb"))
 SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.ipynb"))
 KNOWN_KINDS = {"data_size": float, "max_epochs": int, "seed": int, "profile": str, "out_dir": str}
 KNOWN_KINDS |= dict.fromkeys(INPUTS, str)
-CHECK = "NBVAL_CHECK_OUTPUT"
+CHECK = "nbval-check-output"
 chapters = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 everywhere = pytest.mark.parametrize(
     "path",
@@ -37,9 +37,8 @@ def cells_of(path: Path, kind: str) -> list[nbformat.NotebookNode]:
 
 
 def checked(path: Path) -> list[nbformat.NotebookNode]:
-    """Cells that nbval compares: those with a comment line that holds the mark and nothing else."""
-    lone_mark = re.compile(rf"^\s*#\s*{CHECK}\s*$", re.MULTILINE)
-    return [cell for cell in cells_of(path, "code") if lone_mark.search(cell.source)]
+    """Cells that nbval compares."""
+    return [cell for cell in cells_of(path, "code") if CHECK in cell.metadata.get("tags", [])]
 
 
 def printed(cell: nbformat.NotebookNode) -> str:
@@ -68,7 +67,8 @@ def test_is_a_clean_python_notebook(path):
     tags = {tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])}
     assert not tags & {"injected-parameters", "papermill-error-cell-tag"}
     assert "raises-exception" not in tags, "papermill stops there: catch the exception and print it"
-    assert "NBVAL_SKIP" not in path.read_text(encoding="utf-8")
+    assert "# NBVAL_" not in path.read_text(encoding="utf-8"), f"a mark for the tests is a tag, such as {CHECK}"
+    assert "nbval-skip" not in tags
 
 
 @pytest.mark.parametrize("path", CHAPTERS + APPENDICES, ids=lambda path: path.stem)
@@ -172,14 +172,12 @@ def test_outputs_are_stored_and_without_errors(path):
 
 @pytest.mark.parametrize("path", CHAPTERS + APPENDICES, ids=lambda path: path.stem)
 def test_some_output_is_checked(path):
-    assert checked(path), f"no cell is marked # {CHECK}"
+    assert checked(path), f"no cell has the tag {CHECK}"
 
 
 @everywhere
 def test_checked_cells_have_text_to_compare(path):
-    marked = [cell for cell in cells_of(path, "code") if CHECK in cell.source]
-    assert len(marked) == len(checked(path)), "nbval sees the mark only where it is alone in a comment line"
-    for cell in marked:
+    for cell in checked(path):
         assert printed(cell), f"passes whatever it prints: {cell.source[:60]!r}"
 
 
