@@ -213,12 +213,12 @@ def tune(
     load_trunk(LITE2)  # before anything is written
     write_untrained(folder, "photo-teacher", settings.seed, half=True, trunk=LITE2, image_size=image_size)
     teacher = load_teacher(str(folder))
-    features = trunk_features(teacher, training, settings.progress, get_crops(settings))
+    features = np.stack(trunk_features(teacher, training, settings.progress, get_crops(settings)), axis=1)
     rows, bias = (load_trunk(LITE2)[f"classifier.{kind}"].float() for kind in ("weight", "bias"))
     count = int(training.paired.sum())  # pictures with captions come first
     images, captions = Rows(training.images, rows=np.arange(count)), training.captions[:count]
     pairs = replace(training, images=images, captions=captions, files=training.files[:count], paired=None)
-    everything = torch.from_numpy(np.array(features)).float()
+    everything = torch.from_numpy(features).float()
     chances, labels = (everything[len(pairs) :] @ rows.T + bias).softmax(-1).mean(1).max(-1)
     sure = chances > CONFIDENT
     known, labels = everything[len(pairs) :][sure], labels[sure]
@@ -230,7 +230,7 @@ def tune(
     extra = tuple(round(share * settings.batch_size) for share in CLASS_SHARES)
     source = pairs, teacher.tokenize, torch.nn.Identity(), settings.batch_size, settings.seed
     batches = FeatureBatches(*source, None, None, features[: len(pairs)], known, labels, means, extra)
-    whole = torch.from_numpy(np.array(trunk_features(teacher, validation, settings.progress))).float()
+    whole = torch.from_numpy(np.array(trunk_features(teacher, validation, settings.progress)[0])).float()
     run |= {"out_dir": folder.parent, "validate": retrieval_of(whole, validation, teacher.tokenize)}
     result = train(model, batches, settings, objective=ClassContrastive(BASE), **run)
     model.fold()

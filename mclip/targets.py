@@ -46,10 +46,9 @@ def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True, crops
     folder = cache_dir() / "targets" / content_key("targets", identity, pairs.key, view)
     each = (crops.views, teacher.embed_dim) if crops else (teacher.embed_dim,)
 
-    pictures = partial(embed_views, teacher, pairs, crops=crops)
+    pictures = partial(embed_views, teacher, pairs, crops, range(crops.views if crops else 1))
     if teacher.trunk:
-        features = trunk_features(teacher, pairs, progress, crops)
-        pictures = partial(embed_features, teacher, features)
+        pictures = partial(embed_features, teacher, trunk_features(teacher, pairs, progress, crops))
     shape, captions = (int(pairs.first_caption[-1]), teacher.embed_dim), partial(embed_captions, teacher, pairs)
     texts = fill(folder / "texts.npy", shape, CAPTIONS_IN_SHARD, captions, progress)
     images = fill(folder / "images.npy", (len(pairs), *each), PICTURES_IN_SHARD, pictures, progress)
@@ -75,26 +74,29 @@ def fitted(targets: Targets, width: int, rows: int = 20_000) -> Targets:
     return replace(targets, basis=basis, key=f"{targets.key} {width}")
 
 
-def trunk_features(teacher: Teacher, pairs: Pairs, progress: bool = True, crops: Crops | None = None) -> np.ndarray:
-    """What the frozen trunk of a teacher says of every picture, (N, F) or with ``crops`` (N, K, F), from the cache.
+def trunk_features(
+    teacher: Teacher, pairs: Pairs, progress: bool = True, crops: Crops | None = None
+) -> list[np.ndarray]:
+    """What the frozen trunk of a teacher says of every picture, (N, F) for each view of ``crops``, from the cache.
 
-    They are the same for all teachers on that trunk, and for pictures with any captions.
+    They are the same for all teachers on that trunk, for pictures with any captions, and for any number of views.
     """
     trunk = replace(teacher, model=teacher.trunk)
     pictures = [(file, os.path.getsize(split_name(file)[0])) for file in map(str, pairs.files)]
-    view = (teacher.image_size, teacher.mean, teacher.std, crops)
-    folder = cache_dir() / "features" / content_key(weights_sha256(trunk.model), pictures, DECODING_VERSION, view)
-    width = teacher.trunk.features
-    shape = (len(pairs), crops.views, width) if crops else (len(pairs), width)
-    compute = partial(embed_views, trunk, pairs, crops=crops)
-    return fill(folder / "features.npy", shape, PICTURES_IN_SHARD // 4, compute, progress)
+    prepared = teacher.image_size, teacher.mean, teacher.std, crops and replace(crops, views=0)
+    folder = cache_dir() / "features" / content_key(weights_sha256(trunk.model), pictures, DECODING_VERSION, prepared)
+    shape, features = (len(pairs), teacher.trunk.features), []
+    for view in range(crops.views if crops else 1):
+        compute = partial(embed_views, trunk, pairs, crops, range(view, view + 1))
+        features.append(fill(folder / f"view-{view}.npy", shape, PICTURES_IN_SHARD, compute, progress))
+    return features
 
 
-def embed_features(teacher: Teacher, features: np.ndarray, rows: range) -> np.ndarray:
-    """(len(rows), ..., D) fp16: normalised embeddings of features (N, ..., F) of the teacher's trunk, by number."""
+def embed_features(teacher: Teacher, features: list[np.ndarray], rows: range) -> np.ndarray:
+    """Normalised embeddings (len(rows), K, D) fp16 of some pictures' ``features``, (N, F) for each of K views."""
+    some = np.stack([view[rows.start : rows.stop] for view in features], axis=1)
     with evaluating(teacher.model) as device:
-        some = torch.from_numpy(features[rows.start : rows.stop].astype(np.float32))
-        embedding = teacher.model.visual.head(some.to(device))
+        embedding = teacher.model.visual.head(torch.from_numpy(some).float().to(device))
     return F.normalize(embedding, dim=-1).half().cpu().numpy()
 
 
@@ -125,7 +127,7 @@ def fill(
         for number, start in enumerate(range(0, rows, size)):
             marker, shard = file.with_name(f"{file.stem}-{number:05}.done"), range(rows)[start : start + size]
             if not marker.exists():
-                writable[start : shard.stop] = compute(shard)
+                writable[start : shard.stop] = compute(shard).reshape(len(shard), *shape[1:])
                 writable.flush()
                 marker.touch()
                 done += len(shard)
@@ -168,11 +170,9 @@ def embed_pictures(
     return torch.cat(embeddings).numpy()
 
 
-def embed_views(teacher: Teacher, pairs: Pairs, rows: range, crops: Crops | None) -> np.ndarray:
-    """As :func:`embed_pictures`, of all views of each picture: (len(rows), K, D); without ``crops`` (len(rows), D)."""
-    views = crops.views if crops else 1
-    embedded = embed_pictures(teacher, pairs, np.repeat(rows, views), crops, np.tile(np.arange(views), len(rows)))
-    return embedded.reshape(len(rows), views, -1) if crops else embedded
+def embed_views(teacher: Teacher, pairs: Pairs, crops: Crops | None, views: range, rows: range) -> np.ndarray:
+    """As :func:`embed_pictures`, of these views of each picture, which come together: (len(rows) len(views), D)."""
+    return embed_pictures(teacher, pairs, np.repeat(rows, len(views)), crops, np.tile(views, len(rows)))
 
 
 def check_targets(targets: Targets) -> None:

@@ -17,7 +17,7 @@ import mclip.teacher as teachers
 from mclip.cli import course
 from mclip.cli.main import main
 from mclip.config import ConfigError, DistillConfig, TrainConfig
-from mclip.files import read_json, write_json
+from mclip.files import cache_dir, read_json, write_json
 from mclip.locked_image import ClassSentences, class_means, tune
 from mclip.pairs import Batch
 from mclip.pictures import Crops
@@ -145,6 +145,11 @@ def test_a_tuned_teacher_teaches_and_its_folder_holds_no_trunk(pictures, tmp_pat
     with torch.inference_mode():
         directly = teacher.model.encode_image(teacher.transform(view)[None], normalize=True)
     assert targets.images.shape == (20, 2, 512)
+    before = {file: file.stat().st_mtime_ns for file in cache_dir().rglob("view-*.npy")}
+    more = teacher_targets(teacher, training, False, replace(crops, views=3))
+    assert [file.name for file in cache_dir().rglob("view-*.npy") if file not in before] == ["view-2.npy"]
+    assert all(file.stat().st_mtime_ns == written for file, written in before.items())
+    assert np.array_equal(more.images[:, :2], targets.images)
     assert (
         torch.nn.functional.cosine_similarity(directly, torch.from_numpy(targets.images[9, 1].astype(np.float32)))
         > 0.999
@@ -158,7 +163,7 @@ def test_what_features_tell_of_the_pictures_is_learnt(pictures, tmp_path, monkey
         """Each picture's own direction, and a little of another for each view."""
         draw = np.random.default_rng(0).normal(size=(len(pairs), 1, 1280))
         noise = np.random.default_rng(1).normal(size=(len(pairs), 2, 1280)) / 10
-        return (draw + noise if crops else draw[:, 0]).astype(np.float16)
+        return [view.astype(np.float16) for view in ((draw + noise).transpose(1, 0, 2) if crops else draw[None, :, 0])]
 
     monkeypatch.setattr(locked, "LITE2", fake_wheel(tmp_path, monkeypatch)[0])
     monkeypatch.setattr(locked, "CONFIDENT", 0.0)
