@@ -212,6 +212,15 @@ def test_what_is_left_out_of_a_folder_is_counted_and_named(tmp_path, capsys):
         assert "3 files of other kinds left out (2 of .heic, 1 of .gif)" in capsys.readouterr().out
 
 
+def test_what_is_left_out_of_a_folder_of_shards_is_counted_and_named(tmp_path, capsys):
+    write_shard(tmp_path / "0.tar", range(2))
+    (tmp_path / "0.parquet").write_bytes(b"")
+    (tmp_path / "cat").mkdir()
+    gradient().save(tmp_path / "cat" / "1.png")
+    assert len(load_pairs(tmp_path, 32, progress=False)) == 2
+    assert re.search(r"2 files of other kinds left out \(1 of \.\w+, 1 of \.\w+\)", capsys.readouterr().out)
+
+
 def test_no_bar_is_shown_without_progress(folder, tmp_path_factory, capfd):
     shards = tmp_path_factory.mktemp("shards")
     write_shard(shards / "0.tar", range(2))

@@ -21,8 +21,7 @@ from mclip import losses
 from mclip.balancing import STRATEGIES, Balancer, Schedule, gradient_norms
 from mclip.config import DistillConfig, TrainConfig, require
 from mclip.evaluate import embed_texts
-from mclip.pairs import Crops
-from mclip.pictures import UNREADABLE, PictureError, as_rgb
+from mclip.pictures import UNREADABLE, Crops, PictureError, as_rgb
 from mclip.show import style
 from mclip.show.ablations import MEASURES, VERDICTS, difference, in_points, means_of, plan_of
 from mclip.show.figures import caption_matrix, training_curves

@@ -23,18 +23,27 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _CAPTION_KEY = re.compile(r"captions?[ ._-]?\d*")
 
 
-def pictures_in(path: Path) -> list[str]:
-    """The files of pictures below ``path`` in order, at any depth, without what is hidden; other kinds are named."""
+def files_in(path: Path, endings: tuple[str, ...]) -> list[str]:
+    """The files below ``path`` with one of ``endings`` in order, at any depth, without what is hidden.
+
+    Other kinds are counted and named, but for text files, which hold captions.
+    """
     files: list[str] = []
     for folder, subfolders, names in os.walk(path, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
-    others = Counter(Path(file).suffix.lower() or "no suffix" for file in files if not is_picture(file))
-    del others[".txt"]  # captions
+    wanted = [file for file in files if file.lower().endswith(endings)]
+    others = Counter(Path(file).suffix.lower() or "no suffix" for file in {*files} - {*wanted})
+    del others[".txt"]
     if others:
         kinds = ", ".join(f"{count} of {kind}" for kind, count in others.most_common())
-        print(f"{path}: {others.total()} files of other kinds left out ({kinds}); pictures are {', '.join(PICTURES)}.")
-    return sorted(filter(is_picture, files))
+        print(f"{path}: {others.total()} files of other kinds left out ({kinds}); read are {', '.join(endings)}.")
+    return sorted(wanted)
+
+
+def pictures_in(path: Path) -> list[str]:
+    """The files of pictures below ``path``, as :func:`files_in`."""
+    return files_in(path, PICTURES)
 
 
 def is_picture(file: str) -> bool:
@@ -124,6 +133,8 @@ def read_shards(path: Path, caption_key: str, progress: bool) -> Iterator[Row]:
     Captions are NAME.txt and what NAME.json holds under "caption", "captions", "caption_2" and so on: text or a list.
     Another ``caption_key`` names one key or one kind of member. Pictures are read in place, in any order.
     """
+    if path.is_dir():
+        files_in(path, (".tar",))  # names what is left out
     row = 0
     for shard in tqdm(shards_of(path), "reading shards", disable=not progress, leave=False):
         try:

@@ -255,7 +255,8 @@ def _columns(path: Path, names: list[str], image_key: str, caption_key: str) -> 
         if names.count(key) == 1:
             continue
         spaced = [name for name in names if name.strip() == key]
-        others = [other for other in ",;\t|" if len(names) == 1 and other in names[0]]
+        one, header = len(names) == 1, ",".join(names)
+        others = [other for other in ",;\t|" if key in header.split(other) or (one and other in header)]
         if key in names:
             cause = "two columns have this name: rename one"
         elif others:
@@ -265,7 +266,8 @@ def _columns(path: Path, names: list[str], image_key: str, caption_key: str) -> 
         elif any(name.lower().endswith(PICTURES) for name in names):
             cause = "the first line looks like data: write a header line such as file_name,caption above it"
         else:
-            cause = f"{closest(key, names)} Name another column with {option}"
+            near, data = closest(key, names), "if this line is data, write a header line above it"
+            cause = f"{near}{'' if near.endswith('?') else '.'} Name another column with {option}, or, {data}"
         raise DataError(f"{path}: no column {key!r}; the columns are {', '.join(names)}. {cause}.")
     return names.index(keys[0]), names.index(keys[1])
 
