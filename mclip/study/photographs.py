@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from torch import nn
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torchvision.datasets import Imagenette
 
 from mclip.config import PRESETS, DistillConfig, TrainConfig, from_mapping
@@ -21,7 +17,7 @@ from mclip.evaluate import evaluate_retrieval, evaluate_zero_shot, input_of
 from mclip.files import atomic_folder, atomic_path, cache_dir, model_folder, write_json
 from mclip.locked_image import tune, write_sentences
 from mclip.pairs import Pairs
-from mclip.recipes import BASE, load_data, load_model, open_clip_config, processes, train_open_clip, train_student
+from mclip.recipes import BASE, load_data, load_model, open_clip_config, train_open_clip, train_student
 from mclip.results import save_result
 from mclip.show.figures import score_of
 from mclip.sources.caption_sets import OWN_SPLIT, caption_set
@@ -98,8 +94,7 @@ class Photographs:
         **teacher: Any,
     ) -> TrainResult:
         """Train one of ``RECIPES`` in ``folder``; a student in fp16, as it ships. ``teacher`` names that of kd."""
-        first = processes()[0] == 0
-        config, settings = PRESETS[preset], replace(settings, progress=settings.progress and first)
+        config = PRESETS[preset]
         size = config.image.image_size
         training, validation = self.pairs(size, unlabelled, folder, settings.progress)
         settings = replace(settings, batch_size=min(settings.batch_size, len(training)))
@@ -109,8 +104,7 @@ class Photographs:
             write_clip(folder / "untrained", size)
             return train_open_clip(folder / "untrained", training, validation, settings, folder)
         result = train_student(config, training, validation, settings, folder, distill=terms, **teacher)
-        if first:
-            load_model(folder / "model")[0].save_pretrained(folder / "model", half=True)
+        load_model(folder / "model")[0].save_pretrained(folder / "model", half=True)
         return result
 
     def judge(
@@ -127,28 +121,12 @@ class Photographs:
         return [*records, evaluate_retrieval(model, tokenizer, pairs, name, split=split, seed=seed)]
 
 
-def train_together(count: int, photographs: Photographs, *recipe: Any, **options: Any) -> None:
-    """:meth:`Photographs.train` in ``count`` processes, as torchrun would start them, that share the cores."""
-    if count == 1:
-        photographs.train(*recipe, **options)
-    else:
-        meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 0}
-        launch = elastic_launch(LaunchConfig(1, 1, count, run_id=uuid.uuid4().hex, **meeting), _train_a_share)
-        launch(photographs, recipe, options)
-
-
-def _train_a_share(photographs: Photographs, recipe: tuple[Any, ...], options: dict[str, Any]) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes()[1]))
-    photographs.train(*recipe, **options)
-
-
 def photo(
     root_dir: str = "",
     out_dir: str = "runs/photo",
     teacher: TeacherName = "lite2",
     epochs: int = EPOCHS,
     seed: int = 0,
-    processes: int = 2,
     download: bool = True,
     progress: bool = True,
 ) -> None:
@@ -164,8 +142,6 @@ def photo(
             CLIP ViT-B/32.
         epochs: passes of the student over all photographs.
         seed: of both runs.
-        processes: that share each batch of the student, on a CPU. Two of one thread take little more than half as
-            long as one of two threads. Their number changes the result a little, since BatchNorm sees a part alone.
         download: fetch what is missing from the official sources.
         progress: show progress bars.
     """
@@ -177,8 +153,7 @@ def photo(
     for name, (student, folder) in models.items():
         settings, terms = recipe(student, epochs)
         settings = replace(settings, seed=seed, progress=progress)
-        count = 1 if student == "teacher" or torch.cuda.is_available() else processes
-        train_together(count, photographs, student, settings, terms, folder, preset=PRESET, **names)
+        photographs.train(student, settings, terms, folder, preset=PRESET, **names)
         records = photographs.judge(*load_model(folder / "model"), name)
         save_result(out / "results" / "photo.json", *records)
         write_card(folder / "model", name, records)
