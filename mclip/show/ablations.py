@@ -8,7 +8,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import cycle, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -143,6 +143,18 @@ def ablation_table(records: Sequence[Mapping[str, Any]], *measures: str) -> str:
     return markdown(("question", "configuration", "seeds", *names, "against", *points), rows)
 
 
+def offsets_of_labels(marks: np.ndarray) -> list[np.ndarray]:
+    """Where to centre the label of each mark (N, 2), relative to it, away from marks and labels; typographic points."""
+    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)[:, None]
+    around = np.concatenate([r * np.hstack([1.2 * np.cos(angles), np.sin(angles)]) for r in (9, 11, 14)])
+    taken, offsets = list(marks), []
+    for mark in marks:
+        away = np.abs((mark + around)[:, None] - taken) / (1.4, 1)  # labels are wider than high
+        offsets.append(around[np.hypot(*away.T).min(0).clip(max=8.5).argmax()])  # the nearest with enough room
+        taken.append(mark + offsets[-1])
+    return offsets
+
+
 def recipe_figure(records: Sequence[Mapping[str, Any]], against: str = "feature") -> NotebookFigure:
     """Each configuration by what it adds to ``against``: points of R@10 over points of mean top-1, numbered.
 
@@ -157,11 +169,14 @@ def recipe_figure(records: Sequence[Mapping[str, Any]], against: str = "feature"
     fig = figure(8.3, 5.2)
     ax = fig.subplots()
     groups = list(dict.fromkeys(each["group"] for each in plan.values()))
-    for (number, (name, gain)), place in zip(enumerate(near.items(), start=1), cycle((4, -11)), strict=False):
+    for number, (name, gain) in enumerate(near.items(), start=1):
         group = groups.index(plan[name]["group"])
         title = f"{number} {plan[name]['title']}"
         ax.plot(*gain, "o^sDvPX"[group % 7], color=PALETTE[group % len(PALETTE)], label=label(title, 48))
-        ax.annotate(str(number), gain, (4, place), textcoords="offset points", fontsize=8)
+    scale = 350 / np.ptp(ax.get_xlim()), 300 / np.ptp(ax.get_ylim())  # about the size of the axes
+    offsets = offsets_of_labels(np.reshape([*near.values()], (-1, 2)) * scale)
+    for number, (gain, offset) in enumerate(zip(near.values(), offsets, strict=True), start=1):
+        ax.annotate(str(number), gain, offset, textcoords="offset points", fontsize=8, ha="center", va="center")
     ax.axhline(0, color="black", linewidth=1)
     ax.axvline(0, color="black", linewidth=1)
     far = [f"{plan[name]['title']} ({x:+.0f}, {y:+.0f})" for name, (x, y) in gains.items() if name not in near]
