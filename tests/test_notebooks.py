@@ -15,6 +15,8 @@ from IPython.core.interactiveshell import InteractiveShell
 from mclip.cli.course import NOTEBOOKS, declared_parameters
 from mclip.files import DATA
 from mclip.results import load_results
+from mclip.show import tables
+from mclip.show.figures import photograph_scores
 from mclip.show.parameters import INPUTS, check_parameter
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mclip"
@@ -199,6 +201,32 @@ def test_accuracies_are_those_of_the_records_wherever_they_are_printed():
                 assert scores <= known.get(words[0] if words else "", set()), (path.name, line)
                 found += len(scores)
     assert found >= 7 * (1 + 2 + 4)
+
+
+def displayed(number: str) -> list[str]:
+    """The Markdown that the cells of a chapter display, as it is stored."""
+    [path] = (path for path in CHAPTERS if path.name.startswith(number))
+    bundles = [output.get("data", {}) for cell in cells_of(path, "code") for output in cell.outputs]
+    return [bundle["text/markdown"] for bundle in bundles if "text/markdown" in bundle]
+
+
+def test_tables_of_costs_are_those_of_the_records():
+    costs = load_results(DATA / "results" / "efficiency.json")[0]["metrics"]
+    stored = displayed("10")
+    assert tables.efficiency_table(costs) in stored, "execute 10 again"
+    assert tables.efficiency_goals(costs) in stored, "execute 10 again"
+    assert tables.forms_table(costs) in displayed("13"), "execute 13 again"
+
+
+@pytest.mark.parametrize("file, models", [("photo", ("kd", "teacher")), ("photographs", ("base", "clip", "kd"))])
+def test_tables_of_photographs_are_those_of_the_records(file, models):
+    stored = "\n".join(displayed("14")).splitlines()
+    scores = photograph_scores(load_results(DATA / "results" / f"{file}.json"))
+    assert len(scores) == 5
+    for name, row in scores.items():
+        cells = ["{value:.1f} ({low:.1f} to {high:.1f})".format(**row[model]) for model in models]
+        beginning = f"| {name} | {' | '.join(cells)} |"
+        assert any(line.startswith(beginning) for line in stored), f"execute 14 again: it lacks {beginning}"
 
 
 def test_a_whole_run_of_the_course_gives_the_records():

@@ -424,7 +424,7 @@ def cost_of_models(record: Mapping[str, Any]) -> style.NotebookFigure:
     left.set(title="Cost, not accuracy: lower left is cheaper", xscale="log", yscale="log")
     left.set(xlabel="picture and caption, batch 1, one thread (ms)", ylabel="weights (MB)")
     left.margins(x=0.25, y=0.12)
-    for axis, ticks in ((left.xaxis, (10, 30, 100, 300, 1000)), (left.yaxis, (50, 100, 200, 400, 800))):
+    for axis, ticks in ((left.xaxis, (3, 10, 30, 100, 300, 1000)), (left.yaxis, (25, 50, 100, 200, 400, 800))):
         axis.set_major_locator(FixedLocator(ticks))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_locator(NullLocator())
