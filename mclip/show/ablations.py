@@ -176,7 +176,8 @@ def recipe_figure(records: Sequence[Mapping[str, Any]], against: str = "feature"
     scale = 350 / np.ptp(ax.get_xlim()), 300 / np.ptp(ax.get_ylim())  # about the size of the axes
     offsets = offsets_of_labels(np.reshape([*near.values()], (-1, 2)) * scale)
     for number, (gain, offset) in enumerate(zip(near.values(), offsets, strict=True), start=1):
-        ax.annotate(str(number), gain, offset, textcoords="offset points", fontsize=8, ha="center", va="center")
+        looks = {"ha": "center", "va": "center", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.2}}
+        ax.annotate(str(number), gain, offset, textcoords="offset points", fontsize=8, **looks)
     ax.axhline(0, color="black", linewidth=1)
     ax.axvline(0, color="black", linewidth=1)
     far = [f"{plan[name]['title']} ({x:+.0f}, {y:+.0f})" for name, (x, y) in gains.items() if name not in near]

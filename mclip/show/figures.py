@@ -31,8 +31,8 @@ LABEL_AT = {
     "mobile-256": (6, -12),
     "MobileCLIP2-S0": (6, -10),
     "ViT-M-32-alt": (-60, 6),
-    "ViT-B-32": (-26, 7),
-    "MobileCLIP-B": (-24, -14),
+    "ViT-B-32": (-42, -3),
+    "MobileCLIP-B": (-26, 7),
 }
 """Places of labels, in points from the model's mark, where the usual one would lie on another mark."""
 
