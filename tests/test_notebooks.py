@@ -218,7 +218,7 @@ def test_tables_of_costs_are_those_of_the_records():
     assert tables.forms_table(costs) in displayed("13"), "execute 13 again"
 
 
-@pytest.mark.parametrize("file, models", [("photo", ("kd", "teacher")), ("photographs", ("base", "clip", "kd"))])
+@pytest.mark.parametrize(("file", "models"), [("photo", ("kd", "teacher")), ("photographs", ("base", "clip", "kd"))])
 def test_tables_of_photographs_are_those_of_the_records(file, models):
     stored = "\n".join(displayed("14")).splitlines()
     scores = photograph_scores(load_results(DATA / "results" / f"{file}.json"))
