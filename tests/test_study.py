@@ -82,7 +82,7 @@ def test_the_plan_holds_every_question():
 
 
 def test_rows_are_chosen_by_study_name_or_pattern():
-    assert {row.study for row in choose(["scenes", "views"])} == {"scenes", "views"}
+    assert {row.study for row in choose(["scenes", "examples"])} == {"scenes", "examples"}
     assert [row.name for row in choose(["ablations/kd", "ablations/base-*-*"])] == [
         "kd",
         "base-noise-30",

@@ -137,7 +137,6 @@ def tables_of(records: Mapping[str, Records]) -> dict[str, str]:
         "baselines": ablations.ablation_table(records["baselines"], *ablations.MEASURES),
         "defects": ablations.defect_table(records["defects"], ablations.means_of(records["ablations"])),
         "efficiency": f"{tables.efficiency_table(costs)}\n\n{tables.efficiency_goals(costs)}",
-        "views": scores_markdown(tables.zero_shot_table(records["views"]), ("whole", "cached-views", "online")),
         "photo": scores_markdown(charts.photograph_scores(records["photo"]), ("kd", "teacher")),
         "photographs": photographs_markdown(records["photographs"]),
         "search": ablations.ablation_table([record for record in records["photographs"] if record["task"] == "choice"]),
