@@ -17,6 +17,7 @@ from mclip.recipes import BASE, load_data, load_model
 from mclip.results import load_results, make_result, weights_sha256
 from mclip.scenes.test_sets import scene_sets
 from mclip.scenes.world import SceneConfig, make_scenes
+from mclip.steps import TrainError
 from mclip.study import measures, run
 from mclip.study.table import BY_NAME, STUDIES, Experiment, choose, plan
 
@@ -135,6 +136,28 @@ def test_finished_work_is_not_repeated_and_what_was_killed_goes_on(tmp_path, mon
         assert done == ["toy 0", "toy 1", "toy 2", "toy 3"]
     other = run.Job(jobs[1].row, 0, {"n": "toy 1", "new": True}, jobs[1].file, jobs[1].folder)
     assert not other.is_finished(), "a record of other settings is not this job's"
+
+
+@pytest.mark.parametrize("name", ["ablations/kd", "recipes/feature", "photographs/base", "scenes/kd"])
+def test_a_training_that_diverges_leaves_its_failure_on_record(name, tmp_path, monkeypatch):
+    def diverge(job):
+        raise TrainError("step 3: the loss is nan")
+
+    monkeypatch.setattr(run, "train", diverge)
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(run, "CHECKPOINTS", tmp_path / "checkpoints")
+    row = BY_NAME[name]
+    jobs = [run.Job(row, seed, plan(row, seed), tmp_path / "records.json", tmp_path / str(seed)) for seed in range(2)]
+    run.work_off(jobs, tmp_path / "runs")
+    records = load_results(tmp_path / "records.json")
+    assert [(record["model"]["name"], record["seed"]) for record in records] == [(row.name, 0), (row.name, 1)]
+    for record in records:
+        assert record["error"] == "step 3: the loss is nan"
+        assert "metrics" not in record
+        assert record["details"]["experiment"]["title"] == row.title
+        assert record["details"]["configuration"]["seed"] == record["seed"]
+    assert all(job.is_finished() for job in jobs), "a failure is a result, and is not tried again"
+    assert not (tmp_path / "checkpoints").exists(), "no model ships that was not trained"
 
 
 def test_processes_share_what_is_left(tmp_path):

@@ -195,7 +195,7 @@ def save(job: Job, records: Records) -> None:
     """Keep ``records`` in the order of the table, with what compares two models picture by picture.
 
     The models of seed 0 that ship are copied to ``data``: students of scenes in fp16 with their logs, and that of
-    photographs without a teacher with its card, unless its training failed.
+    photographs without a teacher with its card. One whose training failed has only its record.
     """
     names = [row.name for row in BY_NAME.values() if row.study == job.row.study]
 
@@ -210,7 +210,7 @@ def save(job: Job, records: Records) -> None:
         with atomic_folder(CHECKPOINTS / "photo-base") as temporary:
             shutil.copytree(job.folder / "model", temporary, dirs_exist_ok=True)
             write_card(temporary, "photo-base", reported)
-    if job.row.study != "scenes":
+    if job.row.study != "scenes" or "error" in records[0]:
         return
     measured = [r for r in load_results(job.file) if (r["task"], r["seed"]) == ("zero_shot", job.seed)]
     of_base, of_kd = ({r["dataset"]: r for r in measured if r["model"]["name"] == name} for name in ("base", "kd"))
