@@ -12,7 +12,7 @@ from scipy import stats
 from mclip.files import DATA
 from mclip.results import ResultError, load_results, make_result
 from mclip.show import ablations as ablation_figures
-from mclip.show.ablations import difference, effects, means_of, pooled_deviation, recipe_figure
+from mclip.show.ablations import difference, effects, means_of, paired_difference, pooled_deviation, recipe_figure
 from mclip.study.table import BY_NAME
 
 MODEL = {"name": "kd", "parameters": 1, "sha256": "0" * 64}
@@ -71,6 +71,39 @@ def test_pooled_intervals_hold_the_truth_as_often_as_they_say():
     assert np.mean(held) == pytest.approx(0.95, abs=0.02)
 
 
+def test_the_paired_interval_is_that_of_a_t_test():
+    rng = np.random.default_rng(6)
+    means = {f"run {number}": dict(enumerate(rng.normal(50, 2, 3))) for number in range(4)}
+    one, other = ([means[name][seed] for seed in range(3)] for name in ("run 1", "run 0"))
+    expected = stats.ttest_rel(one, other).confidence_interval(0.95)
+    found = paired_difference(means, "run 1", "run 0")
+    assert (found["low"], found["high"]) == pytest.approx(expected)
+    assert found["value"] == difference(means, "run 1", "run 0")["value"]
+    assert paired_difference({**means, "run 1": {0: 1.0}}, "run 1", "run 0").keys() == {"value", "n", "verdict"}
+
+
+def test_the_claims_are_those_of_the_committed_records():
+    names = ("scenes", "recipes", "photographs")
+    records = {name: load_results(DATA / "results" / f"{name}.json") for name in names}
+    table = ablation_figures.claims_table(records)
+    top1: dict[str, list[list[float]]] = {}
+    for r in records["scenes"]:
+        if r["task"] == "zero_shot":
+            seeds = top1.setdefault(r["model"]["name"], [[], [], []])
+            seeds[r["seed"]].append(r["metrics"]["top1"]["value"])
+    base, kd, teacher = np.array(top1["base"]), np.array(top1["kd"]), np.array(top1["teacher"][0])
+    assert kd.shape == (3, 7)
+    low, high = stats.ttest_rel(kd.mean(1), base.mean(1)).confidence_interval(0.95)
+    assert f"| kd - base | scenes, mean top-1 | 3 | +{(low + high) / 2:.1f} (+{low:.1f} to +{high:.1f}) |" in table
+    shares = 100 * kd[:, :6].mean(1) / teacher[:6].mean()
+    assert f"without relation: {shares.mean():.1f} % ({shares.min():.1f} to {shares.max():.1f} over 3 seeds)." in table
+    alone = [line for line in table.splitlines() if "feature alone | photographs" in line]
+    assert [line.split(" | ")[1:3] for line in alone] == [
+        ["photographs to choose by, R@5", "1"],
+        ["photographs to choose by, mean top-1 of four sets", "1"],
+    ]
+
+
 def test_verdicts_follow_the_interval():
     rng = np.random.default_rng(1)
     records = toy_records(rng) + [record("base-jsd", seed, 30.0 - 9 * (seed >= 0)) for seed in range(3)]
@@ -104,14 +137,15 @@ def test_records_of_different_settings_are_not_pooled():
 
 def test_a_configuration_that_always_failed_has_its_row():
     records = toy_records(np.random.default_rng(3)) + [failure("uncertainty", seed) for seed in range(3)]
-    row = next(line for line in ablation_figures.ablation_table(records).splitlines() if "| uncertainty |" in line)
-    assert row == r"| balancing | uncertainty | 0 | failed: diverged at step 3 \| nan |  |  |  |"
+    lines = ablation_figures.ablation_table(records, "mean top-1").splitlines()
+    row = next(line for line in lines if "| uncertainty |" in line)
+    assert row == r"| balancing | uncertainty | 0 | failed: diverged at step 3 \| nan |  |  |"
     left = ablation_figures.ablation_figure(records).axes[0]
     names = [tick.get_text() for tick in left.get_yticklabels()]
     assert [(text.get_text().strip(), text.get_position()[1]) for text in left.texts] == [
         ("failed: diverged at step 3 | nan", names.index("uncertainty"))
     ]
-    partly = ablation_figures.ablation_table([*records, record("uncertainty", 3, 50.0)])
+    partly = ablation_figures.ablation_table([*records, record("uncertainty", 3, 50.0)], "mean top-1")
     assert "| uncertainty | 1 | 50.0 |" in partly
 
 
@@ -147,7 +181,7 @@ def test_one_seed_gives_points_without_intervals():
     means = means_of(records)
     points = means["icl"][0] - means["base"][0]
     assert effect(means, "icl") == {"value": points, "n": 1, "verdict": "undecided"}
-    assert f"| student alone | {points:+.1f} | undecided |" in ablation_figures.ablation_table(records)
+    assert f"| student alone | {points:+.1f} |" in ablation_figures.ablation_table(records, "mean top-1")
     drawn = ablation_figures.ablation_figure(records).axes[1].containers
     assert points in [container.lines[0].get_xdata()[0] for container in drawn]
     assert not any(container.has_xerr for container in drawn)

@@ -17,8 +17,9 @@ from scipy.special import stdtrit
 
 from mclip.config import DistillConfig, TrainConfig
 from mclip.results import ResultError
+from mclip.show.figures import set_means
 from mclip.show.style import PALETTE, NotebookFigure, figure, intervals, label, name_rows
-from mclip.show.tables import markdown
+from mclip.show.tables import by_model, markdown
 
 Records = Iterable[Mapping[str, Any]]
 Means = Mapping[str, Mapping[int, float]]
@@ -36,7 +37,14 @@ MEASURES: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "held-out": lambda metrics: metrics["sets"]["held-out"]["value"],
     "mean top-1": lambda metrics: metrics["mean"],
 }
-"""What a recipe is judged by, in percent: retrieval, new pairs of colour and shape, and the mean of all sets."""
+"""What a recipe of scenes is judged by, in percent: retrieval, new pairs of colour and shape, and all seven sets."""
+PHOTOGRAPH_MEASURES: dict[str, Callable[[Mapping[str, Any]], float]] = {
+    "R@5": lambda metrics: metrics["sets"]["flickr8k"]["value"],
+    "mean top-1 of four sets": lambda metrics: statistics.fmean(
+        score["value"] for name, score in metrics["sets"].items() if name != "flickr8k"
+    ),
+}
+"""What one of photographs is judged by, in percent: retrieval, and the zero-shot sets."""
 
 
 def plan_of(records: Records) -> dict[str, Mapping[str, Any]]:
@@ -45,17 +53,17 @@ def plan_of(records: Records) -> dict[str, Mapping[str, Any]]:
 
 
 def means_of(records: Records, measure: str = "mean top-1") -> dict[str, dict[int, float]]:
-    """One of ``MEASURES``, by configuration and seed; failures have none.
+    """One of ``MEASURES`` or ``PHOTOGRAPH_MEASURES``, by configuration and seed; failures have none.
 
     ResultError for a configuration whose records differ in more than the seed.
     """
-    means, settings = {}, {}
+    means, settings, value_of = {}, {}, (MEASURES | PHOTOGRAPH_MEASURES)[measure]
     for record in records:
         name, own = record["model"]["name"], DEFAULTS | record["details"]["configuration"] | {"seed": None}
         if settings.setdefault(name, own) != own:
             raise ResultError(f"{name}: its records differ in more than the seed; keep those of one setting.")
         if "error" not in record:
-            means.setdefault(name, {})[record["seed"]] = MEASURES[measure](record["metrics"])
+            means.setdefault(name, {})[record["seed"]] = value_of(record["metrics"])
     return means
 
 
@@ -97,6 +105,11 @@ def difference(means: Means, name: str, against: str) -> dict[str, Any]:
     return effect | {"low": value - half, "high": value + half, "verdict": verdict}
 
 
+def paired_difference(means: Means, name: str, against: str) -> dict[str, Any]:
+    """The :func:`difference` with the plain Student's interval, of the scatter of these differences alone."""
+    return difference({each: means.get(each, {}) for each in (name, against)}, name, against)
+
+
 def effects(records: Sequence[Mapping[str, Any]], measure: str = "mean top-1") -> dict[str, dict[str, Any]]:
     """The :func:`difference` of each configuration to its counterpart, in the order of the records."""
     means, differences = means_of(records, measure), {}
@@ -123,24 +136,55 @@ def failures_of(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def ablation_table(records: Sequence[Mapping[str, Any]], *measures: str) -> str:
     """A Markdown table: ``measures`` over seeds, or the error of all, and the differences to each one's counterpart.
 
-    They are some of ``MEASURES``. Without any the table has mean top-1 and its verdict.
+    They are some of ``MEASURES``, or of ``PHOTOGRAPH_MEASURES``.
     """
-    judged = measures or ("mean top-1",)
-    means = {measure: means_of(records, measure) for measure in judged}
-    effects_by_measure = {measure: effects(records, measure) for measure in judged}
+    means = {measure: means_of(records, measure) for measure in measures}
+    effects_by_measure = {measure: effects(records, measure) for measure in measures}
     plan, failed, rows = plan_of(records), failures_of(records), []
     for name, each in plan.items():
-        own = [failed[name] if name in failed else f"{statistics.fmean(means[m][name].values()):.1f}" for m in judged]
-        row = [each["group"], each["title"], len(means[judged[0]].get(name, {})), *own]
-        differences = [effects_by_measure[measure].get(name) for measure in judged]
-        row.append(plan[each["against"]]["title"] if differences[0] else "")
-        row += [in_points(effect) if effect else "" for effect in differences]
-        rows.append(row if measures else [*row, differences[0]["verdict"] if differences[0] else ""])
-    names, points = (
-        [*measures] or ["mean, %"],
-        [f"points of {measure}" for measure in measures] or ["points", "verdict"],
-    )
-    return markdown(("question", "configuration", "seeds", *names, "against", *points), rows)
+        own = [failed[name] if name in failed else f"{statistics.fmean(means[m][name].values()):.1f}" for m in measures]
+        differences = [effects_by_measure[measure].get(name) for measure in measures]
+        against = plan[each["against"]]["title"] if differences[0] else ""
+        points = [in_points(effect) if effect else "" for effect in differences]
+        seeds = len(means[measures[0]].get(name, {}))
+        rows.append([each["group"], each["title"], seeds, *own, against, *points])
+    points = (f"points of {measure}" for measure in measures)
+    return markdown(("question", "configuration", "seeds", *measures, "against", *points), rows)
+
+
+def claims_table(studies: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """A Markdown table of the course's main differences with both intervals, and kd as a share of its teacher.
+
+    ``studies`` are the records of scenes, recipes and photographs by these names.
+    """
+    photographs, title = studies["photographs"], "three phases - feature alone"
+    chosen = [record for record in photographs if record["task"] == "choice"]
+    claims: list[tuple[str, str, Means, str, str]] = []
+    for measure in MEASURES:
+        means = means_of(studies["recipes"], measure)
+        claims.append((title, f"scenes to choose by, {measure}", means, "magnitude-crops-80", "feature-crops-80"))
+    for measure in PHOTOGRAPH_MEASURES:
+        where = f"photographs to choose by, {measure}"
+        claims.append((title, where, means_of(chosen, measure), "kd", "kd-feature"))
+    drawn, taken, retrieval = by_model(studies["scenes"]), by_model(photographs), by_model(photographs, "retrieval")
+    reported = {
+        "scenes, mean top-1": drawn,
+        "scenes, colour-shape": {"colour-shape": drawn["colour-shape"]},
+        "photographs, R@5": retrieval,
+        "photographs, mean top-1 of four sets": taken,
+        "photographs, mean of these five numbers": taken | retrieval,
+    }
+    claims += [("kd - base", where, set_means(groups), "kd", "base") for where, groups in reported.items()]
+    rows = []
+    for what, where, means, name, against in claims:
+        alone, pooled = paired_difference(means, name, against), difference(means, name, against)
+        rows.append([what, where, alone["n"], in_points(alone), in_points(pooled)])
+    table = markdown(("difference", "measured on", "seeds", "points, paired", "points, pooled scatter"), rows)
+    six = set_means({name: models for name, models in drawn.items() if name != "relation"})
+    shares = [100 * value / six["teacher"][0] for value in six["kd"].values()]
+    share, span = statistics.fmean(shares), f"{min(shares):.1f} to {max(shares):.1f}"
+    words = "kd as a share of its teacher, mean top-1 of six sets of scenes without relation"
+    return f"{table}\n\n{words}: {share:.1f} % ({span} over {len(shares)} seeds)."
 
 
 def offsets_of_labels(marks: np.ndarray) -> list[np.ndarray]:
@@ -158,7 +202,7 @@ def offsets_of_labels(marks: np.ndarray) -> list[np.ndarray]:
 def recipe_figure(records: Sequence[Mapping[str, Any]], against: str = "feature") -> NotebookFigure:
     """Each configuration by what it adds to ``against``: points of R@10 over points of mean top-1, numbered.
 
-    One that scores far less than the others is left out of the picture, and named below it.
+    A hollow mark is one seed. One that scores far less than the others is left out of the picture, and named below it.
     """
     plan, means = plan_of(records), [means_of(records, measure) for measure in ("mean top-1", "R@10")]
     others = [
@@ -172,7 +216,9 @@ def recipe_figure(records: Sequence[Mapping[str, Any]], against: str = "feature"
     for number, (name, gain) in enumerate(near.items(), start=1):
         group = groups.index(plan[name]["group"])
         title = f"{number} {plan[name]['title']}"
-        ax.plot(*gain, "o^sDvPX"[group % 7], color=PALETTE[group % len(PALETTE)], label=label(title, 48))
+        fill = "full" if difference(means[1], name, against)["n"] > 1 else "none"
+        style = {"color": PALETTE[group % len(PALETTE)], "fillstyle": fill}
+        ax.plot(*gain, "o^sDvPX"[group % 7], **style, label=label(title, 48))
     scale = 350 / np.ptp(ax.get_xlim()), 300 / np.ptp(ax.get_ylim())  # about the size of the axes
     offsets = offsets_of_labels(np.reshape([*near.values()], (-1, 2)) * scale)
     for number, (gain, offset) in enumerate(zip(near.values(), offsets, strict=True), start=1):
@@ -184,7 +230,7 @@ def recipe_figure(records: Sequence[Mapping[str, Any]], against: str = "feature"
     note = f"\nfar outside: {'; '.join(far)}" if far else ""
     title = plan[against]["title"]
     ax.set(xlabel=f"mean top-1 of seven sets, points above {title}{note}", ylabel=f"R@10, points above {title}")
-    fig.legend(loc="outside right center", fontsize=7)
+    fig.legend(loc="outside right center", fontsize=7, title="hollow: one seed", title_fontsize=7)
     ax.set_title("Up and to the right is better:\nwhat each recipe adds to copying embeddings alone")
     return fig
 

@@ -123,10 +123,10 @@ def photograph_scores(records: Records) -> style.Table:
     }
 
 
-def photograph_means(records: Records) -> dict[str, dict[int, float]]:
-    """``{model: {seed: mean over the photograph sets}}`` in percent, of :func:`score_of`."""
+def set_means(groups: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> dict[str, dict[int, float]]:
+    """``{model: {seed: mean over the sets}}`` in percent, of :func:`score_of`; ``groups`` as of :func:`by_model`."""
     scores: dict[str, dict[int, list[float]]] = {}
-    for models in photographs_by_model(records).values():
+    for models in groups.values():
         for model, group in models.items():
             for record in group:
                 scores.setdefault(model, {}).setdefault(record["seed"], []).append(score_of(record)[1]["value"])

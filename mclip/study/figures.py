@@ -41,16 +41,6 @@ def paired_markdown(records: Records) -> str:
     return markdown(header, [[name, *(row.get(seed, "") for seed in seeds)] for name, row in rows.items()])
 
 
-def photographs_markdown(records: Records) -> str:
-    """The table of the photograph sets over seeds, and by how much the mean of kd is above that of base."""
-    table = scores_markdown(charts.photograph_scores(records), ("base", "clip", "kd", "teacher"))
-    means = charts.photograph_means(records)
-    if not means.get("kd", {}).keys() & means.get("base", {}).keys():
-        return table
-    effect = ablations.difference(means, "kd", "base")
-    return f"{table}\n\nMean of these sets, kd - base, in points: {ablations.in_points(effect)}, {effect['n']} seeds."
-
-
 def bench_markdown(records: Records) -> str:
     """The rows of ``bench.json``, and whether their aims are reached."""
     rows = [row for record in records for row in record["details"]["rows"]]
@@ -126,20 +116,22 @@ def figures_of(records: Mapping[str, Records]) -> dict[str, NotebookFigure]:
 
 def tables_of(records: Mapping[str, Records]) -> dict[str, str]:
     """The blocks of ``figures/README.md``, and of the README those called headline and cost, by their names."""
-    costs = records["efficiency"][0]["metrics"]
+    costs, models = records["efficiency"][0]["metrics"], ("base", "clip", "kd", "teacher")
+    chosen = [record for record in records["photographs"] if record["task"] == "choice"]
     return {
         "headline": headline(records["scenes"], costs),
         "cost": cost_markdown(records["bench"]),
-        "scenes": scores_markdown(tables.zero_shot_table(records["scenes"]), ("base", "clip", "kd", "teacher")),
+        "scenes": scores_markdown(tables.zero_shot_table(records["scenes"]), models),
         "paired": paired_markdown(records["scenes"]),
-        "ablations": ablations.ablation_table(records["ablations"]),
+        "claims": ablations.claims_table(records),
+        "ablations": ablations.ablation_table(records["ablations"], "held-out", "mean top-1"),
         "recipes": ablations.ablation_table(records["recipes"], *ablations.MEASURES),
         "baselines": ablations.ablation_table(records["baselines"], *ablations.MEASURES),
         "defects": ablations.defect_table(records["defects"], ablations.means_of(records["ablations"])),
         "efficiency": f"{tables.efficiency_table(costs)}\n\n{tables.efficiency_goals(costs)}",
         "photo": scores_markdown(charts.photograph_scores(records["photo"]), ("kd", "teacher")),
-        "photographs": photographs_markdown(records["photographs"]),
-        "search": ablations.ablation_table([record for record in records["photographs"] if record["task"] == "choice"]),
+        "photographs": scores_markdown(charts.photograph_scores(records["photographs"]), models),
+        "search": ablations.ablation_table(chosen, *ablations.PHOTOGRAPH_MEASURES),
         "bench": bench_markdown(records["bench"]),
     }
 
