@@ -110,6 +110,22 @@ def test_photographs_come_first_and_their_models_have_the_roles_of_the_course(re
     assert [tick.get_text() for tick in photos.get_yticklabels()] == ["cifar10", "flickr8k R@5, own split"]
     assert bars(scenes) == {style.LABELS[m]: list(values) for m, values in VALUES.items()}
     assert "not measured here" in published.get_title(loc="left")
+    assert "trunk has seen Imagenette's classes" in photos.get_title(loc="left")
+    fig.draw_without_rendering()
+    assert scenes.get_position().height < photos.get_position().height
+    assert [text.get_text() for text in scenes.texts if text.get_text()] == []
+
+
+def test_sets_that_not_everybody_can_have_are_shown_where_all_models_have_them():
+    """Means leave them out."""
+    photographs = []
+    for model, datasets in (("base", ("cifar10", "cifar100")), ("kd", ("cifar10", "cifar100", "oxford_pets"))):
+        described = {"name": model, "parameters": 1, "sha256": "0" * 64}
+        for number, dataset in enumerate(datasets):
+            top1 = {"value": 10.0 + number, "low": 9.0, "high": 15.0}
+            photographs.append(make_result("zero_shot", dataset, "test", 500, described, {"top1": top1}))
+    assert list(figures.photograph_scores(photographs)) == ["cifar10", "cifar100"]
+    assert figures.photograph_means(photographs) == {"base": {0: 10.0}, "kd": {0: 10.0}}
 
 
 def test_published_table_names_its_sources():

@@ -17,7 +17,7 @@ from scipy.special import stdtrit
 
 from mclip.config import DistillConfig, TrainConfig
 from mclip.results import ResultError
-from mclip.show.figures import set_means
+from mclip.show.figures import MORE_SETS, set_means
 from mclip.show.style import PALETTE, NotebookFigure, figure, intervals, label, name_rows
 from mclip.show.tables import by_model, markdown
 
@@ -157,7 +157,8 @@ def claims_table(studies: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
     ``studies`` are the records of scenes, recipes and photographs by these names.
     """
-    photographs, title = studies["photographs"], "three phases - feature alone"
+    photographs = [record for record in studies["photographs"] if record["dataset"] not in MORE_SETS]
+    title = "three phases - feature alone"
     chosen = [record for record in photographs if record["task"] == "choice"]
     claims: list[tuple[str, str, Means, str, str]] = []
     for measure in MEASURES:

@@ -27,6 +27,8 @@ from mclip.show.tables import by_model, milliseconds, over_seeds, zero_shot_tabl
 
 Records = Sequence[Mapping[str, Any]]
 CLIP_VIT_B32_PARAMETERS = 151_277_313
+MORE_SETS = ("cifar100", "fgvc_aircraft", "oxford_pets")
+"""Photographs that are judged where they can be had; means over the photograph sets leave them out."""
 LABEL_AT = {
     "mobile-256": (6, -12),
     "MobileCLIP2-S0": (6, -10),
@@ -50,7 +52,8 @@ def parameter_counts(model: MobileCLIP) -> dict[str, int]:
 def performance_comparison(records: Records, photographs: Records = ()) -> style.NotebookFigure:
     """Zero-shot top-1 of base, clip, kd and teacher with 95 % intervals; beside it the published series.
 
-    Other models have their own names below. ``photographs``, where there are any, come first, with their retrieval.
+    Other models have their own names below. ``photographs``, where there are any, come first, with their retrieval; the
+    scenes are then small and without numbers.
     """
     groups, scores = by_model(records), zero_shot_table(records)
     if not groups:
@@ -65,15 +68,19 @@ def performance_comparison(records: Records, photographs: Records = ()) -> style
     if photos:
         names = list(dict.fromkeys(name for row in photos.values() for name in row))
         places = [["photos", "published"], ["scenes", "scenes"]]
-        rows = [len(published) * max(len(names), len(style.LABELS)) / len(style.LABELS), len(measured)]
+        rows = [max(len(photos), len(published)) * max(len(names), len(style.LABELS)) / len(style.LABELS)]
+        rows.append(0.4 * len(measured))
         title = "Drawn scenes, measured here, with 95 % intervals and chance"
     fig = style.figure(8.3, 1.2 + 0.3 * len(rows) + 0.66 * sum(rows) * len(models) / len(style.LABELS))
     axes = fig.subplot_mosaic(places, height_ratios=rows)
     if photos:
         style.grouped_bars(axes["photos"], photos, names)
-        axes["photos"].set(title="Photographs, measured here,\nwith 95 % intervals", xlabel="top-1, or recall at 5 (%)")
+        about = "Photographs, measured here, with 95 % intervals"
+        if any(map(_has_seen_imagenet, photographs)):
+            about += ".\nThe teacher's trunk has seen Imagenette's classes"
+        axes["photos"].set(title=about, xlabel="top-1, or recall at 5 (%)")
     left, right = axes["scenes"], axes["published"]
-    style.grouped_bars(left, measured, models)
+    style.grouped_bars(left, measured, models, numbers=not photos)
     style.grouped_bars(right, published, list(style.LABELS))
     for y, row in enumerate(groups.values()):
         for chance in {group[0]["metrics"].get("chance") for group in row.values()} - {None}:
@@ -87,6 +94,12 @@ def performance_comparison(records: Records, photographs: Records = ()) -> style
     return fig
 
 
+def _has_seen_imagenet(record: Mapping[str, Any]) -> bool:
+    """Whether the record's model is, or has learned from, the teacher with a trunk trained on ImageNet's labels."""
+    teacher = record.get("details", {}).get("configuration", {}).get("teacher_model")
+    return teacher == "photographs" or record["model"]["name"] == "photo-teacher"
+
+
 def score_of(record: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
     """The number by which a set judges a model: its name, and its value with the interval, in percent.
 
@@ -97,8 +110,15 @@ def score_of(record: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
     return "top-1", record["metrics"]["top1"]
 
 
+def set_label(record: Mapping[str, Any]) -> str:
+    """What figures and tables call the photograph set of a record; a set that is not the official one says so."""
+    official = record["split"].partition(" (")[0] in ("test", "val")
+    kind, note = ("", ", excerpt") if record["task"] == "zero_shot" else (" R@5", ", own split")
+    return record["dataset"] + kind + note * (not official)
+
+
 def photographs_by_model(records: Records) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
-    """``{set: {model: [record of each seed]}}`` of the photograph sets; a set that is not the official one says so.
+    """``{set: {model: [record of each seed]}}`` of the photograph sets; of ``MORE_SETS``, those that all models have.
 
     The models that ship for photographs have the roles of those of scenes: photo-teacher is the teacher, and photo is
     kd, unless there is a kd that is compared with the others at equal samples.
@@ -108,11 +128,10 @@ def photographs_by_model(records: Records) -> dict[str, dict[str, list[Mapping[s
     roles, groups = {"photo": photo, "photo-teacher": "teacher", "photo-base": "base"}, {}
     for record in records:
         if record["task"] in ("zero_shot", "retrieval") and "error" not in record:
-            official = record["split"].partition(" (")[0] in ("test", "val")
-            kind, note = ("", ", excerpt") if record["task"] == "zero_shot" else (" R@5", ", own split")
-            models = groups.setdefault(record["dataset"] + kind + note * (not official), {})
+            models = groups.setdefault(set_label(record), {})
             models.setdefault(roles.get(record["model"]["name"], record["model"]["name"]), []).append(record)
-    return groups
+    everyone = {model for models in groups.values() for model in models}
+    return {name: own for name, own in groups.items() if name not in MORE_SETS or own.keys() == everyone}
 
 
 def photograph_scores(records: Records) -> style.Table:
@@ -131,6 +150,11 @@ def set_means(groups: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -
             for record in group:
                 scores.setdefault(model, {}).setdefault(record["seed"], []).append(score_of(record)[1]["value"])
     return {model: {seed: fmean(values) for seed, values in seeds.items()} for model, seeds in scores.items()}
+
+
+def photograph_means(records: Records) -> dict[str, dict[int, float]]:
+    """:func:`set_means` over the photograph sets, without ``MORE_SETS``."""
+    return set_means(photographs_by_model([record for record in records if record["dataset"] not in MORE_SETS]))
 
 
 def per_class_recall(records: Records, dataset: str, limit: int = 6) -> style.NotebookFigure:

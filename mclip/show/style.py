@@ -116,8 +116,8 @@ def interval_bars(ax: Axes, places: Sequence[float], rows: Sequence[Row], height
         intervals(ax, places, rows, ecolor="black", elinewidth=1)
 
 
-def grouped_bars(ax: Axes, table: Table, models: Sequence[str]) -> None:
-    """Horizontal bars of percentages: a group per key of ``table``, a bar per model, and its number.
+def grouped_bars(ax: Axes, table: Table, models: Sequence[str], numbers: bool = True) -> None:
+    """Horizontal bars of percentages: a group per key of ``table``, a bar per model, and its number if ``numbers``.
 
     Models of LABELS come first, in its order. A bar that is missing says so, because it is not a zero.
     """
@@ -133,7 +133,7 @@ def grouped_bars(ax: Axes, table: Table, models: Sequence[str]) -> None:
         interval_bars(ax, list(rows), list(rows.values()), height, label=name, color=colour, hatch=hatch)
         for y, group in enumerate(table.values()):
             row = group.get(model, {})
-            text, end = f"{row['value']:.1f}" if row else "no result", row.get("high", row.get("value", 0))
+            text, end = f"{row['value']:.1f}" * numbers if row else "no result", row.get("high", row.get("value", 0))
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0}
             ax.text(end + 1.5, y + offset, text, va="center", bbox=box)
     name_rows(ax, [label(group.replace("_", " "), 40) for group in table])
