@@ -27,7 +27,7 @@ from mclip.config import DistillConfig, TrainConfig, closest, get_profile, requi
 from mclip.deploy.cost import CAPTION, RIVALS, Form, candidate, candidate_name, latency, random_model, threads
 from mclip.deploy.export import evaluate_deployed, export
 from mclip.deploy.reader import Deployed
-from mclip.evaluate import as_templates
+from mclip.evaluate import ZeroShotSet, as_templates
 from mclip.files import DATA
 from mclip.objectives import Distillation
 from mclip.pairs import BatchSource, Pairs, Targets
@@ -35,6 +35,7 @@ from mclip.recipes import load_model, student_prepare
 from mclip.results import load_results, make_result, save_result
 from mclip.scenes.test_sets import scene_sets
 from mclip.scenes.world import SceneConfig, export_scenes, make_scenes
+from mclip.show.figures import set_label
 from mclip.show.widgets import free_crops
 from mclip.sources.loading import load_pairs
 from mclip.sources.zero_shot import EXCERPTS, photograph_set
@@ -238,7 +239,8 @@ def forms(count: int = 1000, rounds: int = 30) -> dict[str, Any]:
     int8 is calibrated as by the command ``export``. ExecuTorch is measured if it is installed.
     """
     model = load_model("photo")[0].eval()
-    pictures = free_crops(model.config.image.image_size, 256)
+    pictures, tests = free_crops(model.config.image.image_size, 256), map(photograph_set, EXCERPTS)
+    sets = {set_label({"task": "zero_shot", "dataset": test.name, "split": test.split}): test for test in tests}
     has_executorch = importlib.util.find_spec("executorch") is not None
 
     def eager(encode: Callable[..., torch.Tensor]) -> Callable[[np.ndarray], np.ndarray]:
@@ -258,18 +260,17 @@ def forms(count: int = 1000, rounds: int = 30) -> dict[str, Any]:
         with threads(1):
             halves = {(form, half): call for form, own in encoders.items() for half, call in own.items()}
             clock = latency({key: partial(call, inputs[key[1]]) for key, call in halves.items()}, rounds)
-            answers = [_photograph_answers(name, count, reader, encoders) for name in EXCERPTS]
+            answers = [_photograph_answers(test, count, reader, encoders) for test in sets.values()]
     for form, row in measured.items():
         row |= {"photographs": count, "latency": {half: clock[form, half] for half in inputs}}
         row["cosine"] = {half: float(np.mean([own[form]["cosine"][half] for own in answers])) for half in inputs}
         for key in ("top1", "same answer"):
-            row[key] = {name: own[form][key] for name, own in zip(EXCERPTS, answers, strict=True)}
+            row[key] = {name: own[form][key] for name, own in zip(sets, answers, strict=True)}
     return measured
 
 
-def _photograph_answers(name: str, count: int, reader: Deployed, encoders: dict[str, Any]) -> dict[str, Any]:
-    """Of each form, on the photograph set ``name``: cosines with PyTorch's embeddings, top-1 and the same answers."""
-    test = photograph_set(name)
+def _photograph_answers(test: ZeroShotSet, count: int, reader: Deployed, encoders: dict[str, Any]) -> dict[str, Any]:
+    """Of each form, on a photograph set: cosines with PyTorch's embeddings, top-1 and the same answers."""
     chosen = sorted(np.random.default_rng(0).permutation(len(test.images))[:count].tolist())
     pictures, labels = zip(*(test.images[row] for row in chosen), strict=True)
     templates = as_templates(test.templates)
