@@ -17,6 +17,7 @@ import mclip.teacher as teachers
 from mclip.cli import course
 from mclip.cli.main import main
 from mclip.config import ConfigError, DistillConfig, TrainConfig
+from mclip.evaluate import ZeroShotSet
 from mclip.files import cache_dir, read_json, write_json
 from mclip.locked_image import ClassSentences, class_means, tune
 from mclip.pairs import Batch
@@ -205,6 +206,7 @@ def root(pictures, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "PRESET", "course")
     monkeypatch.setattr(ClassSentences, "every", lambda self: ["a photo of a frog", "a photo of a boat"])
     monkeypatch.setattr(photographs, "EXCERPTS", {name: EXCERPTS[name] for name in ("cifar10", "imagenette")})
+    monkeypatch.setattr(photographs, "MORE_SETS", ())
     root = tmp_path / "root"
     (root / "flickr8k" / "images").mkdir(parents=True)
     for number in range(8):
@@ -231,10 +233,17 @@ def test_the_command_makes_teacher_and_student_and_goes_on(root, tmp_path, capsy
     records = load_results(tmp_path / "out" / "results" / "photo.json")
     assert {record["task"] for record in records} == {"zero_shot", "retrieval"}
     assert {record["split"] for record in records} == REPORTED
+    kept = {r["model"]["name"]: r["details"]["training"] for r in records if r["dataset"] == "cifar10"}
+    assert (kept["photo"]["max_epochs"], kept["photo"]["batch_size"], kept["photo"]["processes"]) == (1, 8, 1)
+    assert min(kept["photo-teacher"]["seconds"], kept["photo"]["seconds"]) > 0
     before = (tmp_path / "out" / "photo" / "model" / "model.safetensors").read_bytes()
     assert main(arguments) == 0
+    again = load_results(tmp_path / "out" / "results" / "photo.json")
+    assert again[0]["details"]["training"]["seconds"] > records[0]["details"]["training"]["seconds"]
     assert (tmp_path / "out" / "photo" / "model" / "model.safetensors").read_bytes() == before
-    assert "photo-teacher" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "photo-teacher" in printed
+    assert "flickr8k R@5, own split" in printed
     card = (tmp_path / "out" / "photo" / "model" / "README.md").read_text(encoding="utf-8")
     assert f"`{records[-1]['model']['sha256']}`" in card
     assert records[-1]["model"]["sha256"] == weights_sha256(load_model(tmp_path / "out" / "photo" / "model")[0])
@@ -274,6 +283,7 @@ def test_the_study_trains_what_is_compared_and_goes_on_after_a_kill(root, tmp_pa
     assert sets.keys() == {"cifar10", "imagenette", "flickr8k"}
     assert chosen[0]["metrics"]["mean"] == pytest.approx(np.mean([score["value"] for score in sets.values()]))
     assert calls.count("kd-feature") == 1
+    assert (tmp_path / "runs" / "figures" / "performance_comparison.png").is_file()
 
 
 def test_base_of_seed_0_ships_with_its_card(root, tmp_path, monkeypatch):
@@ -355,6 +365,36 @@ def test_a_fifth_to_choose_by_and_the_rest_to_report(excerpt):
     assert whole.class_names == ["cat", "dog"]
     assert "a blurry photo of a {}." in whole.templates
     assert "four fifths" in rest.split
+
+
+def test_more_sets_are_judged_where_they_can_be_had(root, monkeypatch):
+    """One lies there; of another the download fails."""
+    asked = []
+
+    def fake(name, root_dir, download):
+        asked.append((name, root_dir, download))
+        if name != "cifar100":
+            raise ConfigError("not there")
+        images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+        return ZeroShotSet(name, images, torch.tensor([0, 1, 0, 1]), ["cat", "dog"], ["a photo of a {}"], "test")
+
+    monkeypatch.setattr(photographs, "MORE_SETS", ("cifar100", "oxford_pets"))
+    monkeypatch.setattr(photographs, "torchvision_set", fake)
+    own = photographs.Photographs(str(root), download=False)
+    judged = {part: own.judge(*load_model("kd"), "kd", part) for part in ("choose", "report")}
+    assert [r["dataset"] for r in judged["choose"]] == ["cifar10", "imagenette", "flickr8k"]
+    assert [r["dataset"] for r in judged["report"]] == ["cifar10", "imagenette", "flickr8k", "cifar100"]
+    assert judged["report"][-1]["split"] == "test"
+    assert asked == [("cifar100", str(root), False), ("oxford_pets", str(root), False)]
+
+
+def test_archives_that_are_not_unpacked_are_named(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        photographs.Photographs(str(tmp_path), download=False).captions("train")
+    assert "archives (.tar)" not in str(error.value)
+    (tmp_path / "flickr8k.tar").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"archives \(\.tar\) in .* must be unpacked"):
+        photographs.Photographs(str(tmp_path), download=False).captions("train")
 
 
 def test_missing_photographs_are_named(tmp_path):

@@ -42,10 +42,11 @@ def caption_set(
     missing = [folder for folder in SETS[name][split] if not (root / folder).is_dir()]
     if missing and not download:
         archives = [f"{ARCHIVES[folder]['url']} ({ARCHIVES[folder]['size']})" for folder in missing]
+        unpack = f" The archives (.tar) in {top} must be unpacked there first." if any(top.glob("*.tar")) else ""
         raise ConfigError(
             f"{name}, split {split!r}: no {' and no '.join(str(root / folder) for folder in missing)}. "
             f"Pass download=True, or run: python -m mclip download {name} --root_dir {top}. Or place "
-            f"{' and '.join(archives)} in {root} yourself, and run the command to unpack them."
+            f"{' and '.join(archives)} in {root} yourself, and run the command to unpack them.{unpack}"
         )
     for folder in missing:
         url = ARCHIVES[folder]["url"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,17 +14,17 @@ import yaml
 from torch import nn
 from torchvision.datasets import Imagenette
 
-from mclip.config import PRESETS, DistillConfig, TrainConfig, from_mapping
-from mclip.evaluate import evaluate_retrieval, evaluate_zero_shot, input_of
-from mclip.files import atomic_folder, atomic_path, cache_dir, model_folder, write_json
+from mclip.config import PRESETS, ConfigError, DistillConfig, TrainConfig, from_mapping
+from mclip.evaluate import ZeroShotSet, evaluate_retrieval, evaluate_zero_shot, input_of
+from mclip.files import atomic_folder, atomic_path, cache_dir, model_folder, read_json, write_json
 from mclip.locked_image import tune, write_sentences
 from mclip.pairs import Pairs
-from mclip.recipes import BASE, load_data, load_model, open_clip_config, train_open_clip, train_student
+from mclip.recipes import BASE, load_data, load_model, open_clip_config, processes, train_open_clip, train_student
 from mclip.results import save_result
-from mclip.show.figures import score_of
+from mclip.show.figures import MORE_SETS, score_of, set_label
 from mclip.sources.caption_sets import OWN_SPLIT, caption_set
 from mclip.sources.loading import load_pairs
-from mclip.sources.zero_shot import EXCERPTS, photograph_set
+from mclip.sources.zero_shot import EXCERPTS, photograph_set, torchvision_set
 from mclip.teacher import CONFIG_FILE, MERGES_FILE
 from mclip.train import TrainResult
 
@@ -110,7 +112,10 @@ class Photographs:
     def judge(
         self, model: nn.Module, tokenizer: Any, name: str, part: Literal["choose", "report"] = "report", seed: int = 0
     ) -> Records:
-        """The records of a model on the photograph sets: on the part to choose by, or on the part to report."""
+        """The records of a model on the photograph sets: on the part to choose by, or on the part to report.
+
+        The latter come with those of ``MORE_SETS`` that can be had, whole, since nothing is chosen by them.
+        """
         sets = [photograph_set(each, self.root_dir, part, self.download) for each in EXCERPTS]
         records = [evaluate_zero_shot(model, tokenizer, each, name, seed=seed) for each in sets]
         split = "test" if part == "report" else "val"
@@ -118,7 +123,17 @@ class Photographs:
         pairs = replace(load_pairs(file, input_of(model).size, progress=False), name="flickr8k")
         if (file.parent / "images").is_dir():
             split = OWN_SPLIT if part == "report" else f"{OWN_SPLIT}, to choose by"
-        return [*records, evaluate_retrieval(model, tokenizer, pairs, name, split=split, seed=seed)]
+        records.append(evaluate_retrieval(model, tokenizer, pairs, name, split=split, seed=seed))
+        more = self.more_sets() if part == "report" else []
+        return records + [evaluate_zero_shot(model, tokenizer, each, name, seed=seed) for each in more]
+
+    def more_sets(self) -> list[ZeroShotSet]:
+        """Those of ``MORE_SETS`` that lie below ``root_dir`` or can be downloaded."""
+        sets = []
+        for name in MORE_SETS:
+            with suppress(ConfigError):
+                sets.append(torchvision_set(name, self.root_dir, self.download))
+        return sets
 
 
 def photo(
@@ -153,14 +168,28 @@ def photo(
     for name, (student, folder) in models.items():
         settings, terms = recipe(student, epochs)
         settings = replace(settings, seed=seed, progress=progress)
-        photographs.train(student, settings, terms, folder, preset=PRESET, **names)
+        with clocked(folder / "seconds.json"):
+            photographs.train(student, settings, terms, folder, preset=PRESET, **names)
         records = photographs.judge(*load_model(folder / "model"), name)
+        own = asdict(settings) | {"processes": processes()[1]}
+        records[0]["details"]["training"] = read_json(folder / "seconds.json") | own
         save_result(out / "results" / "photo.json", *records)
         write_card(folder / "model", name, records)
         for record in records:
             label, score = score_of(record)
-            row = f"{record['dataset']:14} {label:18} {score['value']:5.1f} % [{score['low']:.1f}, {score['high']:.1f}]"
+            row = f"{set_label(record):24} {label:18} {score['value']:5.1f} % [{score['low']:.1f}, {score['high']:.1f}]"
             print(f"{name:14} {row}  n={record['n']}")
+
+
+@contextmanager
+def clocked(file: Path) -> Iterator[None]:
+    """Add the seconds that this takes to those in a JSON file; a start that was killed is not counted."""
+    before = read_json(file)["seconds"] if file.exists() else 0.0
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        write_json(file, {"seconds": before + time.perf_counter() - start})
 
 
 def write_clip(folder: Path, image_size: int) -> None:

@@ -23,7 +23,8 @@ from mclip.model import MobileCLIP
 from mclip.recipes import BASE, compare, evaluate_all, load_data, load_model, train_open_clip, train_student
 from mclip.results import describe_model, load_results, make_result, save_result
 from mclip.show.ablations import DEFAULTS
-from mclip.show.figures import score_of
+from mclip.show.figures import performance_comparison, score_of
+from mclip.show.style import save_figure
 from mclip.steps import TrainError
 from mclip.study import measures
 from mclip.study.defects import NO_REFUSAL, PATCHES, switched_on
@@ -268,7 +269,8 @@ def study(
 ) -> None:
     """Train or measure what has no record yet; start it twice, each with OMP_NUM_THREADS=1, to use two processors.
 
-    With other epochs, another profile or another teacher the records go to out_dir/results.
+    With other epochs, another profile or another teacher the records go to out_dir/results. The plot of photographs is
+    drawn in out_dir/figures.
 
     Args:
         names: studies, rows such as ablations/kd, or patterns such as "ablations/base-*".
@@ -288,4 +290,8 @@ def study(
             print(f"{row.full_name:28} {row.title}")
         return
     out = Path(out_dir)
-    work_off(jobs_of(rows, out, seeds, epochs, profile, teacher, root_dir), out)
+    jobs = jobs_of(rows, out, seeds, epochs, profile, teacher, root_dir)
+    work_off(jobs, out)
+    for file in {job.file for job in jobs if job.study.world == "photographs"}:
+        comparison = performance_comparison(load_results(DATA / "results" / "scenes.json"), load_results(file))
+        save_figure(comparison, out / "figures" / "performance_comparison.png")
