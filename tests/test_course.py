@@ -280,6 +280,18 @@ def test_parameters_keep_their_types_and_paths_become_absolute(notebooks, tmp_pa
     assert check_parameter("model_checkpoint", str, "kd", tmp_path) == "kd", "the name of what ships comes first"
 
 
+@pytest.mark.parametrize(("lesson", "more"), [("08", ["unpaired_texts_path"]), ("14", [])])
+def test_lessons_that_distil_take_pictures_without_captions(tmp_path, lesson, more):
+    file = tmp_path / "input"
+    file.touch()
+    names = ["train_data_path", "val_data_path", "unlabelled_data_path", *more]
+    given = [word for name in names for word in ("-p", name, str(file))]
+    assert run(tmp_path / "out", "--only", lesson, "--prepare", *given) == 0
+    [copy] = (tmp_path / "out" / "notebooks").glob(f"{lesson}_*.ipynb")
+    injected = [c.source for c in nbformat.read(copy, 4).cells if "injected-parameters" in c.metadata.tags]
+    assert all(f'{name} = "{file}"' in injected[0] for name in names)
+
+
 @pytest.mark.parametrize("line", ["n = 3", "n: list = []"])
 def test_parameters_have_a_type(notebooks, tmp_path, line, capsys):
     write_notebook(notebooks / "01_first.ipynb", parameters=line)

@@ -11,7 +11,8 @@ from mclip.files import CLONE
 
 ROOT = CLONE or Path.cwd()
 """The clone, or without one the working folder. Relative paths in a lesson start here, wherever its kernel started."""
-INPUTS = ("train_data_path", "val_data_path", "auto_kd_config", "photograph", "photographs_path")
+INPUTS = ("train_data_path", "val_data_path", "unlabelled_data_path", "unpaired_texts_path", "auto_kd_config")
+INPUTS += ("photograph", "photographs_path")
 """Paths that must exist, unless they are empty."""
 OUTPUTS = ("checkpoint_dir", "root_dir", "out_dir", "save_results")
 """Paths that a lesson may create."""
