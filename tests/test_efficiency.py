@@ -28,7 +28,7 @@ from mclip.deploy.fused import fold_batch_norm, fused
 from mclip.deploy.reader import session
 from mclip.files import DATA
 from mclip.recipes import load_model
-from mclip.results import ResultError, load_results, weights_sha256
+from mclip.results import ResultError, describe_model, load_results, weights_sha256
 from mclip.scenes.world import SceneConfig, make_scenes
 from mclip.show import tables
 from mclip.show.figures import cost_of_models
@@ -318,12 +318,15 @@ def test_forms_are_measured_against_pytorch(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "EXCERPTS", {name: EXCERPTS[name] for name in names})
     monkeypatch.setattr(bench, "load_model", lambda name: (student, None))
     monkeypatch.setitem(sys.modules, "executorch", None)  # as if it were not installed
-    out = tmp_path / "costs.json"
-    monkeypatch.setattr(bench, "COSTS", {"forms": lambda: {"executorch int8": {"megabytes": 1.0}}})
+    monkeypatch.setattr(bench, "PHOTOGRAPHS", 8)
+    out, measure = tmp_path / "costs.json", bench.forms
+    monkeypatch.setattr(bench, "forms", lambda student: {"executorch int8": {"megabytes": 1.0}})
     assert main(["efficiency", "--only", "forms", "--out", str(out)]) == 0
-    monkeypatch.setattr(bench, "COSTS", {"forms": lambda: bench.forms(count=8, rounds=1)})
+    monkeypatch.setattr(bench, "forms", lambda student: measure(student, rounds=1))
     assert main(["efficiency", "--only", "forms", "--out", str(out)]) == 0
-    forms = load_results(out)[0]["metrics"]["forms"]
+    (kept,) = load_results(out)
+    assert (kept["dataset"], kept["n"], kept["model"]) == ("forms", 8, describe_model("photo", student))
+    forms = kept["metrics"]
     assert forms.pop("executorch int8") == {"megabytes": 1.0}
     assert list(forms) == ["PyTorch", "float32", "int8"]
     for form, row in forms.items():
@@ -333,19 +336,27 @@ def test_forms_are_measured_against_pytorch(monkeypatch, tmp_path):
         assert row["top1"].keys() == row["same answer"].keys() == names.keys()
     assert forms["float32"]["same answer"] == forms["PyTorch"]["same answer"] == dict.fromkeys(names, 100.0)
     assert forms["float32"]["top1"] == forms["PyTorch"]["top1"]
-    lines = tables.forms_table({"forms": forms}).splitlines()
+    lines = tables.forms_table(forms).splitlines()
     assert lines[0].endswith("| imagenette | cifar10 |")
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| PyTorch", "| float32", "| int8"]
     assert lines[3].endswith(" (100.0) |")
+    with torch.no_grad():
+        student.logit_scale.add_(1.0)
+    monkeypatch.setattr(bench, "forms", lambda student: {"int8": {"megabytes": 2.0}})
+    assert main(["efficiency", "--only", "forms", "--out", str(out)]) == 0
+    assert load_results(out)[0]["metrics"] == {"int8": {"megabytes": 2.0}}, "rows of another student were kept"
 
 
-def test_the_committed_forms_keep_what_they_promise(record):
-    """int8 takes at most 6 MB, and float32 forms answer as PyTorch does."""
-    forms = record["forms"]
+def test_the_committed_forms_keep_what_they_promise():
+    """They are of the student that ships; int8 takes at most 6 MB, and float32 forms answer as PyTorch does."""
+    records = load_results(DATA / "results" / "efficiency.json")
+    (kept,) = [record for record in records if record["dataset"] == "forms"]
+    assert kept["model"] == describe_model("photo", load_model("photo")[0])
+    forms = kept["metrics"]
     assert list(forms) == ["PyTorch", "float32", "int8", "executorch float32", "executorch int8"]
     assert forms["int8"]["megabytes"] <= 6.0
     for form in ("float32", "executorch float32"):
         assert min(forms[form]["cosine"].values()) > 1 - 1e-3
         assert min(forms[form]["same answer"].values()) > 99
     for name, top1 in forms["PyTorch"]["top1"].items():
-        assert f"{top1:.1f} (100.0)" in tables.forms_table(record).splitlines()[2], name
+        assert f"{top1:.1f} (100.0)" in tables.forms_table(forms).splitlines()[2], name

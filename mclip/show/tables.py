@@ -132,13 +132,12 @@ def efficiency_goals(costs: Mapping[str, Any]) -> str:
     return markdown(("latency", "measured", "aim", "reached"), rows)
 
 
-def forms_table(costs: Mapping[str, Any]) -> str:
-    """A Markdown table of the forms of the student of photographs in ``efficiency.json``, against PyTorch.
+def forms_table(forms: Mapping[str, Any]) -> str:
+    """A Markdown table of the forms of a student of photographs, the record "forms" of ``efficiency.json``.
 
     For each set of photographs top-1, and in brackets how often the answer is PyTorch's, both in percent.
     """
-    forms, rows = costs["forms"], []
-    sets = list(forms["PyTorch"]["top1"])
+    rows, sets = [], list(forms["PyTorch"]["top1"])
     header = ("", "MB", "image, ms (p95)", "text, ms (p95)", "cosine, image", "cosine, text", *sets)
     for form, row in forms.items():
         clock = ["{median:.2f} ({p95:.2f})".format(**row["latency"][half]) for half in ("image", "text")]

@@ -29,10 +29,11 @@ from mclip.deploy.export import evaluate_deployed, export
 from mclip.deploy.reader import Deployed
 from mclip.evaluate import ZeroShotSet, as_templates
 from mclip.files import DATA
+from mclip.model import MobileCLIP
 from mclip.objectives import Distillation
 from mclip.pairs import BatchSource, Pairs, Targets
 from mclip.recipes import load_model, student_prepare
-from mclip.results import load_results, make_result, save_result
+from mclip.results import describe_model, load_results, make_result, save_result
 from mclip.scenes.test_sets import scene_sets
 from mclip.scenes.world import SceneConfig, export_scenes, make_scenes
 from mclip.show.figures import set_label
@@ -47,6 +48,7 @@ RESULTS = DATA / "results"
 Row = dict[str, Any]
 NO_MODEL = {"name": "random weights", "parameters": 0, "sha256": "0" * 64}
 ALL_TERMS = DistillConfig(phases=(0.0, 0.0, 0.0), ramp=0.0)
+PHOTOGRAPHS = 1000  # of each set, on which the forms of a student are compared
 SENTENCE = "a small red dog runs along the beach beside two men who throw a ball"
 
 
@@ -231,14 +233,13 @@ def quantised() -> dict[str, Any]:
     return forms
 
 
-def forms(count: int = 1000, rounds: int = 30) -> dict[str, Any]:
-    """The student of photographs in each form that an app can carry, against PyTorch; by the names of :data:`GRAPHS`.
+def forms(model: MobileCLIP, rounds: int = 30) -> dict[str, Any]:
+    """A student of photographs in each form that an app can carry, against PyTorch; by the names of :data:`GRAPHS`.
 
-    Of both halves megabytes, latency on one thread and the mean cosine with PyTorch's embeddings; on ``count``
-    photographs of each set top-1 (%) and how often the answer is PyTorch's (%). The sets lie below the cache folder.
-    int8 is calibrated as by the command ``export``. ExecuTorch is measured if it is installed.
+    Of both halves megabytes, latency on one thread and the mean cosine with PyTorch's embeddings; on
+    :data:`PHOTOGRAPHS` of each set top-1 (%) and how often the answer is PyTorch's (%). The sets lie below the cache
+    folder. int8 is calibrated as by the command ``export``. ExecuTorch is measured if it is installed.
     """
-    model = load_model("photo")[0].eval()
     pictures, tests = free_crops(model.config.image.image_size, 256), map(photograph_set, EXCERPTS)
     sets = {set_label({"task": "zero_shot", "dataset": test.name, "split": test.split}): test for test in tests}
     has_executorch = importlib.util.find_spec("executorch") is not None
@@ -260,9 +261,9 @@ def forms(count: int = 1000, rounds: int = 30) -> dict[str, Any]:
         with threads(1):
             halves = {(form, half): call for form, own in encoders.items() for half, call in own.items()}
             clock = latency({key: partial(call, inputs[key[1]]) for key, call in halves.items()}, rounds)
-            answers = [_photograph_answers(test, count, reader, encoders) for test in sets.values()]
+            answers = [_photograph_answers(test, PHOTOGRAPHS, reader, encoders) for test in sets.values()]
     for form, row in measured.items():
-        row |= {"photographs": count, "latency": {half: clock[form, half] for half in inputs}}
+        row["latency"] = {half: clock[form, half] for half in inputs}
         row["cosine"] = {half: float(np.mean([own[form]["cosine"][half] for own in answers])) for half in inputs}
         for key in ("top1", "same answer"):
             row[key] = {name: own[form][key] for name, own in zip(sets, answers, strict=True)}
@@ -321,24 +322,32 @@ def peaks() -> dict[str, float]:
     return {candidate_name(name, form): in_new_process(peak_memory, name, form) for name, form in MODELS}
 
 
-COSTS: dict[str, Callable[[], dict[str, Any]]] = {"models": models, "memory": peaks, "int8": quantised, "forms": forms}
+COSTS: dict[str, Callable[[], dict[str, Any]]] = {"models": models, "memory": peaks, "int8": quantised}
 
 
 def efficiency(only: list[str] | None = None, out: str = "") -> None:
     """Measure, about a quarter of an hour on two cores; a part that is not measured keeps its old numbers.
 
     Args:
-        only: parts to measure: models, memory, int8, and forms if asked for, since it needs the photographs; its rows
-            of ExecuTorch stay as they are where that is not installed.
-        out: file of the record; data/results/efficiency.json if empty.
+        only: parts to measure: models, memory, int8, and forms if asked for, since it needs the photographs. Forms are
+            a record of their own, which names the student; its rows of ExecuTorch stay where that is not installed.
+        out: file of the records; data/results/efficiency.json if empty.
     """
     file = Path(out or RESULTS / "efficiency.json")
-    for name in choose(only or ["models", "memory", "int8"], COSTS):
-        kept = [record for record in load_results(file) if record["dataset"] == "costs"] if file.exists() else []
-        metrics, details = (kept[0]["metrics"], kept[0]["details"]) if kept else ({}, {})
-        kept_rows = metrics.get("forms", {}) if name == "forms" else {}
-        metrics, details = metrics | {name: kept_rows | COSTS[name]()}, details | {"caption": CAPTION}
-        if key := {"models": "machine", "forms": "machine of forms"}.get(name):
-            details[key] = describe_machine()
-        save_result(file, make_result("efficiency", "costs", "none", len(MODELS), NO_MODEL, metrics, details=details))
+    for name in choose(only or list(COSTS), [*COSTS, "forms"]):
+        records = {record["dataset"]: record for record in (load_results(file) if file.exists() else [])}
+        if name == "forms":
+            student = load_model("photo")[0].eval()
+            model = describe_model("photo", student)
+            kept = records.get("forms")
+            metrics = (kept["metrics"] if kept and kept["model"] == model else {}) | forms(student)
+            details = {"caption": CAPTION, "machine": describe_machine()}
+            record = make_result("efficiency", name, "none", PHOTOGRAPHS, model, metrics, details=details)
+        else:
+            kept = records.get("costs", {"metrics": {}, "details": {}})
+            metrics, details = kept["metrics"] | {name: COSTS[name]()}, kept["details"] | {"caption": CAPTION}
+            if name == "models":
+                details["machine"] = describe_machine()
+            record = make_result("efficiency", "costs", "none", len(MODELS), NO_MODEL, metrics, details=details)
+        save_result(file, record)
         print(f"{name}: measured, {file}", flush=True)
