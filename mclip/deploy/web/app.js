@@ -8,6 +8,7 @@ const GRAPHS = {
   int8: ["model/image-int8.onnx", "model/text-int8.onnx"],
   float32: ["float32/image.onnx", "float32/text.onnx"],
 };
+const [KIND, VERSION] = ["mclip.export", 2]; // of the manifest, as in reader.py
 const LONGEST = 8; // a picture may be this many times as long as it is wide; of a longer one only the middle is used
 const MOST_PIXELS = 16e6; // what the smallest canvas of today's phones holds; a larger photograph is drawn smaller
 const LEVELS = 2; // how far a pixel, 0..255, may be off: browsers round once more where a picture is transparent
@@ -213,7 +214,21 @@ async function loadShared() {
     fetchBytes("model/manifest.json"),
   ]);
   const [settings, manifest] = texts.map((bytes) => JSON.parse(new TextDecoder().decode(bytes)));
+  if (manifest.kind !== KIND || manifest.version !== VERSION) {
+    const written = `version ${manifest.version} of ${manifest.kind}`;
+    throw new Problem(`The model was written by ${written}, and this page reads version ${VERSION} of ${KIND}; export again.`);
+  }
   return { tokenize: tokenizer.tokenize, bytes: tokenizer.bytes, golden: golden.value, settings, manifest };
+}
+
+/* Refuse a graph that is not the exported one. A page over plain http cannot compute hashes, so it takes the graph. */
+async function checkGraph(name, bytes, manifest) {
+  if (!crypto.subtle) return;
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  const hash = [...digest].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+  if (hash !== manifest.files[name.split("/").at(-1)]?.sha256) {
+    throw new Problem(`${name} is not the file that was exported (its SHA-256 differs); copy the folder again.`);
+  }
 }
 
 /* ONNX Runtime: on WebAssembly with SIMD, with threads where the page is isolated; or on WebGPU. */
@@ -243,6 +258,7 @@ async function loadStudent(form, webgpu) {
   shared ??= loadShared();
   shared.catch(() => (shared = null));
   const [common, ort, ...graphs] = await Promise.all([shared, loadRuntime(webgpu), ...GRAPHS[form].map(fetchBytes)]);
+  await Promise.all(graphs.map((graph, i) => checkGraph(GRAPHS[form][i], graph, common.manifest)));
   const providers = { executionProviders: [webgpu ? "webgpu" : "wasm"] };
   let sessions;
   try {
@@ -545,6 +561,23 @@ async function store(mode = "readonly") {
   return (await storage)?.transaction("photographs", mode).objectStore("photographs");
 }
 
+/* Keep a row in the storage; gives "", or why it could not be kept. A full storage only says so at the very end. */
+async function keep(row) {
+  try {
+    const kept = await store("readwrite");
+    if (!kept) return "this browser gives the page no storage";
+    kept.put(row);
+    await new Promise((resolve, reject) => {
+      kept.transaction.oncomplete = resolve;
+      kept.transaction.onabort = () => reject(kept.transaction.error);
+    });
+    return "";
+  } catch (error) {
+    const full = error?.name === "QuotaExceededError";
+    return full ? "the browser's storage is full" : `the browser's storage failed (${error?.message})`;
+  }
+}
+
 async function loadAlbum() {
   const kept = await store();
   const rows = kept ? await request(kept.getAll()) : [];
@@ -554,8 +587,13 @@ async function loadAlbum() {
 }
 
 function showAlbum(more = "") {
-  const where = album.length ? "photographs are kept in this browser." : "No photographs yet.";
-  $("album").textContent = `${album.length || ""} ${where} ${more}`.trim();
+  const unkept = album.filter((row) => row.unkept);
+  let where = album.length ? `${album.length} photographs are kept in this browser.` : "No photographs yet.";
+  if (unkept.length) {
+    where = `${album.length} photographs can be searched, ${unkept.length} of them only until the page is closed: `;
+    where += `${unkept.at(-1).unkept}.`;
+  }
+  $("album").textContent = `${where} ${more}`.trim();
   $("forget").hidden = album.length === 0;
 }
 
@@ -574,9 +612,8 @@ async function addPhotograph(file, name, key) {
   const { embedding } = await embedLevels(own);
   const row = { key, student: student.name, name, small: await smallCopy(bitmap), embedding };
   bitmap.close();
+  row.unkept = await keep(row);
   album.push(row);
-  const kept = await store("readwrite");
-  if (kept) await request(kept.put(row));
 }
 
 /* Embed the pictures among files; those that are kept already are not computed again. */
@@ -590,22 +627,24 @@ async function addPhotographs(chosen) {
   $("progress").max = files.length;
   const start = performance.now();
   let done = 0;
-  for (const file of files) {
-    if (stopped) break;
-    const name = file.webkitRelativePath || file.name;
-    const key = [student.name, name, file.size, file.lastModified].join("|");
-    try {
-      if (!known.has(key)) await addPhotograph(file, name, key);
-    } catch (error) {
-      if (!(error instanceof Problem)) throw error;
-      unreadable.push(name);
-    } finally {
+  try {
+    for (const file of files) {
+      if (stopped) break;
+      const name = file.webkitRelativePath || file.name;
+      const key = [student.name, name, file.size, file.lastModified].join("|");
+      try {
+        if (!known.has(key)) await addPhotograph(file, name, key);
+      } catch (error) {
+        if (!(error instanceof Problem)) throw error;
+        unreadable.push(name);
+      }
       $("progress").value = ++done;
+      showAlbum(`${done} of ${files.length} looked at.`);
+      await new Promise((resume) => setTimeout(resume)); // let the page draw and hear the button
     }
-    showAlbum(`${done} of ${files.length} looked at.`);
-    await new Promise((resume) => setTimeout(resume)); // let the page draw and hear the button
+  } finally {
+    [$("stop").hidden, $("progress").hidden, $("settings").disabled] = [true, true, false];
   }
-  [$("stop").hidden, $("progress").hidden, $("settings").disabled] = [true, true, false];
   const seconds = ((performance.now() - start) / 1000).toFixed(1);
   showAlbum(`${done} of ${files.length} looked at in ${seconds} s${stopped ? ", then stopped" : ""}.`);
   await search();
@@ -656,7 +695,7 @@ async function load() {
     student = await loadStudent(form, webgpu);
     const place = webgpu ? "WebGPU" : `WebAssembly, ${student.ort.env.wasm.numThreads} threads`.replace("1 threads", "1 thread");
     const megabytes = (student.bytes / 1e6).toFixed(1);
-    $("status").textContent = `Ready: ${student.manifest.model.name}, ${form}, ${megabytes} MB loaded, on ${place}.`;
+    $("status").textContent = `Ready: ${student.manifest.model.name}, ${form}, ${megabytes} MB of graphs and tokenizer, on ${place}.`;
     const check = await selfCheck();
     $("check").textContent = check.text;
     if (!check.agrees) report(new Problem(check.text));
@@ -781,8 +820,12 @@ function wireControls() {
   }, 150);
   for (const id of ["float32", "webgpu"]) {
     $(id).onchange = telling(async () => {
+      const before = ready;
       ready = load();
-      await ready;
+      await ready.catch((error) => {
+        ready = before; // the student before goes on working
+        throw error;
+      });
       if (!stream) await answer();
     });
   }
