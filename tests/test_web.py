@@ -6,10 +6,8 @@ the page can meet is brought about.
 
 from __future__ import annotations
 
-import base64
 import io
 import json
-import random
 import re
 import shutil
 import ssl
@@ -36,27 +34,17 @@ from mclip.deploy import web
 from mclip.deploy.reader import GRAPHS, Deployed, DeployError, prepare
 from mclip.deploy.web import page_server
 from mclip.pictures import open_picture
-from mclip.results import load_results
+from mclip.results import load_results, weights_sha256
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 measure_page = pytest.importorskip("measure_page", reason="it needs playwright")
 pytestmark = pytest.mark.browser
 
 READY, BARS = measure_page.READY, measure_page.BARS
+encoded, examine = measure_page.encoded, measure_page.examine
 SECONDS = 120  # for whatever a page waits for: other work may share the cores
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CAMERA = ("--use-fake-device-for-media-stream",)  # a green screen with a pie that turns
-EXAMINE = """async pairs => {
-  const { examine } = await import(new URL("app.js", location).href);
-  const pack = array => btoa(new Uint8Array(array.buffer).reduce((text, byte) => text + String.fromCharCode(byte), ""));
-  const found = [];
-  for (const [content, sentence] of pairs) {
-    const bytes = Uint8Array.from(atob(content), letter => letter.charCodeAt(0));
-    const { levels, image, ids, text } = await examine(new Blob([bytes]), sentence);
-    found.push({ levels: pack(levels), image: pack(image), ids, text: pack(text) });
-  }
-  return found;
-}"""
 ASKED = """
   window.asked = [];
   const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
@@ -78,6 +66,10 @@ GIVE = """([kind, content, type]) => {
     : new DragEvent("drop", { ...options, dataTransfer: transfer });
   document.querySelector("#stage").dispatchEvent(event);
 }"""
+GPU = (
+    "void Object.defineProperty(navigator, 'gpu', { value: { requestAdapter: async () => null }, configurable: true })"
+)
+"""A browser that knows WebGPU, on a machine without a graphics card for it."""
 COPY = """async content => {
   const bytes = Uint8Array.from(atob(content), letter => letter.charCodeAt(0));
   await navigator.clipboard.write([new ClipboardItem({ "image/png": new Blob([bytes], { type: "image/png" }) })]);
@@ -154,20 +146,6 @@ def opened(context: Any, address: str, wait: str = READY) -> Any:
     return page
 
 
-def encoded(content: bytes) -> str:
-    return base64.b64encode(content).decode()
-
-
-def examine(page: Any, contents: list[bytes], sentences: list[str]) -> list[dict[str, np.ndarray]]:
-    """What the page makes of each picture and sentence."""
-    found = page.evaluate(EXAMINE, [[encoded(c), s] for c, s in zip(contents, sentences, strict=True)])
-    kinds = {"levels": np.uint8, "image": np.float32, "text": np.float32}
-    return [
-        {"ids": each["ids"]} | {key: np.frombuffer(base64.b64decode(each[key]), kind) for key, kind in kinds.items()}
-        for each in found
-    ]
-
-
 def test_pixels_tokens_and_embeddings_are_those_of_python(shared_page, folder, student):
     """float32: pixels to the level, tokens to the id, embeddings to a cosine distance of 1e-3."""
     model, preprocess, tokenizer = student
@@ -197,27 +175,35 @@ def test_pixels_tokens_and_embeddings_are_those_of_python(shared_page, folder, s
         assert 1 - text @ own["text"] < 1e-3, sentence
 
 
+def test_a_photograph_above_the_canvas_is_near_pillows(shared_page, folder):
+    """24 megapixels: the browser shrinks them first, which moves levels by at most 2 of 255, and by 0.2 on average."""
+    noise = np.random.default_rng(0).integers(-40, 41, (4000, 6000, 3))
+    picture = Image.fromarray((np.asarray(smooth(6000, 4000)) + noise).clip(0, 255).astype(np.uint8))
+    content = saved(picture, "JPEG", quality=90)
+    settings = json.loads((folder / "preprocess.json").read_text())
+    exact = prepare(Image.open(io.BytesIO(content)), settings).transpose(1, 2, 0) * settings["std"] + settings["mean"]
+    (own,) = examine(shared_page, [content], ["a dog"])
+    off = np.abs(own["levels"].reshape(exact.shape) - 255 * exact)
+    assert off.max() < 2.5
+    assert off.mean() < 0.2
+
+
 def test_int8_gives_pytorchs_answer_for_95_of_100_photographs(shared_page, student, real_data):
-    """On average over the page's own sets of sentences."""
-    model, preprocess, tokenizer = student
-    paths = random.Random(1).sample(sorted((real_data / "flickr8k-mini" / "images").iterdir()), 100)
-    sets = json.loads((web.PAGE / "sets.json").read_text())
-    sentences = [sentence for own in sets.values() for sentence in own]
-    contents = [path.read_bytes() for path in paths]
-    found = examine(shared_page, contents, (sentences * 100)[:100])
-    images, texts = np.stack([own["image"] for own in found]), np.stack([own["text"] for own in found])
-    with torch.inference_mode():
-        batch = torch.stack([preprocess(open_picture(path)) for path in paths])
-        own_images = model.encode_image(batch, normalize=True).numpy()
-        own_texts = model.encode_text(tokenizer(sentences), normalize=True).numpy()
-    same, start = [], 0
-    for own in sets.values():
-        part = slice(start, start + len(own))
-        start += len(own)
-        answers = (images @ texts[part].T).argmax(1)
-        same.append(100 * (answers == (own_images @ own_texts[part].T).argmax(1)).mean())
-    assert np.mean(same) >= 95, same
-    assert min(same) >= 90, same
+    """The bar holds for all questions of the page's own sets together, and web.json keeps the figure of each set.
+
+    A single set is only guarded against a fall below 90: where the student is unsure, its first answers lie close.
+    """
+    same = measure_page.same_answers(shared_page, student, real_data / "flickr8k-mini" / "images")
+    assert np.mean(list(same.values())) >= 95, same
+    assert min(same.values()) >= 90, same
+
+
+def test_the_committed_measurement_is_of_the_student_that_ships(student):
+    (record,) = load_results(measure_page.FILE)
+    assert record["model"]["sha256"] == weights_sha256(student[0]), "of another student: run measure_page.py again"
+    same = record["metrics"]["same_answers"]
+    assert same.keys() == json.loads((web.PAGE / "sets.json").read_text()).keys()
+    assert np.mean(list(same.values())) >= 95, same
 
 
 def shares(page: Any) -> list[str]:
@@ -269,16 +255,18 @@ def test_every_control_is_used(browser, address, folder, tmp_path):
     use("camera").click()
     assert page.locator("#video").is_hidden()
 
+    page.evaluate(GPU)
     use("float32").check()
     page.wait_for_function(READY)
     assert "float32, 22." in page.inner_text("#status")
     assert "give the exported answers" in page.inner_text("#check")
-    assert page.locator("#webgpu-label").is_hidden() == page.evaluate("!navigator.gpu")
-    if page.locator("#webgpu-label").is_visible():  # WebGPU, or a sentence that says why not
-        page.check("#webgpu")
-        page.wait_for_function(READY)
-        assert re.search("WebGPU|cannot compute", page.inner_text("#status") + page.inner_text("#problem"))
-    used.add("webgpu")
+    use("webgpu").click()  # the failure clears the box again
+    page.get_by_text("This browser cannot compute the float32 student").wait_for()
+    page.wait_for_function(READY)
+    assert page.inner_text("#status") == "The float32 student is still there."
+    assert not page.is_checked("#webgpu")
+    page.fill("#sentences", "a dog\na cat\na bird")
+    page.wait_for_function("() => document.querySelectorAll('#bars li').length === 3")
     use("float32").uncheck()
     page.wait_for_function(READY)
 
@@ -378,8 +366,34 @@ def test_the_page_works_without_network_once_it_was_loaded(browser, folder, tmp_
     context.close()
 
 
+@pytest.fixture(scope="module")
+def screens(tmp_path_factory) -> Path:
+    """The folder of the four pictures that a person looks at: narrow and wide, light and dark."""
+    return tmp_path_factory.mktemp("screens")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_narrow_screen_by_touch_and_by_keyboard(browser, address, tmp_path, scheme):
+def test_a_wide_screen_has_two_columns(browser, address, tmp_path, screens, scheme):
+    context = browser.new_context(viewport={"width": 1200, "height": 900}, color_scheme=scheme)
+    page = opened(context, address)
+    (tmp_path / "one.png").write_bytes(saved(smooth(300, 200), "PNG"))
+    page.set_input_files("#file", tmp_path / "one.png")
+    page.wait_for_function(BARS)
+    assert page.evaluate("document.documentElement.scrollWidth") == 1200
+    left, right = (page.locator("#ask .column").nth(number).bounding_box() for number in (0, 1))
+    assert left["x"] + left["width"] <= right["x"]
+    assert left["y"] == right["y"]
+    lightness = page.evaluate(
+        "['color', 'backgroundColor'].map(part => getComputedStyle(document.body)[part].match(/\\d+/g).map(Number)"
+        ".reduce((sum, level) => sum + level) / 3)"
+    )
+    assert (lightness[0] > lightness[1]) == (scheme == "dark")
+    page.screenshot(path=screens / f"wide-{scheme}.png", full_page=True)
+    context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_narrow_screen_by_touch_and_by_keyboard(browser, address, tmp_path, screens, scheme):
     phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True, "color_scheme": scheme}
     context = browser.new_context(**phone)
     page = opened(context, address)
@@ -392,7 +406,7 @@ def test_a_narrow_screen_by_touch_and_by_keyboard(browser, address, tmp_path, sc
     assert page.evaluate(small) == []
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
     assert dark == (scheme == "dark")
-    page.screenshot(path=tmp_path / f"narrow-{scheme}.png", full_page=True)
+    page.screenshot(path=screens / f"narrow-{scheme}.png", full_page=True)
     page.tap("#search-tab")
     assert page.locator("#query").is_visible()
 
@@ -424,6 +438,79 @@ def test_failures_are_sentences(browser, address, tmp_path):
     page.set_input_files("#folder", tmp_path / "empty")
     page.get_by_text("There is no picture among the 1 files that you chose.").wait_for()
     assert problem.is_visible()
+    context.close()
+
+
+def photographs(folder: Path, count: int = 3) -> list[Path]:
+    paths = [folder / f"{number}.jpg" for number in range(count)]
+    for number, path in enumerate(paths):
+        path.write_bytes(saved(smooth(300, 200, seed=number), "JPEG"))
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        ("", "the browser's storage is full"),
+        ("Object.defineProperty(window, 'indexedDB', { value: undefined })", "this browser gives the page no storage"),
+        ("IDBObjectStore.prototype.put = () => { throw Error('no disk') }", "the browser's storage failed (no disk)"),
+    ],
+    ids=["full", "none", "broken"],
+)
+def test_photographs_that_cannot_be_kept_are_searched_and_said(browser, address, tmp_path, before, reason):
+    context = browser.new_context()
+    context.add_init_script(before)
+    page = opened(context, address)
+    if not before:
+        quota = {"origin": address.rstrip("/"), "quotaSize": 1}
+        context.new_cdp_session(page).send("Storage.overrideQuotaForOrigin", quota)
+    page.click("#search-tab")
+    page.set_input_files("#files", photographs(tmp_path))
+    page.get_by_text("3 of 3 looked at in").wait_for()
+    told = f"3 photographs can be searched, 3 of them only until the page is closed: {reason}."
+    assert page.inner_text("#album").startswith(told)
+    assert page.is_enabled("#float32")
+    page.fill("#query", "the sea")
+    page.wait_for_function("() => document.querySelectorAll('#found li').length === 3")
+    page.reload()
+    page.wait_for_function(READY)
+    assert page.locator("#album").text_content() == "No photographs yet."
+    context.close()
+
+
+def test_the_controls_come_back_after_an_error_that_nobody_foresaw(browser, address, tmp_path):
+    context = browser.new_context()
+    context.add_init_script("HTMLCanvasElement.prototype.toBlob = () => { throw new Error('no memory') }")
+    page = opened(context, address)
+    page.click("#search-tab")
+    page.set_input_files("#files", photographs(tmp_path))
+    page.get_by_text("This should not have happened: Error: no memory").wait_for()
+    assert page.is_enabled("#float32")
+    assert page.locator("#stop").is_hidden()
+    assert page.locator("#progress").is_hidden()
+    context.close()
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"version": 1}, "written by version 1 of mclip.export, and this page reads version 2 of mclip.export"),
+        ({"kind": "other"}, "written by version 2 of other, and this page reads"),
+        (None, "model/text-int8.onnx is not the file that was exported (its SHA-256 differs)"),
+    ],
+    ids=["version", "kind", "graph"],
+)
+def test_a_folder_that_is_not_what_was_exported_is_refused(browser, address, folder, changed, sentence):
+    context = browser.new_context(service_workers="block")
+    if changed is None:
+        graph = (folder / "text-int8.onnx").read_bytes()[:-1] + b"\0"
+        context.route("**/text-int8.onnx", lambda route: route.fulfill(body=graph))
+    else:
+        manifest = json.loads((folder / "manifest.json").read_text()) | changed
+        context.route("**/model/manifest.json", lambda route: route.fulfill(json=manifest))
+    page = opened(context, address, "() => !document.querySelector('#problem').hidden")
+    assert sentence in page.inner_text("#problem")
+    assert page.inner_text("#status") == "The student could not be loaded."
     context.close()
 
 
@@ -506,9 +593,10 @@ def test_the_page_is_measured_in_both_forms_and_a_record_kept(folder, tmp_path, 
     monkeypatch.setattr("measure_page.time", SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda _: None))
     file = tmp_path / "web.json"
     with pytest.raises(ConfigError, match="the first call is not counted"):
-        measure_page.page(str(folder), rounds=1)
+        measure_page.page("", str(folder), rounds=1)
     with ThreadPoolExecutor(1) as own:
-        own.submit(measure_page.page, str(folder), rounds=3, out=str(file)).result()
+        given = {"out": str(file), "photographs": str(photographs(tmp_path)[0].parent)}
+        own.submit(measure_page.page, out_dir=str(folder), rounds=3, **given).result()
     assert f"{file}: first answer after" in capsys.readouterr().out
     (record,) = load_results(file)
     assert (record["task"], record["dataset"], record["n"]) == ("efficiency", "page", 3)
@@ -516,6 +604,8 @@ def test_the_page_is_measured_in_both_forms_and_a_record_kept(folder, tmp_path, 
     metrics = record["metrics"]
     assert 0 < metrics["first_answer_seconds"] < SECONDS
     assert metrics["frames_per_second"] > 0
+    assert metrics["same_answers"].keys() == json.loads((web.PAGE / "sets.json").read_text()).keys()
+    assert all(0 <= share <= 100 for share in metrics["same_answers"].values())
     site = folder / "web"
     small = [path for path in site.rglob("*") if path.is_file() and "float32" not in path.parts]
     assert metrics["megabytes_without_runtime"] == pytest.approx(
