@@ -152,11 +152,6 @@ def set_means(groups: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -
     return {model: {seed: fmean(values) for seed, values in seeds.items()} for model, seeds in scores.items()}
 
 
-def photograph_means(records: Records) -> dict[str, dict[int, float]]:
-    """:func:`set_means` over the photograph sets, without ``MORE_SETS``."""
-    return set_means(photographs_by_model([record for record in records if record["dataset"] not in MORE_SETS]))
-
-
 def per_class_recall(records: Records, dataset: str, limit: int = 6) -> style.NotebookFigure:
     """Recall of each class of ``dataset`` by model; of many, the ``limit`` where models differ most."""
     groups = by_model(records)

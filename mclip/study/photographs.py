@@ -132,7 +132,7 @@ class Photographs:
         sets = []
         for name in MORE_SETS:
             with suppress(ConfigError):
-                sets.append(torchvision_set(name, self.root_dir, self.download))
+                sets.append(torchvision_set(name, self.root_dir, False))
         return sets
 
 
