@@ -28,7 +28,7 @@ from mclip.show.tables import by_model, milliseconds, over_seeds, zero_shot_tabl
 Records = Sequence[Mapping[str, Any]]
 CLIP_VIT_B32_PARAMETERS = 151_277_313
 MORE_SETS = ("cifar100", "fgvc_aircraft", "oxford_pets")
-"""Photographs that are judged where they can be had; means over the photograph sets leave them out."""
+"""Photographs that are judged where they have been downloaded; means over the photograph sets leave them out."""
 LABEL_AT = {
     "mobile-256": (6, -12),
     "MobileCLIP2-S0": (6, -10),

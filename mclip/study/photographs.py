@@ -15,7 +15,7 @@ from torch import nn
 from torchvision.datasets import Imagenette
 
 from mclip.config import PRESETS, ConfigError, DistillConfig, TrainConfig, from_mapping
-from mclip.evaluate import ZeroShotSet, evaluate_retrieval, evaluate_zero_shot, input_of
+from mclip.evaluate import evaluate_retrieval, evaluate_zero_shot, input_of
 from mclip.files import atomic_folder, atomic_path, cache_dir, model_folder, read_json, write_json
 from mclip.locked_image import tune, write_sentences
 from mclip.pairs import Pairs
@@ -114,7 +114,7 @@ class Photographs:
     ) -> Records:
         """The records of a model on the photograph sets: on the part to choose by, or on the part to report.
 
-        The latter come with those of ``MORE_SETS`` that can be had, whole, since nothing is chosen by them.
+        The latter come with those of ``MORE_SETS`` that lie below ``root_dir``, whole, since nothing is chosen by them.
         """
         sets = [photograph_set(each, self.root_dir, part, self.download) for each in EXCERPTS]
         records = [evaluate_zero_shot(model, tokenizer, each, name, seed=seed) for each in sets]
@@ -124,16 +124,11 @@ class Photographs:
         if (file.parent / "images").is_dir():
             split = OWN_SPLIT if part == "report" else f"{OWN_SPLIT}, to choose by"
         records.append(evaluate_retrieval(model, tokenizer, pairs, name, split=split, seed=seed))
-        more = self.more_sets() if part == "report" else []
-        return records + [evaluate_zero_shot(model, tokenizer, each, name, seed=seed) for each in more]
-
-    def more_sets(self) -> list[ZeroShotSet]:
-        """Those of ``MORE_SETS`` that lie below ``root_dir`` or can be downloaded."""
-        sets = []
-        for name in MORE_SETS:
-            with suppress(ConfigError):
-                sets.append(torchvision_set(name, self.root_dir, False))
-        return sets
+        for each in MORE_SETS if part == "report" else ():
+            with suppress(ConfigError):  # it is not there
+                more = torchvision_set(each, self.root_dir, download=False)
+                records.append(evaluate_zero_shot(model, tokenizer, more, name, seed=seed))
+        return records
 
 
 def photo(
