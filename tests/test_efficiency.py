@@ -320,9 +320,9 @@ def test_forms_are_measured_against_pytorch(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "executorch", None)  # as if it were not installed
     monkeypatch.setattr(bench, "PHOTOGRAPHS", 8)
     out, measure = tmp_path / "costs.json", bench.forms
-    monkeypatch.setattr(bench, "forms", lambda student: {"executorch int8": {"megabytes": 1.0}})
+    monkeypatch.setitem(bench.OF_PHOTO, "forms", lambda student: {"executorch int8": {"megabytes": 1.0}})
     assert main(["efficiency", "--only", "forms", "--out", str(out)]) == 0
-    monkeypatch.setattr(bench, "forms", lambda student: measure(student, rounds=1))
+    monkeypatch.setitem(bench.OF_PHOTO, "forms", lambda student: measure(student, rounds=1))
     assert main(["efficiency", "--only", "forms", "--out", str(out)]) == 0
     (kept,) = load_results(out)
     assert (kept["dataset"], kept["n"], kept["model"]) == ("forms", 8, describe_model("photo", student))
@@ -340,9 +340,13 @@ def test_forms_are_measured_against_pytorch(monkeypatch, tmp_path):
     assert lines[0].endswith("| imagenette | cifar10 |")
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| PyTorch", "| float32", "| int8"]
     assert lines[3].endswith(" (100.0) |")
+    monkeypatch.setattr(bench, "INT8_CHOICES", {"the default": {}})
+    choices = bench.choices(student)
+    assert choices["PyTorch"]["same answer"] == dict.fromkeys(names, 100.0)
+    assert choices["the default"].keys() == {"top1", "same answer"}
     with torch.no_grad():
         student.logit_scale.add_(1.0)
-    monkeypatch.setattr(bench, "forms", lambda student: {"int8": {"megabytes": 2.0}})
+    monkeypatch.setitem(bench.OF_PHOTO, "forms", lambda student: {"int8": {"megabytes": 2.0}})
     assert main(["efficiency", "--only", "forms", "--out", str(out)]) == 0
     assert load_results(out)[0]["metrics"] == {"int8": {"megabytes": 2.0}}, "rows of another student were kept"
 

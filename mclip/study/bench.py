@@ -25,13 +25,13 @@ import torch
 
 from mclip.config import DistillConfig, TrainConfig, closest, get_profile, require
 from mclip.deploy.cost import CAPTION, RIVALS, Form, candidate, candidate_name, latency, random_model, threads
-from mclip.deploy.export import evaluate_deployed, export
-from mclip.deploy.reader import Deployed
+from mclip.deploy.export import evaluate_deployed, export, write_int8
+from mclip.deploy.reader import GRAPHS, Deployed, session
 from mclip.evaluate import ZeroShotSet, as_templates
 from mclip.files import DATA
 from mclip.model import MobileCLIP
 from mclip.objectives import Distillation
-from mclip.pairs import BatchSource, Pairs, Targets
+from mclip.pairs import BatchSource, Pairs, Targets, normalise
 from mclip.recipes import load_model, student_prepare
 from mclip.results import describe_model, load_results, make_result, save_result
 from mclip.scenes.test_sets import scene_sets
@@ -46,6 +46,7 @@ from mclip.train import train
 
 RESULTS = DATA / "results"
 Row = dict[str, Any]
+Encode = Callable[[np.ndarray], np.ndarray]
 NO_MODEL = {"name": "random weights", "parameters": 0, "sha256": "0" * 64}
 ALL_TERMS = DistillConfig(phases=(0.0, 0.0, 0.0), ramp=0.0)
 PHOTOGRAPHS = 1000  # of each set, on which the forms of a student are compared
@@ -244,16 +245,13 @@ def forms(model: MobileCLIP, rounds: int = 30) -> dict[str, Any]:
     sets = {set_label({"task": "zero_shot", "dataset": test.name, "split": test.split}): test for test in tests}
     has_executorch = importlib.util.find_spec("executorch") is not None
 
-    def eager(encode: Callable[..., torch.Tensor]) -> Callable[[np.ndarray], np.ndarray]:
-        return torch.inference_mode()(lambda rows: encode(torch.from_numpy(rows), normalize=True).numpy())
-
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "photo"
         manifest = export(model, folder, "photo", pictures, has_executorch)
         readers = {form: Deployed(folder, form, threads=1) for form in manifest["forms"]}
         reader = readers["float32"]
         measured = {"PyTorch": {"megabytes": 4e-6 * sum(weight.numel() for weight in model.parameters())}}
-        encoders = {"PyTorch": {"image": eager(model.encode_image), "text": eager(model.encode_text)}}
+        encoders = {"PyTorch": _eager(model)}
         for form, each in readers.items():
             encoders[form] = {"image": each.encode_prepared, "text": each.encode_tokens}
             measured[form] = {"megabytes": sum(manifest["files"][graph]["bytes"] for graph in each.graphs) / 1e6}
@@ -265,9 +263,56 @@ def forms(model: MobileCLIP, rounds: int = 30) -> dict[str, Any]:
     for form, row in measured.items():
         row["latency"] = {half: clock[form, half] for half in inputs}
         row["cosine"] = {half: float(np.mean([own[form]["cosine"][half] for own in answers])) for half in inputs}
-        for key in ("top1", "same answer"):
+        for key in ANSWERS:
             row[key] = {name: own[form][key] for name, own in zip(sets, answers, strict=True)}
     return measured
+
+
+ANSWERS = ("top1", "same answer")
+INT8_CHOICES: dict[str, dict[str, Any]] = {
+    "8 bits, ranges of 99.999 %": {"bits": 8, "first_in_float": False, "percentile": 99.999},
+    "7 bits": {"first_in_float": False, "percentile": 99.999},
+    "7 bits, first convolution in float": {"percentile": 99.999},
+    "the same, ranges of 99.99 %": {"percentile": 99.99},
+    "the same, ranges of 99.995 %": {},
+}
+"""Arguments of :func:`~mclip.deploy.export.write_int8`; the last are its defaults."""
+
+
+def choices(model: MobileCLIP) -> dict[str, Any]:
+    """Of each of :data:`INT8_CHOICES` for the image half what :func:`forms` measures, but for the time.
+
+    The photographs are of the part of each set that is for choosing.
+    """
+    size, encoders = model.config.image.image_size, {"PyTorch": _eager(model)}
+    seen = normalise(torch.from_numpy(free_crops(size, 256)), size, model.MEAN, model.STD).contiguous().numpy()
+    with tempfile.TemporaryDirectory() as place, threads(1):
+        folder = Path(place) / "photo"
+        export(model, folder)
+        reader = Deployed(folder)
+        for choice, arguments in INT8_CHOICES.items():
+            write_int8(folder, seen, **arguments)
+            encoders[choice] = encoders["PyTorch"] | {"image": _image_half(folder / GRAPHS["int8"][0])}
+        tests = [photograph_set(name, part="choose") for name in EXCERPTS]
+        answers = [_photograph_answers(test, PHOTOGRAPHS, reader, encoders) for test in tests]
+    return {
+        choice: {key: {t.name: own[choice][key] for t, own in zip(tests, answers, strict=True)} for key in ANSWERS}
+        for choice in encoders
+    }
+
+
+def _image_half(graph: Path) -> Encode:
+    loaded = session(graph.read_bytes(), 1)
+    return lambda rows: loaded.run(None, {"images": rows})[0]
+
+
+def _eager(model: MobileCLIP) -> dict[str, Encode]:
+    """Both halves in PyTorch, as a device's reader calls them."""
+
+    def half(encode: Callable[..., torch.Tensor]) -> Encode:
+        return torch.inference_mode()(lambda rows: encode(torch.from_numpy(rows), normalize=True).numpy())
+
+    return {"image": half(model.encode_image), "text": half(model.encode_text)}
 
 
 def _photograph_answers(test: ZeroShotSet, count: int, reader: Deployed, encoders: dict[str, Any]) -> dict[str, Any]:
@@ -323,24 +368,26 @@ def peaks() -> dict[str, float]:
 
 
 COSTS: dict[str, Callable[[], dict[str, Any]]] = {"models": models, "memory": peaks, "int8": quantised}
+OF_PHOTO: dict[str, Callable[[MobileCLIP], dict[str, Any]]] = {"forms": forms, "choices": choices}
 
 
 def efficiency(only: list[str] | None = None, out: str = "") -> None:
     """Measure, about a quarter of an hour on two cores; a part that is not measured keeps its old numbers.
 
     Args:
-        only: parts to measure: models, memory, int8, and forms if asked for, since it needs the photographs. Forms are
-            a record of their own, which names the student; its rows of ExecuTorch stay where that is not installed.
+        only: parts to measure: models, memory, int8; and forms and choices (of int8) if asked for, since they need the
+            photographs. These two are records of their own, which name the student; the rows of ExecuTorch stay where
+            that is not installed.
         out: file of the records; data/results/efficiency.json if empty.
     """
     file = Path(out or RESULTS / "efficiency.json")
-    for name in choose(only or list(COSTS), [*COSTS, "forms"]):
+    for name in choose(only or list(COSTS), [*COSTS, *OF_PHOTO]):
         records = {record["dataset"]: record for record in (load_results(file) if file.exists() else [])}
-        if name == "forms":
+        if name in OF_PHOTO:
             student = load_model("photo")[0].eval()
             model = describe_model("photo", student)
-            kept = records.get("forms")
-            metrics = (kept["metrics"] if kept and kept["model"] == model else {}) | forms(student)
+            kept = records.get(name)
+            metrics = (kept["metrics"] if kept and kept["model"] == model else {}) | OF_PHOTO[name](student)
             details = {"caption": CAPTION, "machine": describe_machine()}
             record = make_result("efficiency", name, "none", PHOTOGRAPHS, model, metrics, details=details)
         else:
