@@ -242,7 +242,7 @@ def forms(model: MobileCLIP, rounds: int = 30) -> dict[str, Any]:
     folder. int8 is calibrated as by the command ``export``. ExecuTorch is measured if it is installed.
     """
     pictures, tests = free_crops(model.config.image.image_size, 256), map(photograph_set, EXCERPTS)
-    sets = {set_label({"task": "zero_shot", "dataset": test.name, "split": test.split}): test for test in tests}
+    sets = {_label(test): test for test in tests}
     has_executorch = importlib.util.find_spec("executorch") is not None
 
     with tempfile.TemporaryDirectory() as place:
@@ -296,9 +296,13 @@ def choices(model: MobileCLIP) -> dict[str, Any]:
         tests = [photograph_set(name, part="choose") for name in EXCERPTS]
         answers = [_photograph_answers(test, PHOTOGRAPHS, reader, encoders) for test in tests]
     return {
-        choice: {key: {t.name: own[choice][key] for t, own in zip(tests, answers, strict=True)} for key in ANSWERS}
+        choice: {key: {_label(t): own[choice][key] for t, own in zip(tests, answers, strict=True)} for key in ANSWERS}
         for choice in encoders
     }
+
+
+def _label(test: ZeroShotSet) -> str:
+    return set_label({"task": "zero_shot", "dataset": test.name, "split": test.split})
 
 
 def _image_half(graph: Path) -> Encode:
