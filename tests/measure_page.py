@@ -1,6 +1,6 @@
 """An exported student in a browser beside native ONNX Runtime, on the same machine in one run: data/results/web.json.
 
-``python tests/measure_page.py --photographs FOLDER`` after ``make phone``, or with ``--out_dir`` and
+``python tests/measure_page.py FOLDER_OF_PHOTOGRAPHS`` after ``make phone``, or with ``--out_dir`` and
 ``--model_checkpoint`` after ``export --web`` of another student. It is no command of the package, because it needs
 Playwright and Chromium, which come with the development tools.
 """
