@@ -134,7 +134,7 @@ def write_int8(
     *,
     bits: Literal[7, 8] = 7,
     first_in_float: bool = True,
-    percentile: float = 99.995,
+    percentile: float = 99.999,
 ) -> None:
     """The graphs of ``folder`` once more in int8, with a scale for each row of a weight.
 

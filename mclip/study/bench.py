@@ -270,13 +270,13 @@ def forms(model: MobileCLIP, rounds: int = 30) -> dict[str, Any]:
 
 ANSWERS = ("top1", "same answer")
 INT8_CHOICES: dict[str, dict[str, Any]] = {
-    "8 bits, ranges of 99.999 %": {"bits": 8, "first_in_float": False, "percentile": 99.999},
-    "7 bits": {"first_in_float": False, "percentile": 99.999},
-    "7 bits, first convolution in float": {"percentile": 99.999},
+    "8 bits, ranges of 99.999 %": {"bits": 8, "first_in_float": False},
+    "7 bits": {"first_in_float": False},
+    "7 bits, first convolution in float": {},
     "the same, ranges of 99.99 %": {"percentile": 99.99},
-    "the same, ranges of 99.995 %": {},
+    "the same, ranges of 99.995 %": {"percentile": 99.995},
 }
-"""Arguments of :func:`~mclip.deploy.export.write_int8`; the last are its defaults."""
+"""Arguments of :func:`~mclip.deploy.export.write_int8`; none are its defaults."""
 
 
 def choices(model: MobileCLIP) -> dict[str, Any]:
