@@ -141,9 +141,9 @@ def write_int8(
     The text half is dynamic: the range of an activation is measured anew in each call. The image half is static: a
     range holds ``percentile`` % of what ``images`` (N, 3, S, S) float32 give, prepared pictures like those of training.
     A single outlier would make the steps of all others coarse. Pictures of a test set would make its result look better
-    than it is. Weights are signed and activations unsigned, for which x86 and ARM have instructions. The oldest of x86
-    add pairs of products in 16 bits, which overflow unless weights keep to 7 bits. The first convolution suffers most
-    from rounding, and costs little in float.
+    than it is. Weights are signed and activations unsigned, for which x86 and ARM have instructions. x86
+    processors without VNNI add pairs of products in 16 bits, which overflow unless weights keep to 7 bits. The first
+    convolution costs little in float.
     """
     (image, text), (image8, text8) = GRAPHS["float32"], GRAPHS["int8"]
     simplified = folder / f"{image}.simplified"

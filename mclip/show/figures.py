@@ -63,16 +63,16 @@ def performance_comparison(records: Records, photographs: Records = ()) -> style
     published = {name: {row.model: {"value": row.top1} for row in rows.itertuples()} for name, rows in by_set}
     photos = photograph_scores(photographs)
     models = list(dict.fromkeys([*style.LABELS, *(name for row in measured.values() for name in row)]))
-    places, rows = [["scenes", "published"]], [max(len(measured), len(published))]
+    panels, rows = [["scenes", "published"]], [max(len(measured), len(published))]
     title = "Measured here,\nwith 95 % intervals and chance"
     if photos:
         names = list(dict.fromkeys(name for row in photos.values() for name in row))
-        places = [["photos", "published"], ["scenes", "scenes"]]
+        panels = [["photos", "published"], ["scenes", "scenes"]]
         rows = [max(len(photos), len(published)) * max(len(names), len(style.LABELS)) / len(style.LABELS)]
         rows.append(0.4 * len(measured))
         title = "Drawn scenes, measured here, with 95 % intervals and chance"
     fig = style.figure(8.3, 1.2 + 0.3 * len(rows) + 0.66 * sum(rows) * len(models) / len(style.LABELS))
-    axes = fig.subplot_mosaic(places, height_ratios=rows)
+    axes = fig.subplot_mosaic(panels, height_ratios=rows)
     if photos:
         style.grouped_bars(axes["photos"], photos, names)
         about = "Photographs, measured here, with 95 % intervals"

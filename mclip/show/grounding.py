@@ -137,9 +137,9 @@ def grounding_chart(image: np.ndarray, maps: dict[str, np.ndarray], name: str = 
     fig.set_layout_engine("compressed")
     axes = fig.subplots(1, 1 + len(maps))
     for ax, (title, heat) in zip(axes, {"the picture": None, **maps}.items(), strict=True):
-        shown = widgets.show_picture(ax, image, heat)
+        heatmap = widgets.show_picture(ax, image, heat)
         ax.set_title(label(title, 28))
-    fig.colorbar(shown, ax=axes[-1], label=name, ticks=(0, 1), shrink=0.8)
+    fig.colorbar(heatmap, ax=axes[-1], label=name, ticks=(0, 1), shrink=0.8)
     return fig
 
 

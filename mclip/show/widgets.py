@@ -127,8 +127,8 @@ def free_crops(size: int, count: int) -> np.ndarray:
     photographs = [torch.from_numpy(np.array(each)).permute(2, 0, 1) for each in free_photographs().values()]
     views, rows = divmod(np.arange(count), len(photographs))
     crops = Crops(smallest=0.15, views=count, seed=0)
-    places = zip(rows, crops.seeds(rows, views), strict=True)
-    return np.stack([crops.cut(photographs[row], size, int(seed)).numpy() for row, seed in places])
+    cuts = zip(rows, crops.seeds(rows, views), strict=True)
+    return np.stack([crops.cut(photographs[row], size, int(seed)).numpy() for row, seed in cuts])
 
 
 def open_upload(file: Mapping[str, Any]) -> Image.Image:
@@ -179,11 +179,11 @@ def loss_chart(student: Model, teacher: Model, captions: Sequence[str], temperat
     fig = figure(8.3, 6.6)
     above, (bars, curves) = fig.subplots(2, 2, height_ratios=(1.15, 1))
     for ax, (name, table) in zip(above, shares.items(), strict=True):
-        shown = caption_matrix(ax, table, captions if name == "teacher" else [""] * count, 0, top)
+        matrix = caption_matrix(ax, table, captions if name == "teacher" else [""] * count, 0, top)
         ax.add_patch(Rectangle((-0.5, row - 0.5), count, 1, fill=False, edgecolor=PALETTE[1], linewidth=2))
         ax.set_title(f"{name.title()}, logit scale {models[name][2]:.1f}, T = {temperature:.3g}")
     above[0].set_ylabel("picture, named by its caption")
-    fig.colorbar(shown, ax=above[1], label="probability of the caption")
+    fig.colorbar(matrix, ax=above[1], label="probability of the caption")
     for (name, table), look, offset in zip(shares.items(), ("teacher", "kd"), (-0.2, 0.2), strict=True):
         places, rows = [n + offset for n in range(count)], [{"value": share} for share in table[row]]
         style.interval_bars(bars, places, rows, 0.4, label=name, color=style.COLOURS[look], hatch=style.HATCHES[look])

@@ -276,7 +276,7 @@ INT8_CHOICES: dict[str, dict[str, Any]] = {
     "the same, ranges of 99.99 %": {"percentile": 99.99},
     "the same, ranges of 99.995 %": {"percentile": 99.995},
 }
-"""Arguments of :func:`~mclip.deploy.export.write_int8`; none are its defaults."""
+"""Arguments of :func:`~mclip.deploy.export.write_int8`; an empty row is its defaults."""
 
 
 def choices(model: MobileCLIP) -> dict[str, Any]:
