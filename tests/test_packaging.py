@@ -6,6 +6,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 USE = """
 import mclip, sys
 from pathlib import Path
@@ -21,22 +23,48 @@ assert check_parameter("out_dir", str, "runs") == str(Path.cwd() / "runs")
 """
 
 
-def test_an_installed_package_has_all_that_ships(repository, tmp_path):
-    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path / "dist")]
+def built_wheel(repository: Path, folder: Path) -> Path:
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
     subprocess.run(build, cwd=repository, check=True, capture_output=True)
-    [wheel] = (tmp_path / "dist").glob("mclip-*.whl")
-    target, empty = tmp_path / "installed", tmp_path / "empty"
-    empty.mkdir()
+    [wheel] = folder.glob("mclip-*.whl")
+    return wheel
+
+
+def use(python: str | Path, installed: Path, home: Path, **environment: str) -> None:
+    """Run USE far from the clone, with nothing of this process's environment that could help."""
+    environment |= {"PATH": os.defpath, "HOME": str(home), "OMP_NUM_THREADS": "1"}
+    command = [python, "-c", USE, str(installed)]
+    result = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_installed_package_has_all_that_ships(repository, tmp_path):
+    wheel, target, home = built_wheel(repository, tmp_path / "dist"), tmp_path / "installed", tmp_path / "empty"
+    home.mkdir()
     install = ["pip", "install", "--quiet", "--no-deps", "--no-index", "--disable-pip-version-check"]
     subprocess.run([sys.executable, "-m", *install, "--target", str(target), str(wheel)], check=True)
     shipped = {"published.csv", "teacher/open_clip_model.safetensors", "checkpoints/kd/config.json"}
     assert all((target / "mclip" / "data" / name).is_file() for name in shipped)
-    environment = {name: value for name, value in os.environ.items() if name != "MCLIP_CACHE"}
-    environment |= {"PYTHONPATH": str(target), "HOME": str(empty), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", USE, str(target)], cwd=empty, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
+    use(sys.executable, target, home, PYTHONPATH=str(target))
+
+
+@pytest.mark.slow
+def test_the_wheel_brings_its_dependencies_into_an_empty_environment(repository, tmp_path):
+    uv = Path(sys.executable).with_name("uv")  # it links what the cache has: pip would copy gigabytes
+    if not uv.is_file():
+        pytest.skip("needs uv beside the interpreter, as `make test` installs it")
+    wheel, home, python = built_wheel(repository, tmp_path / "dist"), tmp_path / "home", tmp_path / "venv/bin/python"
+    home.mkdir()
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, tmp_path / "venv"], check=True)
+    pins = tmp_path / "pins.txt"
+    export = [uv, "export", "--quiet", "--frozen", "--no-hashes", "--no-emit-project", "--output-file", pins]
+    subprocess.run(export, cwd=repository, check=True)
+    install = [uv, "pip", "install", "--quiet", "--python", python, "--constraint", pins, wheel]
+    done = subprocess.run(install, capture_output=True, text=True)
+    if "error sending request" in done.stderr:
+        pytest.skip("the package registry cannot be reached")
+    assert done.returncode == 0, done.stderr
+    use(python, tmp_path / "venv", home)
 
 
 def test_wheel_holds_every_folder_of_data(repository):
