@@ -18,7 +18,7 @@ from scipy.special import stdtrit
 from mclip.config import DistillConfig, TrainConfig
 from mclip.results import ResultError
 from mclip.show.figures import MORE_SETS, set_means
-from mclip.show.style import PALETTE, NotebookFigure, figure, intervals, label, name_rows
+from mclip.show.style import PALETTE, NotebookFigure, figure, label, name_rows, whiskers
 from mclip.show.tables import by_model, markdown
 
 Records = Iterable[Mapping[str, Any]]
@@ -253,7 +253,8 @@ def ablation_figure(records: Sequence[Mapping[str, Any]]) -> NotebookFigure:
         left.plot(statistics.fmean(values), row, "D", color="black", markersize=4)
         if name in found:
             colour, marker = VERDICTS[found[name]["verdict"]]
-            intervals(right, [row], [found[name]], marker, color=colour, markersize=5)
+            look = {"fmt": marker, "color": colour, "markersize": 5, "capsize": 2}
+            right.errorbar(found[name]["value"], row, xerr=whiskers([found[name]]), **look)
     for name, dash in (("base", ":"), ("kd", "--")):
         if name in means:
             level, title = statistics.fmean(means[name].values()), plan[name]["title"]

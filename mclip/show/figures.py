@@ -23,7 +23,16 @@ from mclip.files import DATA
 from mclip.model import MobileCLIP
 from mclip.results import ResultError
 from mclip.show import style
-from mclip.show.tables import by_model, milliseconds, over_seeds, zero_shot_table
+from mclip.show.tables import (
+    Groups,
+    Scores,
+    by_model,
+    milliseconds,
+    over_seeds,
+    score_of,
+    scores_over_seeds,
+    zero_shot_table,
+)
 
 Records = Sequence[Mapping[str, Any]]
 CLIP_VIT_B32_PARAMETERS = 151_277_313
@@ -55,10 +64,9 @@ def performance_comparison(records: Records, photographs: Records = ()) -> style
     Other models have their own names below. ``photographs``, where there are any, come first, with their retrieval; the
     scenes are then small and without numbers.
     """
-    groups, scores = by_model(records), zero_shot_table(records)
+    groups, measured = by_model(records), zero_shot_table(records)
     if not groups:
         raise ResultError(f"results={len(records)} records hold no zero-shot record; evaluate a model first.")
-    measured = {dataset: scores.get(dataset, {}) for dataset in groups}
     by_set = pd.read_csv(DATA / "published.csv").groupby("dataset", sort=False)
     published = {name: {row.model: {"value": row.top1} for row in rows.itertuples()} for name, rows in by_set}
     photos = photograph_scores(photographs)
@@ -76,7 +84,8 @@ def performance_comparison(records: Records, photographs: Records = ()) -> style
     if photos:
         style.grouped_bars(axes["photos"], photos, names)
         about = "Photographs, measured here, with 95 % intervals"
-        if any(map(_has_seen_imagenet, photographs)):
+        teachers = {record.get("details", {}).get("configuration", {}).get("teacher_model") for record in photographs}
+        if "photographs" in teachers or "photo-teacher" in {record["model"]["name"] for record in photographs}:
             about += ".\nThe teacher's trunk has seen Imagenette's classes"
         axes["photos"].set(title=about, xlabel="top-1, or recall at 5 (%)")
     left, right = axes["scenes"], axes["published"]
@@ -94,22 +103,6 @@ def performance_comparison(records: Records, photographs: Records = ()) -> style
     return fig
 
 
-def _has_seen_imagenet(record: Mapping[str, Any]) -> bool:
-    """Whether the record's model is, or has learned from, the teacher with a trunk trained on ImageNet's labels."""
-    teacher = record.get("details", {}).get("configuration", {}).get("teacher_model")
-    return teacher == "photographs" or record["model"]["name"] == "photo-teacher"
-
-
-def score_of(record: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
-    """The number by which a set judges a model: its name, and its value with the interval, in percent.
-
-    Top-1 of a zero-shot record; of one of retrieval, recall at 5 of pictures by their captions.
-    """
-    if record["task"] == "retrieval":
-        return "text to image R@5", record["metrics"]["text_to_image"]["r5"]
-    return "top-1", record["metrics"]["top1"]
-
-
 def set_label(record: Mapping[str, Any]) -> str:
     """What figures and tables call the photograph set of a record; a set that is not the official one says so."""
     official = record["split"].partition(" (")[0] in ("test", "val")
@@ -117,8 +110,8 @@ def set_label(record: Mapping[str, Any]) -> str:
     return record["dataset"] + kind + note * (not official)
 
 
-def photographs_by_model(records: Records) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
-    """``{set: {model: [record of each seed]}}`` of the photograph sets; of ``MORE_SETS``, those that all models have.
+def photograph_scores(records: Records) -> Scores:
+    """:func:`scores_over_seeds` of the photograph sets; of ``MORE_SETS``, those that all models have.
 
     The models that ship for photographs have the roles of those of scenes: photo-teacher is the teacher, and photo is
     kd, unless there is a kd that is compared with the others at equal samples.
@@ -131,18 +124,11 @@ def photographs_by_model(records: Records) -> dict[str, dict[str, list[Mapping[s
             models = groups.setdefault(set_label(record), {})
             models.setdefault(roles.get(record["model"]["name"], record["model"]["name"]), []).append(record)
     everyone = {model for models in groups.values() for model in models}
-    return {name: own for name, own in groups.items() if name not in MORE_SETS or own.keys() == everyone}
+    kept = {name: own for name, own in groups.items() if name not in MORE_SETS or own.keys() == everyone}
+    return scores_over_seeds(kept)
 
 
-def photograph_scores(records: Records) -> style.Table:
-    """``{set: {model: {"value", "low", "high"}}}`` of the photograph sets: :func:`score_of`, over seeds."""
-    return {
-        dataset: {model: over_seeds([score_of(record)[1] for record in group]) for model, group in models.items()}
-        for dataset, models in photographs_by_model(records).items()
-    }
-
-
-def set_means(groups: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> dict[str, dict[int, float]]:
+def set_means(groups: Groups) -> dict[str, dict[int, float]]:
     """``{model: {seed: mean over the sets}}`` in percent, of :func:`score_of`; ``groups`` as of :func:`by_model`."""
     scores: dict[str, dict[int, list[float]]] = {}
     for models in groups.values():
@@ -157,36 +143,18 @@ def per_class_recall(records: Records, dataset: str, limit: int = 6) -> style.No
     groups = by_model(records)
     if not groups.get(dataset):
         raise ResultError(f"dataset={dataset!r} has no results; {closest(dataset, groups)}")
-    models = groups[dataset]
+    models, classes = groups[dataset], {}
     for model, group in models.items():
-        if not all("per_class" in record["metrics"] for record in group):
+        recalls = [record["metrics"].get("per_class") for record in group]
+        if None in recalls:
             raise ResultError(f"dataset={dataset!r} has no recall of single classes in the records of {model}.")
-    names = next(iter(models.values()))[0]["metrics"]["per_class"]
-    classes = {
-        name: {model: over_seeds([r["metrics"]["per_class"][name] for r in group]) for model, group in models.items()}
-        for name in names
-    }
-    values = {name: [row["value"] for row in rows.values()] for name, rows in classes.items()}
-    chosen = sorted(classes, key=lambda name: -np.ptp(values[name]))[:limit]
+        for name in recalls[0]:
+            classes.setdefault(name, {})[model] = over_seeds([recall[name] for recall in recalls])
+    spread = {name: np.ptp([row["value"] for row in rows.values()]) for name, rows in classes.items()}
+    chosen = sorted(classes, key=spread.get, reverse=True)[:limit]
     title = f"{dataset}: the {len(chosen)} of {len(classes)} classes where the models differ most"
     label = "recall of the class (%), with 95 % interval"
     return style.bar_chart({name: classes[name] for name in chosen}, list(models), title, label)
-
-
-def _draw_series(ax: Axes, table: pd.DataFrame, unit: str) -> None:
-    """A line for each column; losses above 0, and weights that differ by more than 50 times, on a log scale."""
-    for name, column in table.items():
-        plain = {"color": "black", "marker": "o" if name == "validation.r1" else "", "markersize": 4}
-        ax.plot(column.dropna(), label=name, **style.TERMS.get(name, plain))
-    ax.set(xlabel="step", ylabel=unit)
-    lowest, highest = table.min(axis=None), table.max(axis=None)
-    if lowest > 0 and (unit == "loss" or (unit == "weight" and 50 * lowest < highest)):
-        ax.set(yscale="log", ylabel=f"{unit} (log scale)")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.minorticks_off()
-    elif unit != "loss":
-        ax.set_ylim(0, None)
 
 
 def read_log(path: str | PathLike[str]) -> list[dict[str, Any]]:
@@ -220,8 +188,19 @@ def training_curves(log: Records) -> style.NotebookFigure:
     fig = style.figure(8.3, 0.9 + 2.25 * rows)
     axes = [fig.add_subplot(rows, 2, number) for number in range(1, len(panels) + 1)]
     for ax, (title, unit, series) in zip(axes, panels, strict=True):
-        ax.set_title(title)
-        _draw_series(ax, series, unit)
+        for name, column in series.items():
+            plain = {"color": "black", "marker": "o" if name == "validation.r1" else "", "markersize": 4}
+            ax.plot(column.dropna(), label=name, **style.TERMS.get(name, plain))
+        ax.set(title=title, xlabel="step", ylabel=unit)
+        lowest, highest = series.min(axis=None), series.max(axis=None)
+        # Losses above 0, and weights that differ by more than 50 times.
+        if lowest > 0 and (unit == "loss" or (unit == "weight" and 50 * lowest < highest)):
+            ax.set(yscale="log", ylabel=f"{unit} (log scale)")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.minorticks_off()
+        elif unit != "loss":
+            ax.set_ylim(0, None)
     phases = table["phase"].dropna()
     starts = phases[phases != phases.shift()]
     for (left, phase), right in zip(starts.items(), [*starts.index[1:], phases.index[-1]], strict=True):
@@ -348,11 +327,10 @@ def probe_chart(
     fig = style.figure(6.3, 3.6)
     ax = fig.subplots()
     for mark, (model, rows) in zip("os^D", probes.items(), strict=False):
-        color, values = style.COLOURS[model], np.array([(r["value"], r["low"], r["high"]) for r in rows.values()])
-        errors = np.abs(values[:, 1:] - values[:, :1]).T
-        look = {"color": color, "marker": mark, "markersize": 4, "capsize": 2, "label": style.LABELS[model]}
-        ax.errorbar(list(rows), values[:, 0], errors, **look)
-        ax.axhline(zero_shot[model]["value"], color=color, linestyle="--")
+        look = {"color": style.COLOURS[model], "marker": mark, "markersize": 4, "label": style.LABELS[model]}
+        values = [row["value"] for row in rows.values()]
+        ax.errorbar(list(rows), values, style.whiskers(rows.values()), capsize=2, **look)
+        ax.axhline(zero_shot[model]["value"], color=look["color"], linestyle="--")
     ax.axhline(chance, color="black", linestyle=":")
     ax.set(title=title, xlabel="labelled pictures a class", ylabel="accuracy (%)", xscale="log", ylim=(0, 100))
     counts = sorted({count for rows in probes.values() for count in rows})
@@ -360,8 +338,7 @@ def probe_chart(
     ax.minorticks_off()
     kinds = (("names, no label", "--"), ("chance", ":"))
     lines = [Line2D([], [], color="black", linestyle=dash, label=name) for name, dash in kinds]
-    handles = [*ax.get_legend_handles_labels()[0], *lines]
-    fig.legend(handles=handles, loc="outside lower center", ncols=5, columnspacing=1)
+    fig.legend(handles=[*ax.containers, *lines], loc="outside lower center", ncols=5, columnspacing=1)
     return fig
 
 
@@ -449,11 +426,10 @@ def cost_of_models(record: Mapping[str, Any]) -> style.NotebookFigure:
         axis.set_minor_locator(NullLocator())
     left.legend(loc="upper left", fontsize=8)
     for half, colour, hatch, offset in (("image", style.PALETTE[2], "", -0.2), ("text", style.PALETTE[4], "//", 0.2)):
-        rows = [{"value": latencies[name][half]} for name in models]
-        heights = [number + offset for number in range(len(rows))]
-        style.interval_bars(right, heights, rows, 0.4, label=half, color=colour, hatch=hatch)
-        for height, row in zip(heights, rows, strict=True):
-            right.text(row["value"], height, f" {row['value']:.{int(row['value'] < 10)}f}", va="center", fontsize=8)
+        times = np.array([latencies[name][half] for name in models])
+        look = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
+        bars = right.barh(np.arange(len(times)) + offset, times, 0.4, label=half, **look)
+        right.bar_label(bars, [f" {time:.{int(time < 10)}f}" for time in times], fontsize=8)
     style.name_rows(right, list(models))
     right.margins(x=0.15)
     right.set(title="Its two halves", xlabel="median latency (ms)")

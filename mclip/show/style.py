@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
@@ -101,19 +101,10 @@ def name_rows(ax: Axes, names: Sequence[str]) -> None:
     ax.grid(False, axis="y")
 
 
-def intervals(ax: Axes, places: Sequence[float], rows: Sequence[Row], fmt: str = "none", **look: Any) -> None:
-    """Marks at the values of ``rows``, with whiskers where all rows have an interval."""
-    spread = None
-    if all("low" in row for row in rows):
-        spread = np.array([(row["value"] - row["low"], row["high"] - row["value"]) for row in rows]).T
-    ax.errorbar([row["value"] for row in rows], places, xerr=spread, fmt=fmt, capsize=2, **look)
-
-
-def interval_bars(ax: Axes, places: Sequence[float], rows: Sequence[Row], height: float = 0.8, **look: Any) -> None:
-    """Horizontal bars of the values of ``rows``, with whiskers where all rows have an interval."""
-    ax.barh(places, [row["value"] for row in rows], height, edgecolor="white", linewidth=0, **look)
-    if rows and all("low" in row for row in rows):
-        intervals(ax, places, rows, ecolor="black", elinewidth=1)
+def whiskers(rows: Collection[Row]) -> np.ndarray | None:
+    """How far the intervals of ``rows`` reach below and above their values, (2, N); None if one has no interval."""
+    ends = [(row["value"] - row["low"], row["high"] - row["value"]) for row in rows if "low" in row]
+    return np.transpose(ends) if ends and len(ends) == len(rows) else None
 
 
 def grouped_bars(ax: Axes, table: Table, models: Sequence[str], numbers: bool = True) -> None:
@@ -130,7 +121,9 @@ def grouped_bars(ax: Axes, table: Table, models: Sequence[str], numbers: bool = 
         rows = {y + offset: group[model] for y, group in enumerate(table.values()) if model in group}
         colour, hatch = looks[model]
         name = LABELS.get(model) or label(model, 24)
-        interval_bars(ax, list(rows), list(rows.values()), height, label=name, color=colour, hatch=hatch)
+        look = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0, "label": name}
+        error = {"xerr": whiskers(rows.values()), "ecolor": "black", "capsize": 2, "error_kw": {"elinewidth": 1}}
+        ax.barh(list(rows), [row["value"] for row in rows.values()], height, **look, **error)
         for y, group in enumerate(table.values()):
             row = group.get(model, {})
             text, end = f"{row['value']:.1f}" * numbers if row else "no result", row.get("high", row.get("value", 0))

@@ -1,17 +1,18 @@
 """Tables made from results records: grouped by dataset and model, and summed up over seeds."""
 
-import math
 import operator
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from scipy.special import stdtrit
+from scipy.stats import sem
 
 from mclip.results import ResultError
 
 Records = Iterable[Mapping[str, Any]]
-Scores = dict[str, dict[str, dict[str, Any]]]
+Groups = dict[str, dict[str, list[Mapping[str, Any]]]]
+Scores = dict[str, dict[str, dict[str, float]]]
 """``{row: {model: {"value", "low", "high"}}}``, in percent."""
 
 
@@ -20,17 +21,16 @@ def over_seeds(intervals: Sequence[Mapping[str, float]]) -> dict[str, float]:
     if len(intervals) == 1:
         return dict(intervals[0])
     values = [interval["value"] for interval in intervals]
-    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    half = float(stdtrit(len(values) - 1, 0.975)) * error
+    mean, half = statistics.fmean(values), float(stdtrit(len(values) - 1, 0.975) * sem(values))
     return {"value": mean, "low": max(0.0, mean - half), "high": min(100.0, mean + half)}
 
 
-def by_model(records: Records, task: str = "zero_shot") -> dict[str, dict[str, list]]:
+def by_model(records: Records, task: str = "zero_shot") -> Groups:
     """``{dataset: {model: [record of each seed]}}`` of the records of ``task``; failures leave models out.
 
     ResultError for a seed that a model has twice on one dataset.
     """
-    groups: dict[str, dict[str, list]] = {}
+    groups: Groups = {}
     for record in (record for record in records if record["task"] == task):
         dataset, model, seed = record["dataset"], record["model"]["name"], record["seed"]
         models = groups.setdefault(dataset, {})
@@ -42,17 +42,30 @@ def by_model(records: Records, task: str = "zero_shot") -> dict[str, dict[str, l
     return groups
 
 
+def score_of(record: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
+    """The number by which a set judges a model: its name, and its value with the interval, in percent.
+
+    Top-1 of a zero-shot record; of one of retrieval, recall at 5 of pictures by their captions.
+    """
+    if record["task"] == "retrieval":
+        return "text to image R@5", record["metrics"]["text_to_image"]["r5"]
+    return "top-1", record["metrics"]["top1"]
+
+
+def scores_over_seeds(groups: Groups) -> Scores:
+    """:func:`score_of` of each model on each dataset, over seeds as :func:`over_seeds` does."""
+    return {
+        dataset: {model: over_seeds([score_of(record)[1] for record in group]) for model, group in models.items()}
+        for dataset, models in groups.items()
+    }
+
+
 def zero_shot_table(records: Records) -> Scores:
-    """``{dataset: {model: {"value", "low", "high", "n"}}}`` of top-1, over seeds as :func:`over_seeds` does.
+    """``{dataset: {model: {"value", "low", "high"}}}`` of top-1, over seeds.
 
     A failed measurement has no entry: it is not a zero.
     """
-    table: Scores = {}
-    for dataset, row in by_model(records).items():
-        for model, own in row.items():
-            score = over_seeds([record["metrics"]["top1"] for record in own])
-            table.setdefault(dataset, {})[model] = score | {"n": own[0]["n"]}
-    return table
+    return scores_over_seeds(by_model(records))
 
 
 def retrieval_table(records: Records) -> Scores:
@@ -60,8 +73,7 @@ def retrieval_table(records: Records) -> Scores:
 
     Of several datasets each row begins with its own: ``"flickr8k, image to text, R@5"``. Failures have no entry.
     """
-    groups = by_model(records, "retrieval")
-    table: Scores = {}
+    groups, table = by_model(records, "retrieval"), {}
     for dataset, models in groups.items():
         for model, group in models.items():
             for way, recalls in group[0]["metrics"].items():
@@ -116,17 +128,10 @@ def efficiency_goals(costs: Mapping[str, Any]) -> str:
     """A Markdown table of the aims: latency of our presets against the rivals', batch 1, one thread."""
     times = {name: sum(milliseconds(model).values()) for name, model in costs["models"].items()}
     text = {name: milliseconds(costs["models"][name])["text"] for name in ("ViT-B-32", "mobile-256")}
-    ratios = {
-        f"image and text, {rival} against {ours}": (times[rival] / times[ours], aim)
-        for rival, ours, aim in (
-            ("ViT-B-32", "mobile-256", "at least 12"),
-            ("MobileCLIP2-S0", "mobile-256", "at least 8"),
-            ("ViT-B-32", "pocket-256", "at least 30"),
-            ("MobileCLIP2-S0", "pocket-256", "at least 20"),
-            ("ViT-B-32", "pocket-256, ONNX", "at least 30"),
-            ("MobileCLIP2-S0", "pocket-256, ONNX", "at least 20"),
-        )
-    }
+    ratios = {}
+    for ours, aims in {"mobile-256": (12, 8), "pocket-256": (30, 20), "pocket-256, ONNX": (30, 20)}.items():
+        for rival, aim in zip(("ViT-B-32", "MobileCLIP2-S0"), aims, strict=True):
+            ratios[f"image and text, {rival} against {ours}"] = (times[rival] / times[ours], f"at least {aim}")
     ratios["text of ten words, ViT-B-32 against mobile-256"] = (text["ViT-B-32"] / text["mobile-256"], "at least 15")
     rows = [(what, f"{value:.1f} times", aim, reached(value, aim)) for what, (value, aim) in ratios.items()]
     return markdown(("latency", "measured", "aim", "reached"), rows)

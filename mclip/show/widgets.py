@@ -185,8 +185,8 @@ def loss_chart(student: Model, teacher: Model, captions: Sequence[str], temperat
     above[0].set_ylabel("picture, named by its caption")
     fig.colorbar(matrix, ax=above[1], label="probability of the caption")
     for (name, table), look, offset in zip(shares.items(), ("teacher", "kd"), (-0.2, 0.2), strict=True):
-        places, rows = [n + offset for n in range(count)], [{"value": share} for share in table[row]]
-        style.interval_bars(bars, places, rows, 0.4, label=name, color=style.COLOURS[look], hatch=style.HATCHES[look])
+        fill = {"color": style.COLOURS[look], "hatch": style.HATCHES[look], "edgecolor": "white", "linewidth": 0}
+        bars.barh(np.arange(count) + offset, table[row], 0.4, label=name, **fill)
     bars.set(title=f"Row {row + 1} of both, as bars", xlabel="probability", xlim=(0, 1))
     name_rows(bars, [f"{label(text, 34)}  {n}" for n, text in enumerate(captions, 1)])
     measured = [(t, *response_and_gradient(student, teacher, t)) for t in (*TEMPERATURES, temperature)]
@@ -378,7 +378,7 @@ def pair_chart(records: Sequence[Mapping[str, Any]], one: str, other: str) -> No
         name_rows(above, [label(plan[name]["title"], 24, 2) for name in (one, other)])
         above.set_ylim(1.5, -0.5)
         colour, marker = VERDICTS[effect["verdict"]]
-        style.intervals(below, [0], [effect], marker, color=colour)
+        below.errorbar(effect["value"], 0, xerr=style.whiskers([effect]), fmt=marker, color=colour, capsize=2)
         below.axvline(0, color="black", linewidth=1)
         verdict = words.get(effect["verdict"], "undecided") if "low" in effect else "no interval: one seed each"
         below.set(title=f"{in_points(effect)}\n{verdict}", xlabel="points, first minus second", yticks=())

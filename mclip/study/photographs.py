@@ -21,7 +21,8 @@ from mclip.locked_image import tune, write_sentences
 from mclip.pairs import Pairs
 from mclip.recipes import BASE, load_data, load_model, open_clip_config, processes, train_open_clip, train_student
 from mclip.results import save_result
-from mclip.show.figures import MORE_SETS, score_of, set_label
+from mclip.show.figures import MORE_SETS, set_label
+from mclip.show.tables import score_of
 from mclip.sources.caption_sets import OWN_SPLIT, caption_set
 from mclip.sources.loading import load_pairs
 from mclip.sources.zero_shot import EXCERPTS, photograph_set, torchvision_set

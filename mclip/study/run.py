@@ -23,8 +23,9 @@ from mclip.model import MobileCLIP
 from mclip.recipes import BASE, compare, evaluate_all, load_data, load_model, train_open_clip, train_student
 from mclip.results import describe_model, load_results, make_result, save_result
 from mclip.show.ablations import DEFAULTS
-from mclip.show.figures import performance_comparison, score_of
+from mclip.show.figures import performance_comparison
 from mclip.show.style import save_figure
+from mclip.show.tables import score_of
 from mclip.steps import TrainError
 from mclip.study import measures
 from mclip.study.defects import NO_REFUSAL, PATCHES, switched_on
