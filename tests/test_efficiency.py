@@ -343,7 +343,7 @@ def test_forms_are_measured_against_pytorch(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "INT8_CHOICES", {"the default": {}})
     choices = bench.choices(student)
     assert choices["PyTorch"]["same answer"] == dict.fromkeys(names, 100.0)
-    assert choices["the default"].keys() == {"top1", "same answer"}
+    assert choices["the default"].keys() == {"cosine", "top1", "same answer"}
     with torch.no_grad():
         student.logit_scale.add_(1.0)
     monkeypatch.setitem(bench.OF_PHOTO, "forms", lambda student: {"int8": {"megabytes": 2.0}})

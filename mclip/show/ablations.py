@@ -158,15 +158,11 @@ def claims_table(studies: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     ``studies`` are the records of scenes, recipes and photographs by these names.
     """
     photographs = [record for record in studies["photographs"] if record["dataset"] not in MORE_SETS]
-    title = "three phases - feature alone"
     chosen = [record for record in photographs if record["task"] == "choice"]
-    claims: list[tuple[str, str, Means, str, str]] = []
-    for measure in MEASURES:
-        means = means_of(studies["recipes"], measure)
-        claims.append((title, f"scenes to choose by, {measure}", means, "magnitude-crops-80", "feature-crops-80"))
-    for measure in PHOTOGRAPH_MEASURES:
-        where = f"photographs to choose by, {measure}"
-        claims.append((title, where, means_of(chosen, measure), "kd", "kd-feature"))
+    what, names = "three phases - feature alone", ("magnitude-crops-80", "feature-crops-80")
+    claims = {(what, f"scenes to choose by, {key}"): (means_of(studies["recipes"], key), *names) for key in MEASURES}
+    for key in PHOTOGRAPH_MEASURES:
+        claims[what, f"photographs to choose by, {key}"] = (means_of(chosen, key), "kd", "kd-feature")
     drawn, taken, retrieval = by_model(studies["scenes"]), by_model(photographs), by_model(photographs, "retrieval")
     reported = {
         "scenes, mean top-1": drawn,
@@ -175,10 +171,10 @@ def claims_table(studies: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         "photographs, mean top-1 of four sets": taken,
         "photographs, mean of these five numbers": taken | retrieval,
     }
-    claims += [("kd - base", where, set_means(groups), "kd", "base") for where, groups in reported.items()]
+    claims |= {("kd - base", where): (set_means(groups), "kd", "base") for where, groups in reported.items()}
     rows = []
-    for what, where, means, name, against in claims:
-        alone, pooled = paired_difference(means, name, against), difference(means, name, against)
+    for (what, where), claim in claims.items():
+        alone, pooled = paired_difference(*claim), difference(*claim)
         rows.append([what, where, alone["n"], in_points(alone), in_points(pooled)])
     table = markdown(("difference", "measured on", "seeds", "points, paired", "points, pooled scatter"), rows)
     six = set_means({name: models for name, models in drawn.items() if name != "relation"})
@@ -272,8 +268,7 @@ def ablation_figure(records: Sequence[Mapping[str, Any]]) -> NotebookFigure:
     right.set(title="Against its counterpart", xlabel=f"difference (points){interval}")
     for verdict, (colour, marker) in VERDICTS.items():
         right.plot([], [], marker, color=colour, label=verdict)
-    handles = [handle for ax in (left, right) for handle in ax.get_legend_handles_labels()[0]]
-    fig.legend(handles=handles, loc="outside lower center", ncols=6, columnspacing=1, handletextpad=0.4)
+    fig.legend(loc="outside lower center", ncols=6, columnspacing=1, handletextpad=0.4)
     fig.suptitle("Which parts of the recipe earn their place, at equal samples seen")
     return fig
 

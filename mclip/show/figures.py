@@ -164,11 +164,9 @@ def read_log(path: str | PathLike[str]) -> list[dict[str, Any]]:
 
 
 def training_curves(log: Records) -> style.NotebookFigure:
-    """Loss terms, their weights, the temperature and validation recall by step, the phases shaded behind.
+    """Loss terms, their weights, the temperature and validation recall by step of a ``log``, over shaded phases.
 
-    ``log`` holds the records of a training log: ``step``, ``phase``, ``terms`` and, where there are any,
-    ``weights`` and ``temperature``; or ``step`` and ``validation``. What a run lacks has no panel; ResultError for
-    one without a step.
+    What a run lacks has no panel; ResultError for one without a training step.
     """
     if not any("terms" in record for record in log):
         raise ResultError(f"log={len(log)} records hold no training step; give the log of a run.")
@@ -402,10 +400,7 @@ def temperature_effect(
 
 
 def cost_of_models(record: Mapping[str, Any]) -> style.NotebookFigure:
-    """Latency against size of the weights, and the latency of both halves as bars.
-
-    Only the deployed form is drawn: it has the bare name of its model.
-    """
+    """Latency of the deployed models against the size of their weights, and that of both halves as bars."""
     models = {name: m for name, m in record["models"].items() if "," not in name}  # a comma: another form
     latencies = {name: milliseconds(m) for name, m in models.items()}
     points = [(sum(latencies[name].values()), m["megabytes"]) for name, m in models.items()]

@@ -127,8 +127,7 @@ def baselines(masks: Tensor, seed: int = 0) -> dict[str, Tensor]:
     size, generator = masks.shape[-1], torch.Generator().manual_seed(seed)
     at = (torch.arange(size) + 0.5) / size - 0.5
     hill = torch.exp(-(at[:, None] ** 2 + at[None, :] ** 2) / (2 * 0.15**2))
-    maps = torch.rand(masks.shape, generator=generator), hill.expand(len(masks), -1, -1)
-    return dict(zip(("random", "centre"), maps, strict=True))
+    return {"random": torch.rand(masks.shape, generator=generator), "centre": hill.expand(len(masks), -1, -1)}
 
 
 def grounding_chart(image: np.ndarray, maps: dict[str, np.ndarray], name: str = "Grad-CAM") -> NotebookFigure:

@@ -30,9 +30,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda seed: seed >= 0, "use 0 or more"),
 }
 RULES |= dict.fromkeys(INPUTS, (lambda path: not path or Path(path).exists(), "no such file or folder"))
-for key in STUDENT_PATHS:
-    remedy = f"give the folder of a student, or one that ships: {' or '.join(STUDENTS)}"
-    RULES[key] = (lambda student: student in ("", *STUDENTS) or Path(student).is_dir(), remedy)
+remedy = f"give the folder of a student, or one that ships: {' or '.join(STUDENTS)}"
+RULES |= dict.fromkeys(STUDENT_PATHS, (lambda name: name in ("", *STUDENTS) or Path(name).is_dir(), remedy))
 
 
 def check_parameter(name: str, kind: type, value: Any, base: Path = ROOT) -> Any:

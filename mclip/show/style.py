@@ -7,7 +7,6 @@ from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -17,7 +16,7 @@ from PIL import Image
 from mclip.files import atomic_path
 
 Row = Mapping[str, float]  # {"value"} in percent, with "low" and "high" where there is an interval
-Table = dict[str, dict[str, Row]]  # {group: {model: row}}
+Table = Mapping[str, Mapping[str, Row]]  # {group: {model: row}}
 PALETTE = sns.color_palette("colorblind")
 LABELS = {"base": "student alone", "clip": "CLIP from scratch", "kd": "distilled student", "teacher": "teacher"}
 # Models and terms are told apart without colour as well, by hatches and dashes.
@@ -31,19 +30,10 @@ LINES = tuple({"color": PALETTE[i], "linestyle": dash} for i, dash in ((0, "-"),
 """Looks of lines that are neither a term nor the student alone, in the order in which they come."""
 PHASES = {1: PALETTE[7], 2: PALETTE[8], 3: PALETTE[9]}
 TEXTS = ("font.size", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize")
-STYLE = {
-    **sns.axes_style("whitegrid"),
-    **dict.fromkeys(TEXTS, 9),
-    "axes.titlesize": 10,
-    "figure.titlesize": 11,
-    "axes.titlelocation": "left",
-    "lines.linewidth": 1.4,
-    "hatch.linewidth": 0.6,
-    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
-}
-"""The course's rc settings: seaborn's white grid, colour-blind palette, no text under 9 points."""
-# Whoever imports this module draws in this style, as after seaborn's set_theme().
-matplotlib.rcParams.update(STYLE)
+SIZES = dict.fromkeys(TEXTS, 9) | {"axes.titlesize": 10, "figure.titlesize": 11}
+LOOKS = {"axes.titlelocation": "left", "lines.linewidth": 1.4, "hatch.linewidth": 0.6}
+# Whoever imports this module draws in this style: seaborn's white grid, colour-blind palette, no text under 9 points.
+sns.set_theme(context=None, style="whitegrid", palette="colorblind", color_codes=False, rc=SIZES | LOOKS)
 
 
 class NotebookFigure(Figure):

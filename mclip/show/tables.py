@@ -11,9 +11,9 @@ from scipy.stats import sem
 from mclip.results import ResultError
 
 Records = Iterable[Mapping[str, Any]]
+ALONE = "1 thread, batch 1"
 Groups = dict[str, dict[str, list[Mapping[str, Any]]]]
-Scores = dict[str, dict[str, dict[str, float]]]
-"""``{row: {model: {"value", "low", "high"}}}``, in percent."""
+Scores = dict[str, dict[str, dict[str, float]]]  # {row: {model: {"value", "low", "high"}}}, in percent
 
 
 def over_seeds(intervals: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -99,12 +99,12 @@ def reached(value: float, aim: str) -> str:
     return "yes" if {"at least": operator.ge, "at most": operator.le}[side](value, float(limit)) else "no"
 
 
-def milliseconds(model: Mapping[str, Any], setting: str = "1 thread, batch 1") -> dict[str, float]:
-    """Median latency of a model of ``efficiency.json``: image and text."""
+def milliseconds(model: Mapping[str, Any]) -> dict[str, float]:
+    """Median latency of a model of ``efficiency.json`` for one sample on one thread: image and text."""
     measured = model.get("latency", {})
-    if setting not in measured:
-        raise ResultError(f"latency={list(measured)} lack {setting!r}; run: python -m mclip efficiency")
-    return {half: numbers["median"] for half, numbers in measured[setting].items()}
+    if ALONE not in measured:
+        raise ResultError(f"latency={list(measured)} lack {ALONE!r}; run: python -m mclip efficiency")
+    return {half: numbers["median"] for half, numbers in measured[ALONE].items()}
 
 
 def efficiency_table(costs: Mapping[str, Any]) -> str:
@@ -113,7 +113,7 @@ def efficiency_table(costs: Mapping[str, Any]) -> str:
     header = ("", *millions, "MB", "image, ms (p95)", "text, ms (p95)", "ViT-B/32 takes", "peak, MB")
     reference, rows = sum(milliseconds(costs["models"]["ViT-B-32"]).values()), []
     for name, model in costs["models"].items():
-        clock, adds = model.get("latency", {}).get("1 thread, batch 1", {}), model.get("multiply_adds", {})
+        clock, adds = model.get("latency", {}).get(ALONE, {}), model.get("multiply_adds", {})
         cells = [f"{model['parameters'][part] / 1e6:.1f}" for part in ("total", "token table")]
         cells += [f"{adds[half] / 1e6:,.0f}" if adds else "" for half in ("image", "text")]
         cells += [f"{model['megabytes']:,.0f}"]

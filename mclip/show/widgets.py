@@ -212,11 +212,8 @@ def loss_explorer(student: Model, teacher: Model, captions: Sequence[str]) -> ip
         ipywidgets.FloatLogSlider(student[2], description="student's logit scale", **SHARPNESS, **WIDE),
         ipywidgets.IntSlider(1, min=1, max=len(captions), description="picture", **WIDE),
     ]
-
-    def draw(temperature: float, scale: float, picture: int) -> NotebookFigure:
-        return loss_chart((*student[:2], scale), teacher, captions, temperature, picture - 1)
-
-    return follow(controls, draw)
+    image, text, _ = student
+    return follow(controls, lambda heat, scale, row: loss_chart((image, text, scale), teacher, captions, heat, row - 1))
 
 
 def replay(log: Log, config: DistillConfig) -> list[dict[str, Any]]:
@@ -351,9 +348,8 @@ def kernel_explorer(words: Sequence[str], logits: Sequence[float]) -> ipywidgets
     """A slider for the place of the impulse in a sentence, and one for each tap of the kernel, over kernel_chart."""
     looks = {"min": -4.0, "max": 4.0, "step": 0.1, "continuous_update": False, "layout": {"width": "260px"}}
     place = ipywidgets.IntSlider(len(words) // 2, min=0, max=len(words) - 1, description="impulse at token", **WIDE)
-    names = [f"tap {i - len(logits) // 2:+d}" for i in range(len(logits))]
-    pairs = zip(logits, names, strict=True)
-    taps = [ipywidgets.FloatSlider(value, description=name, **looks) for value, name in pairs]
+    numbered = enumerate(logits, start=-(len(logits) // 2))
+    taps = [ipywidgets.FloatSlider(value, description=f"tap {number:+d}", **looks) for number, value in numbered]
     return follow([place, *taps], lambda place, *values: kernel_chart(words, place, values))
 
 

@@ -11,7 +11,7 @@ import platform
 import re
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -241,10 +241,8 @@ def forms(model: MobileCLIP, rounds: int = 30) -> dict[str, Any]:
     :data:`PHOTOGRAPHS` of each set top-1 (%) and how often the answer is PyTorch's (%). The sets lie below the cache
     folder. int8 is calibrated as by the command ``export``. ExecuTorch is measured if it is installed.
     """
-    pictures, tests = free_crops(model.config.image.image_size, 256), map(photograph_set, EXCERPTS)
-    sets = {_label(test): test for test in tests}
+    pictures, tests = free_crops(model.config.image.image_size, 256), [photograph_set(name) for name in EXCERPTS]
     has_executorch = importlib.util.find_spec("executorch") is not None
-
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "photo"
         manifest = export(model, folder, "photo", pictures, has_executorch)
@@ -259,16 +257,13 @@ def forms(model: MobileCLIP, rounds: int = 30) -> dict[str, Any]:
         with threads(1):
             halves = {(form, half): call for form, own in encoders.items() for half, call in own.items()}
             clock = latency({key: partial(call, inputs[key[1]]) for key, call in halves.items()}, rounds)
-            answers = [_photograph_answers(test, PHOTOGRAPHS, reader, encoders) for test in sets.values()]
+            answers = _answers(tests, reader, encoders)
     for form, row in measured.items():
         row["latency"] = {half: clock[form, half] for half in inputs}
-        row["cosine"] = {half: float(np.mean([own[form]["cosine"][half] for own in answers])) for half in inputs}
-        for key in ANSWERS:
-            row[key] = {name: own[form][key] for name, own in zip(sets, answers, strict=True)}
+        row |= answers[form]
     return measured
 
 
-ANSWERS = ("top1", "same answer")
 INT8_CHOICES: dict[str, dict[str, Any]] = {
     "8 bits, ranges of 99.999 %": {"bits": 8, "first_in_float": False},
     "7 bits": {"first_in_float": False},
@@ -289,25 +284,11 @@ def choices(model: MobileCLIP) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place, threads(1):
         folder = Path(place) / "photo"
         export(model, folder)
-        reader = Deployed(folder)
         for choice, arguments in INT8_CHOICES.items():
             write_int8(folder, seen, **arguments)
-            encoders[choice] = encoders["PyTorch"] | {"image": _image_half(folder / GRAPHS["int8"][0])}
-        tests = [photograph_set(name, part="choose") for name in EXCERPTS]
-        answers = [_photograph_answers(test, PHOTOGRAPHS, reader, encoders) for test in tests]
-    return {
-        choice: {key: {_label(t): own[choice][key] for t, own in zip(tests, answers, strict=True)} for key in ANSWERS}
-        for choice in encoders
-    }
-
-
-def _label(test: ZeroShotSet) -> str:
-    return set_label({"task": "zero_shot", "dataset": test.name, "split": test.split})
-
-
-def _image_half(graph: Path) -> Encode:
-    loaded = session(graph.read_bytes(), 1)
-    return lambda rows: loaded.run(None, {"images": rows})[0]
+            run = session((folder / GRAPHS["int8"][0]).read_bytes(), 1).run
+            encoders[choice] = encoders["PyTorch"] | {"image": lambda rows, run=run: run(None, {"images": rows})[0]}
+        return _answers([photograph_set(name, part="choose") for name in EXCERPTS], Deployed(folder), encoders)
 
 
 def _eager(model: MobileCLIP) -> dict[str, Encode]:
@@ -319,30 +300,32 @@ def _eager(model: MobileCLIP) -> dict[str, Encode]:
     return {"image": half(model.encode_image), "text": half(model.encode_text)}
 
 
-def _photograph_answers(test: ZeroShotSet, count: int, reader: Deployed, encoders: dict[str, Any]) -> dict[str, Any]:
-    """Of each form, on a photograph set: cosines with PyTorch's embeddings, top-1 and the same answers."""
-    chosen = sorted(np.random.default_rng(0).permutation(len(test.images))[:count].tolist())
-    pictures, labels = zip(*(test.images[row] for row in chosen), strict=True)
-    templates = as_templates(test.templates)
-    prompts = [template.replace("{}", each) for each in test.class_names for template in templates]
-    inputs = {"image": reader.prepare(pictures), "text": reader.tokenize(prompts)}
-    embedded, answers = {}, {}
-    for form, own in encoders.items():
-        rows = {
-            half: np.concatenate([own[half](batch[start : start + 64]) for start in range(0, len(batch), 64)])
-            for half, batch in inputs.items()
-        }
-        classes = rows["text"].reshape(len(test.class_names), len(templates), -1).mean(1)
-        classes /= np.linalg.norm(classes, axis=1, keepdims=True)
-        embedded[form], answers[form] = rows, (rows["image"] @ classes.T).argmax(1)
-    return {
-        form: {
-            "cosine": {half: float((rows[half] * embedded["PyTorch"][half]).sum(1).mean()) for half in rows},
-            "top1": 100 * float((answers[form] == np.array(labels)).mean()),
-            "same answer": 100 * float((answers[form] == answers["PyTorch"]).mean()),
-        }
-        for form, rows in embedded.items()
-    }
+def _answers(tests: Sequence[ZeroShotSet], reader: Deployed, encoders: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of each form of a student, on photograph sets: cosines with PyTorch's embeddings, top-1 and the same answers."""
+    found = {form: {"cosine": {"image": [], "text": []}, "top1": {}, "same answer": {}} for form in encoders}
+    for test in tests:
+        label = set_label({"task": "zero_shot", "dataset": test.name, "split": test.split})
+        chosen = sorted(np.random.default_rng(0).permutation(len(test.images))[:PHOTOGRAPHS].tolist())
+        pictures, labels = zip(*(test.images[row] for row in chosen), strict=True)
+        templates = as_templates(test.templates)
+        prompts = [template.replace("{}", each) for each in test.class_names for template in templates]
+        inputs = {"image": reader.prepare(pictures), "text": reader.tokenize(prompts)}
+        expected = {}
+        for form, own in encoders.items():
+            rows = {
+                half: np.concatenate([own[half](batch[start : start + 64]) for start in range(0, len(batch), 64)])
+                for half, batch in inputs.items()
+            }
+            classes = rows["text"].reshape(len(test.class_names), len(templates), -1).mean(1)
+            answers = (rows["image"] @ (classes / np.linalg.norm(classes, axis=1, keepdims=True)).T).argmax(1)
+            expected = expected or rows | {"answers": answers}  # PyTorch comes first
+            for half, cosines in found[form]["cosine"].items():
+                cosines.append(float((rows[half] * expected[half]).sum(1).mean()))
+            found[form]["top1"][label] = 100 * float((answers == np.array(labels)).mean())
+            found[form]["same answer"][label] = 100 * float((answers == expected["answers"]).mean())
+    for own in found.values():
+        own["cosine"] = {half: float(np.mean(cosines)) for half, cosines in own["cosine"].items()}
+    return found
 
 
 def peak_memory(name: str, form: Form = "deployed", batch: int = 1) -> float:
@@ -388,17 +371,16 @@ def efficiency(only: list[str] | None = None, out: str = "") -> None:
     for name in choose(only or list(COSTS), [*COSTS, *OF_PHOTO]):
         records = {record["dataset"]: record for record in (load_results(file) if file.exists() else [])}
         if name in OF_PHOTO:
-            student = load_model("photo")[0].eval()
-            model = describe_model("photo", student)
-            kept = records.get(name)
-            metrics = (kept["metrics"] if kept and kept["model"] == model else {}) | OF_PHOTO[name](student)
-            details = {"caption": CAPTION, "machine": describe_machine()}
-            record = make_result("efficiency", name, "none", PHOTOGRAPHS, model, metrics, details=details)
+            student, kept, details = load_model("photo")[0].eval(), records.get(name, {}), {}
+            dataset, n, model = name, PHOTOGRAPHS, describe_model("photo", student)
+            metrics = (kept["metrics"] if kept.get("model") == model else {}) | OF_PHOTO[name](student)
         else:
-            kept = records.get("costs", {"metrics": {}, "details": {}})
-            metrics, details = kept["metrics"] | {name: COSTS[name]()}, kept["details"] | {"caption": CAPTION}
-            if name == "models":
-                details["machine"] = describe_machine()
-            record = make_result("efficiency", "costs", "none", len(MODELS), NO_MODEL, metrics, details=details)
+            dataset, n, model = "costs", len(MODELS), NO_MODEL
+            kept = records.get(dataset, {"metrics": {}, "details": {}})
+            metrics, details = kept["metrics"] | {name: COSTS[name]()}, kept["details"]
+        details["caption"] = CAPTION
+        if name in ("models", *OF_PHOTO):
+            details["machine"] = describe_machine()
+        record = make_result("efficiency", dataset, "none", n, model, metrics, details=details)
         save_result(file, record)
         print(f"{name}: measured, {file}", flush=True)

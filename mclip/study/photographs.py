@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -164,28 +164,21 @@ def photo(
     for name, (student, folder) in models.items():
         settings, terms = recipe(student, epochs)
         settings = replace(settings, seed=seed, progress=progress)
-        with clocked(folder / "seconds.json"):
+        clock, begun = folder / "seconds.json", time.perf_counter()
+        before = read_json(clock)["seconds"] if clock.exists() else 0.0
+        try:
             photographs.train(student, settings, terms, folder, preset=PRESET, **names)
+        finally:  # the seconds of all starts; one that was killed is not counted
+            write_json(clock, {"seconds": before + time.perf_counter() - begun})
         records = photographs.judge(*load_model(folder / "model"), name)
         own = asdict(settings) | {"processes": processes()[1]}
-        records[0]["details"]["training"] = read_json(folder / "seconds.json") | own
+        records[0]["details"]["training"] = read_json(clock) | own
         save_result(out / "results" / "photo.json", *records)
         write_card(folder / "model", name, records)
         for record in records:
             label, score = score_of(record)
             row = f"{set_label(record):24} {label:18} {score['value']:5.1f} % [{score['low']:.1f}, {score['high']:.1f}]"
             print(f"{name:14} {row}  n={record['n']}")
-
-
-@contextmanager
-def clocked(file: Path) -> Iterator[None]:
-    """Add the seconds that this takes to those in a JSON file; a start that was killed is not counted."""
-    before = read_json(file)["seconds"] if file.exists() else 0.0
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        write_json(file, {"seconds": before + time.perf_counter() - start})
 
 
 def write_clip(folder: Path, image_size: int) -> None:

@@ -54,13 +54,9 @@ class Job:
 
     def is_finished(self) -> bool:
         """Whether the file has a record of just this job."""
-        for record in load_results(self.file) if self.file.exists() else ():
-            details = record.get("details", {})
-            kept = DEFAULTS | details.get("configuration", {})
-            named = details.get("experiment", {}).get("name") == self.row.name
-            if named and self.settings.items() <= kept.items():
-                return True
-        return False
+        kept = [record.get("details", {}) for record in (load_results(self.file) if self.file.exists() else ())]
+        own = [details for details in kept if details.get("experiment", {}).get("name") == self.row.name]
+        return any(self.settings.items() <= (DEFAULTS | details["configuration"]).items() for details in own)
 
     @property
     def study(self) -> Study:
@@ -199,11 +195,10 @@ def save(job: Job, records: Records) -> None:
     The models of seed 0 that ship are copied to ``data``: students of scenes in fp16 with their logs, and that of
     photographs without a teacher with its card. One whose training failed has only its record.
     """
-    names = [row.name for row in BY_NAME.values() if row.study == job.row.study]
+    places = {row.name: place for place, row in enumerate(BY_NAME.values()) if row.study == job.row.study}
 
     def place(record: dict[str, Any]) -> tuple[int, int]:
-        name = record["model"]["name"]
-        return names.index(name) if name in names else len(names), record["seed"]
+        return places.get(record["model"]["name"], len(BY_NAME)), record["seed"]
 
     save_result(job.file, *records, order=place)
     ships = (job.file.parent, job.seed, job.row.measure) == (RESULTS, 0, "")
