@@ -22,17 +22,8 @@ from mclip.config import PRESETS, closest
 from mclip.files import DATA
 from mclip.model import MobileCLIP
 from mclip.results import ResultError
-from mclip.show import style
-from mclip.show.tables import (
-    Groups,
-    Scores,
-    by_model,
-    milliseconds,
-    over_seeds,
-    score_of,
-    scores_over_seeds,
-    zero_shot_table,
-)
+from mclip.show import style, tables
+from mclip.show.tables import Groups, Scores, by_model, over_seeds, score_of
 
 Records = Sequence[Mapping[str, Any]]
 CLIP_VIT_B32_PARAMETERS = 151_277_313
@@ -64,7 +55,7 @@ def performance_comparison(records: Records, photographs: Records = ()) -> style
     Other models have their own names below. ``photographs``, where there are any, come first, with their retrieval; the
     scenes are then small and without numbers.
     """
-    groups, measured = by_model(records), zero_shot_table(records)
+    groups, measured = by_model(records), tables.zero_shot_table(records)
     if not groups:
         raise ResultError(f"results={len(records)} records hold no zero-shot record; evaluate a model first.")
     by_set = pd.read_csv(DATA / "published.csv").groupby("dataset", sort=False)
@@ -125,7 +116,7 @@ def photograph_scores(records: Records) -> Scores:
             models.setdefault(roles.get(record["model"]["name"], record["model"]["name"]), []).append(record)
     everyone = {model for models in groups.values() for model in models}
     kept = {name: own for name, own in groups.items() if name not in MORE_SETS or own.keys() == everyone}
-    return scores_over_seeds(kept)
+    return tables.scores_over_seeds(kept)
 
 
 def set_means(groups: Groups) -> dict[str, dict[int, float]]:
@@ -402,7 +393,7 @@ def temperature_effect(
 def cost_of_models(record: Mapping[str, Any]) -> style.NotebookFigure:
     """Latency of the deployed models against the size of their weights, and that of both halves as bars."""
     models = {name: m for name, m in record["models"].items() if "," not in name}  # a comma: another form
-    latencies = {name: milliseconds(m) for name, m in models.items()}
+    latencies = {name: tables.milliseconds(m) for name, m in models.items()}
     points = [(sum(latencies[name].values()), m["megabytes"]) for name, m in models.items()]
     fig = style.figure(8.3, 4.2)
     left, right = fig.subplots(1, 2, width_ratios=(1.25, 1))

@@ -302,7 +302,7 @@ def _eager(model: MobileCLIP) -> dict[str, Encode]:
 
 def _answers(tests: Sequence[ZeroShotSet], reader: Deployed, encoders: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Of each form of a student, on photograph sets: cosines with PyTorch's embeddings, top-1 and the same answers."""
-    found = {form: {"cosine": {"image": [], "text": []}, "top1": {}, "same answer": {}} for form in encoders}
+    compared = {form: {"cosine": {"image": [], "text": []}, "top1": {}, "same answer": {}} for form in encoders}
     for test in tests:
         label = set_label({"task": "zero_shot", "dataset": test.name, "split": test.split})
         chosen = sorted(np.random.default_rng(0).permutation(len(test.images))[:PHOTOGRAPHS].tolist())
@@ -319,13 +319,13 @@ def _answers(tests: Sequence[ZeroShotSet], reader: Deployed, encoders: dict[str,
             classes = rows["text"].reshape(len(test.class_names), len(templates), -1).mean(1)
             answers = (rows["image"] @ (classes / np.linalg.norm(classes, axis=1, keepdims=True)).T).argmax(1)
             expected = expected or rows | {"answers": answers}  # PyTorch comes first
-            for half, cosines in found[form]["cosine"].items():
+            for half, cosines in compared[form]["cosine"].items():
                 cosines.append(float((rows[half] * expected[half]).sum(1).mean()))
-            found[form]["top1"][label] = 100 * float((answers == np.array(labels)).mean())
-            found[form]["same answer"][label] = 100 * float((answers == expected["answers"]).mean())
-    for own in found.values():
+            compared[form]["top1"][label] = 100 * float((answers == np.array(labels)).mean())
+            compared[form]["same answer"][label] = 100 * float((answers == expected["answers"]).mean())
+    for own in compared.values():
         own["cosine"] = {half: float(np.mean(cosines)) for half, cosines in own["cosine"].items()}
-    return found
+    return compared
 
 
 def peak_memory(name: str, form: Form = "deployed", batch: int = 1) -> float:

@@ -1,6 +1,5 @@
 """The command ``figures``: draws the figures, and writes the tables beside them, from ``data/results`` alone."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,13 @@ def scores_markdown(table: Scores, models: Sequence[str]) -> str:
 
 def paired_markdown(records: Records) -> str:
     """The records of task "paired": a row for each set, a column for each seed."""
-    rows: dict[str, dict[str, str]] = {}
+    rows: dict[str, dict[int, str]] = {}
     for record in records:
         if record["task"] == "paired":
-            rows.setdefault(record["dataset"], {})[f"seed {record['seed']}"] = describe(record)
+            rows.setdefault(record["dataset"], {})[record["seed"]] = describe(record)
     seeds = sorted({seed for row in rows.values() for seed in row})
-    return markdown(
-        ["kd - base", *seeds], [[name, *(row.get(seed, "") for seed in seeds)] for name, row in rows.items()]
-    )
+    header = ["kd - base", *(f"seed {seed}" for seed in seeds)]
+    return markdown(header, [[name, *(row.get(seed, "") for seed in seeds)] for name, row in rows.items()])
 
 
 def bench_markdown(records: Records) -> str:
@@ -76,11 +74,11 @@ def headline(records: Records, costs: Mapping[str, Any]) -> str:
 
 def replace_block(text: str, name: str, block: str) -> str:
     """``text`` with what lies between ``<!-- name -->`` and the next ``<!-- end -->`` replaced by ``block``."""
-    pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-    replaced, count = re.subn(pattern, lambda marks: f"{marks[1]}{block}\n{marks[2]}", text, count=1, flags=re.DOTALL)
-    if not count:
-        raise ResultError(f"no block <!-- {name} --> ... <!-- end --> in the text; restore the two lines.")
-    return replaced
+    start, mark = text.find(f"<!-- {name} -->"), "<!-- end -->"
+    end = text.find(mark, start)
+    if start < 0 or end < 0:
+        raise ResultError(f"no block <!-- {name} --> ... {mark} in the text; restore the two lines.")
+    return f"{text[:start]}<!-- {name} -->\n{block}\n{text[end:]}"
 
 
 def prompt_sensitivity(models: Mapping[str, Mapping[str, Mapping[str, float]]]) -> NotebookFigure:
@@ -93,8 +91,8 @@ def prompt_sensitivity(models: Mapping[str, Mapping[str, Mapping[str, float]]]) 
 
 def load_all() -> dict[str, Records]:
     """The records of every study by its name; none of one that was not run."""
-    files = {name: RESULTS / f"{name}.json" for name in (*STUDIES, "photo", "efficiency", "bench")}
-    return {name: load_results(file) if file.exists() else [] for name, file in files.items()}
+    records = {name: [] for name in (*STUDIES, "photo", "efficiency", "bench")}
+    return records | {file.stem: load_results(file) for file in RESULTS.glob("*.json") if file.stem in records}
 
 
 def figures_of(records: Mapping[str, Records]) -> dict[str, NotebookFigure]:
