@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from os import PathLike
 from statistics import fmean
 from typing import Any
@@ -65,10 +66,10 @@ def performance_comparison(records: Records, photographs: Records = ()) -> style
     panels, rows = [["scenes", "published"]], [max(len(measured), len(published))]
     title = "Measured here,\nwith 95 % intervals and chance"
     if photos:
-        names = list(dict.fromkeys(name for row in photos.values() for name in row))
+        names = style.in_order({name for row in photos.values() for name in row})
         panels = [["photos", "published"], ["scenes", "scenes"]]
         rows = [max(len(photos), len(published)) * max(len(names), len(style.LABELS)) / len(style.LABELS)]
-        rows.append(0.4 * len(measured))
+        rows.append(0.55 * len(measured))
         title = "Drawn scenes, measured here, with 95 % intervals and chance"
     fig = style.figure(8.3, 1.2 + 0.3 * len(rows) + 0.66 * sum(rows) * len(models) / len(style.LABELS))
     axes = fig.subplot_mosaic(panels, height_ratios=rows)
@@ -77,14 +78,13 @@ def performance_comparison(records: Records, photographs: Records = ()) -> style
         about = "Photographs, measured here, with 95 % intervals"
         teachers = {record.get("details", {}).get("configuration", {}).get("teacher_model") for record in photographs}
         if "photographs" in teachers or "photo-teacher" in {record["model"]["name"] for record in photographs}:
-            about += ".\nThe teacher's trunk has seen Imagenette's classes"
+            about += ".\nThe teacher's trunk has seen Imagenette's classes,\nits students photographs without captions"
         axes["photos"].set(title=about, xlabel="top-1, or recall at 5 (%)")
+        _mark_chance(axes["photos"], list(photos), photographs, set_label)
     left, right = axes["scenes"], axes["published"]
     style.grouped_bars(left, measured, models, numbers=not photos)
     style.grouped_bars(right, published, list(style.LABELS))
-    for y, row in enumerate(groups.values()):
-        for chance in {group[0]["metrics"].get("chance") for group in row.values()} - {None}:
-            left.vlines(chance, y - 0.46, y + 0.46, colors="black", linestyles="dotted")
+    _mark_chance(left, list(measured), records, itemgetter("dataset"))
     left.set(title=title, xlabel="zero-shot top-1 accuracy (%)")
     right.set(title="Published by KLmobile / open_clip,\nnot measured here", xlabel="zero-shot top-1 accuracy (%)")
     handles, labels = axes["photos" if photos else "scenes"].get_legend_handles_labels()
@@ -92,6 +92,15 @@ def performance_comparison(records: Records, photographs: Records = ()) -> style
     fig.legend(handles, [*labels, "chance"], loc="outside lower center", ncols=5)
     fig.suptitle("What distillation adds: solid bars against the same student alone, and against the teacher")
     return fig
+
+
+def _mark_chance(ax: Axes, rows: Sequence[str], records: Records, name_of: Callable[[Any], str]) -> None:
+    """A dotted mark at chance on each of ``rows``; ``name_of`` says which one a record belongs to."""
+    measured = [r for r in records if r["task"] in ("zero_shot", "retrieval") and "metrics" in r]
+    chances = {name_of(record): tables.chance_of(record) for record in measured}
+    for y, name in enumerate(rows):
+        if chances.get(name) is not None:
+            ax.vlines(chances[name], y - 0.46, y + 0.46, colors="black", linestyles="dotted")
 
 
 def set_label(record: Mapping[str, Any]) -> str:
@@ -145,7 +154,7 @@ def per_class_recall(records: Records, dataset: str, limit: int = 6) -> style.No
     chosen = sorted(classes, key=spread.get, reverse=True)[:limit]
     title = f"{dataset}: the {len(chosen)} of {len(classes)} classes where the models differ most"
     label = "recall of the class (%), with 95 % interval"
-    return style.bar_chart({name: classes[name] for name in chosen}, list(models), title, label)
+    return style.bar_chart({name: classes[name] for name in chosen}, style.in_order(models), title, label)
 
 
 def read_log(path: str | PathLike[str]) -> list[dict[str, Any]]:

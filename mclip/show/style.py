@@ -97,12 +97,17 @@ def whiskers(rows: Collection[Row]) -> np.ndarray | None:
     return np.transpose(ends) if ends and len(ends) == len(rows) else None
 
 
+def in_order(models: Iterable[str]) -> list[str]:
+    """``models`` in the order of LABELS; those with names of their own stand before the teacher, who is the measure."""
+    known = list(LABELS)
+    return sorted(models, key=lambda name: known.index(name) if name in known else known.index("teacher") - 0.5)
+
+
 def grouped_bars(ax: Axes, table: Table, models: Sequence[str], numbers: bool = True) -> None:
     """Horizontal bars of percentages: a group per key of ``table``, a bar per model, and its number if ``numbers``.
 
-    Models of LABELS come first, in its order. A bar that is missing says so, because it is not a zero.
+    A bar that is missing says so, because it is not a zero.
     """
-    models = [name for name in dict.fromkeys([*LABELS, *models]) if name in models]
     height = 0.84 / len(models)
     looks = {name: (COLOURS[name], HATCHES[name]) for name in LABELS}
     looks |= dict(zip((name for name in models if name not in LABELS), cycle(OTHERS), strict=False))

@@ -52,6 +52,11 @@ def score_of(record: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
     return "top-1", record["metrics"]["top1"]
 
 
+def chance_of(record: Mapping[str, Any]) -> float | None:
+    """What guessing would make of :func:`score_of`, in percent; None where the record does not say."""
+    return 100 * 5 / record["n"] if record["task"] == "retrieval" else record["metrics"].get("chance")
+
+
 def scores_over_seeds(groups: Groups) -> Scores:
     """:func:`score_of` of each model on each dataset, over seeds as :func:`over_seeds` does."""
     return {

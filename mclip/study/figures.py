@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
 
+from mclip.config import get_profile
 from mclip.files import DATA, atomic_path
 from mclip.recipes import describe
 from mclip.results import ResultError, load_results
@@ -49,27 +51,30 @@ def bench_markdown(records: Records) -> str:
 
 
 def cost_markdown(records: Records) -> str:
-    """Hours on the machine of ``bench.json``: pictures x passes / pace."""
+    """Hours on the machine of ``bench.json``: pictures x passes / pace; the teacher sees each view of a picture."""
     pace = {row["key"]: row["value"] for record in records for row in record["details"]["rows"] if "key" in row}
-    rows = []
+    rows, views = [], get_profile("gpu").views
     for name, (pictures, captions, passes) in COST_SETS.items():
-        targets = pictures / pace["teacher pictures"] + pictures * captions / pace["teacher captions"]
-        size = pictures * (1 + captions) * pace["bytes of a target"] / 1e9
+        targets = pictures * views / pace["teacher pictures"] + pictures * captions / pace["teacher captions"]
+        size = pictures * (views + captions) * pace["bytes of a target"] / 1e9
         training = pictures * passes / pace["mobile-512"]
-        what = f"{name}: {pictures:,} pictures, {passes} passes of `mobile-512`"
+        what = f"{name}: {pictures:,} pictures, {views} views, {passes} passes of `mobile-512`"
         rows.append((what, f"{targets / 3600:,.1f}", f"{size:,.2f}", f"{training / 3600:,.0f}"))
     return markdown(("", "targets, hours", "targets, GB", "training, hours"), rows)
 
 
-def headline(records: Records, costs: Mapping[str, Any]) -> str:
+def headline(records: Records, photographs: Records, costs: Mapping[str, Any]) -> str:
     """The sentences that open the README: what distillation gained, and what the small model costs."""
     classes = round(100 / tables.by_model(records)["colour-shape"]["kd"][0]["metrics"]["chance"])
     top1 = {name: f"{row['value']:.0f} %" for name, row in tables.zero_shot_table(records)["colour-shape"].items()}
+    scores = list(charts.photograph_scores(photographs).values())
+    photos = {name: f"{fmean(row[name]['value'] for row in scores):.0f} %" for name in scores[0]}
     models = costs["models"]
     small, large = (sum(tables.milliseconds(models[name]).values()) for name in ("mobile-256", "ViT-B-32"))
     size = {name: f"{models[name]['megabytes']:.0f} MB" for name in ("mobile-256", "mobile-256, int8", "ViT-B-32")}
     words = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-    return words["headline"].format(classes=classes, top1=top1, small=small, large=large, size=size).strip()
+    costs = {"small": small, "large": large, "size": size}
+    return words["headline"].format(classes=classes, top1=top1, photos=photos, **costs).strip()
 
 
 def replace_block(text: str, name: str, block: str) -> str:
@@ -95,13 +100,18 @@ def load_all() -> dict[str, Records]:
     return records | {file.stem: load_results(file) for file in RESULTS.glob("*.json") if file.stem in records}
 
 
+def with_photo(records: Mapping[str, Records]) -> Records:
+    """The records of the comparison on photographs and of the student that ships; without a comparison, all of photo."""
+    compared = records["photographs"]
+    return compared + [each for each in records["photo"] if not compared or each["model"]["name"] == "photo"]
+
+
 def figures_of(records: Mapping[str, Records]) -> dict[str, NotebookFigure]:
     """The committed figures by the name of their file."""
     examples = {record["model"]["name"]: record for record in records["examples"]}
     cosines = {name: record["details"]["cosines"] for name, record in examples.items()}
-    ships = [record for record in records["photo"] if not records["photographs"] or record["model"]["name"] == "photo"]
     return {
-        "performance_comparison": charts.performance_comparison(records["scenes"], [*records["photographs"], *ships]),
+        "performance_comparison": charts.performance_comparison(records["scenes"], with_photo(records)),
         "per_class_recall": charts.per_class_recall(records["scenes"], "shape"),
         "training_curves": charts.training_curves(read_log(RESULTS / "logs" / "kd.jsonl")),
         "grounding": grounding.grounding_scores(records["grounding"]),
@@ -119,7 +129,7 @@ def tables_of(records: Mapping[str, Records]) -> dict[str, str]:
     costs, models = records["efficiency"][0]["metrics"], ("base", "clip", "kd", "teacher")
     chosen = [record for record in records["photographs"] if record["task"] == "choice"]
     return {
-        "headline": headline(records["scenes"], costs),
+        "headline": headline(records["scenes"], with_photo(records), costs),
         "cost": cost_markdown(records["bench"]),
         "scenes": scores_markdown(tables.zero_shot_table(records["scenes"]), models),
         "paired": paired_markdown(records["scenes"]),
