@@ -221,6 +221,16 @@ def test_what_is_left_out_of_a_folder_of_shards_is_counted_and_named(tmp_path, c
     assert re.search(r"2 files of other kinds left out \(1 of \.\w+, 1 of \.\w+\)", capsys.readouterr().out)
 
 
+def test_shards_in_a_sub_folder_are_read_as_pictures_are(tmp_path, capsys):
+    """They were neither read nor named as left out."""
+    for name, number in (("0.tar", 0), ("more/1.tar", 1), ("more/.hidden/2.tar", 2), (".3.tar", 3)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_shard(tmp_path / name, range(number, number + 1))
+    pairs = load_pairs(tmp_path, 32, progress=False)
+    assert pairs.captions == [["picture 0 first"], ["picture 1 first"]]
+    assert capsys.readouterr().out == ""
+
+
 def test_no_bar_is_shown_without_progress(folder, tmp_path_factory, capfd):
     shards = tmp_path_factory.mktemp("shards")
     write_shard(shards / "0.tar", range(2))

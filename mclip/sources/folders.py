@@ -41,22 +41,12 @@ def files_in(path: Path, endings: tuple[str, ...]) -> list[str]:
     return sorted(wanted)
 
 
-def pictures_in(path: Path) -> list[str]:
-    """The files of pictures below ``path``, as :func:`files_in`."""
-    return files_in(path, PICTURES)
-
-
-def is_picture(file: str) -> bool:
-    """Whether the name is that of a picture in one of the forms that are read."""
-    return file.lower().endswith(PICTURES)
-
-
 def read_folder(path: Path) -> Iterator[Row]:
     """Pictures at any depth. The lines of a text file of the same name are a picture's captions.
 
     Without one, the folder's name is the class of "a photo of a ...".
     """
-    for number, file in enumerate(pictures_in(path)):
+    for number, file in enumerate(files_in(path, PICTURES)):
         text, folder = Path(file).with_suffix(".txt"), Path(file).parent
         try:
             lines = [line for line in text.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -76,7 +66,7 @@ def unlabelled_pictures(path: str | Path) -> list[str]:
     if not path.is_dir():
         problem = "it may hold captions: give it as train_data_path" if path.is_file() else "no such folder"
         raise DataError(f"{path}: {problem}; {remedy}.")
-    files = pictures_in(path)
+    files = files_in(path, PICTURES)
     if not files:
         raise DataError(f"{path}: no picture in it; {remedy}.")
     captioned = next((file for file in files if Path(file).with_suffix(".txt").is_file()), None)
@@ -105,7 +95,7 @@ class VisibleFolder(ImageFolder):
     """torchvision's ImageFolder without what is hidden; pictures are opened as ours."""
 
     def __init__(self, root: Path) -> None:
-        super().__init__(str(root), loader=open_picture, is_valid_file=set(pictures_in(root)).__contains__)
+        super().__init__(str(root), loader=open_picture, is_valid_file=set(files_in(root, PICTURES)).__contains__)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """The names of the sub-folders in order, and their numbers; FileNotFoundError if there are none."""
@@ -116,10 +106,13 @@ class VisibleFolder(ImageFolder):
 
 
 def shards_of(path: Path) -> list[str]:
-    """The archives that ``path`` names: a .tar file, a folder of them, or a range such as "{00000..00099}.tar"."""
+    """The archives that ``path`` names: a .tar file, a folder of them, or a range such as "{00000..00099}.tar".
+
+    A folder with an archive in it is a folder of shards. Those of its sub-folders are read as well.
+    """
     span = _RANGE.search(str(path))
     if path.is_dir():
-        return sorted(map(str, path.glob("*.tar")))
+        return files_in(path, (".tar",)) if any(path.glob("*.tar")) else []
     if span is None or path.suffix.lower() != ".tar" or path.is_file():
         return [str(path)] if path.suffix.lower() == ".tar" else []
     first, last = span.groups()
@@ -127,16 +120,14 @@ def shards_of(path: Path) -> list[str]:
     return [str(path)[: span.start()] + number + str(path)[span.end() :] for number in numbers]
 
 
-def read_shards(path: Path, caption_key: str, progress: bool) -> Iterator[Row]:
+def read_shards(shards: list[str], caption_key: str, progress: bool) -> Iterator[Row]:
     """The samples of WebDataset shards on a disk, as img2dataset writes them.
 
     Captions are NAME.txt and what NAME.json holds under "caption", "captions", "caption_2" and so on: text or a list.
     Another ``caption_key`` names one key or one kind of member. Pictures are read in place, in any order.
     """
-    if path.is_dir():
-        files_in(path, (".tar",))  # names what is left out
     row = 0
-    for shard in tqdm(shards_of(path), "reading shards", disable=not progress, leave=False):
+    for shard in tqdm(shards, "reading shards", disable=not progress, leave=False):
         try:
             samples = _index(shard, caption_key)
         except FileNotFoundError:
@@ -165,7 +156,7 @@ def _index(shard: str, caption_key: str) -> list[list]:
                     name = f"{place}/{base}"
                     own = captions.setdefault(name, [])
                     kind = "caption" if extension == "txt" else extension.removesuffix(".txt")
-                    if is_picture(f".{extension}"):
+                    if f".{extension}".lower().endswith(PICTURES):
                         pictures[name] = f"{os.path.abspath(shard)}::{member.offset_data}:{member.size}"
                     elif extension == "json" or _is_caption(kind, caption_key):
                         own += _texts(archive.extractfile(member).read(), extension, caption_key)

@@ -117,8 +117,8 @@ def load_pairs(
         )
     path = Path(source).expanduser()
     kind = path.suffix.lower()
-    if shards_of(path):
-        label, rows = "sample", read_shards(path, caption_key, progress)
+    if shards := shards_of(path):
+        label, rows = "sample", read_shards(shards, caption_key, progress)
     elif path.is_dir():
         label, rows = "picture", read_folder(path)
     elif not path.is_file() or kind not in (".csv", ".tsv", ".json"):
