@@ -29,7 +29,7 @@ from mclip.pictures import PictureError
 from mclip.results import validate_result
 from mclip.sources import zero_shot
 from mclip.sources.loading import Pictures, load_pairs
-from mclip.sources.zero_shot import TORCHVISION_SETS, image_folder_set, torchvision_set, zero_shot_set
+from mclip.sources.zero_shot import TORCHVISION_SETS, torchvision_set, zero_shot_set
 from mclip.text_encoder import clean_caption
 
 NAMES = ["red circle", "blue square", "green star", "red star", "blue circle", "green square"]
@@ -389,24 +389,27 @@ def test_image_folders(tmp_path, student):
     (tmp_path / "zoo" / "test" / "dog" / "0.png").write_bytes(b"not a picture")
     with pytest.raises(PictureError, match=r"dog/0\.png: not readable"):
         evaluate.evaluate_zero_shot(student, student.tokenizer, zoo, "base")
+    with pytest.raises(ConfigError, match="name a folder of pictures"):
+        zero_shot_set(tmp_path / "zoo" / "none")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="one sub-folder per class"):
-        image_folder_set(tmp_path / "zoo" / "none")
+        zero_shot_set(tmp_path / "empty")
 
 
 def test_hidden_folders_and_files_are_not_part_of_a_set(tmp_path):
     root = tmp_path / ".data" / "zoo"  # what lies above the set may be hidden
     for name in ("cat/1.png", "dog/1.png", ".ipynb_checkpoints/1.png", "cat/.ipynb_checkpoints/1.png", "dog/._1.png"):
         save_picture(root / name, 9)
-    zoo = image_folder_set(root)
+    zoo = zero_shot_set(root)
     assert zoo.class_names == ["cat", "dog"]
     assert [Path(file).relative_to(root).as_posix() for file, _ in zoo.images.samples] == ["cat/1.png", "dog/1.png"]
     (root / "dog" / "1.png").unlink()
     with pytest.raises(ConfigError, match="for the classes dog"):
-        image_folder_set(root)
+        zero_shot_set(root)
     (root / "dog").rename(root / ".dog")
     (root / "cat").rename(root / ".cat")
     with pytest.raises(ConfigError, match="no sub-folder"):
-        image_folder_set(root)
+        zero_shot_set(root)
 
 
 @pytest.mark.parametrize("kind", ["bomb", "chunk", "depth"])
@@ -423,7 +426,7 @@ def test_a_picture_that_cannot_be_evaluated_is_named(tmp_path, student, monkeypa
         Image.new("F", (20, 30)).save(bad.with_suffix(".tiff"))
         bad.unlink()
     with pytest.raises(PictureError, match=r"^\S*dog/0\.\w+: not readable as a picture \([^:]*(: save it .*)?\)$"):
-        evaluate.embed_images(student, image_folder_set(tmp_path).images)
+        evaluate.embed_images(student, zero_shot_set(tmp_path).images)
 
 
 def test_pictures_of_every_mode_are_evaluated_as_they_are_seen(student):
@@ -450,7 +453,7 @@ def test_a_label_that_is_no_number_is_not_taken_for_a_bad_picture_nor_cut_off(st
 @pytest.mark.skipif(not REAL, reason="set MCLIP_REAL_DATA to a folder with cifar10-mini/test/<class>/*.jpg")
 def test_real_photographs_go_through_the_zero_shot_path(clip):
     model, tokenizer = clip
-    cifar = image_folder_set(Path(REAL) / "cifar10-mini" / "test")
+    cifar = zero_shot_set(Path(REAL) / "cifar10-mini" / "test")
     assert (cifar.name, cifar.split, len(cifar.class_names)) == ("cifar10-mini", "test", 10)
     record = evaluate.evaluate_zero_shot(model, tokenizer, cifar, "random", prompt="a photo of a")
     validate_result(record)

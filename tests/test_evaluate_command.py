@@ -15,7 +15,7 @@ from mclip.config import ConfigError
 from mclip.recipes import load_model, model_name
 from mclip.results import load_results
 from mclip.scenes.test_sets import RELATION, SETS
-from mclip.sources.zero_shot import TORCHVISION_SETS, image_folder_set
+from mclip.sources.zero_shot import TORCHVISION_SETS, zero_shot_set
 
 EVALUATE = ("evaluate", "--profile", "smoke")
 
@@ -88,7 +88,7 @@ def test_a_folder_is_named_and_no_scene_is_drawn_for_it(zoo, monkeypatch, tmp_pa
     (record,) = load_results(tmp_path / "out")
     assert (record["dataset"], record["n"], record["templates"]) == ("zoo", 2, ["one {}"])
     monkeypatch.chdir(zoo / "cat")
-    assert image_folder_set("..").name == "zoo"
+    assert zero_shot_set("..").name == "zoo"
 
 
 def test_a_table_in_capitals_is_a_table(zoo, tmp_path):

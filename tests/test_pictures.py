@@ -23,7 +23,7 @@ from mclip.pictures import RATIOS, Crops, PictureError, crop_box, decode, open_p
 from mclip.scenes.world import SceneConfig
 from mclip.sources.loading import Pictures, load_pairs
 from mclip.sources.readers import DataError
-from mclip.sources.zero_shot import image_folder_set
+from mclip.sources.zero_shot import zero_shot_set
 
 
 @pytest.fixture(autouse=True)
@@ -207,7 +207,7 @@ def test_what_is_left_out_of_a_folder_is_counted_and_named(tmp_path, capsys):
         gradient().save(tmp_path / name / "1.png")
     for name in ("2.heic", "3.HEIC", "4.gif", "1.txt", ".hidden.gif"):
         (tmp_path / "cat" / name).write_text("a cat", encoding="utf-8")
-    for read in (lambda: load_pairs(tmp_path, 32), lambda: image_folder_set(tmp_path)):
+    for read in (lambda: load_pairs(tmp_path, 32), lambda: zero_shot_set(tmp_path)):
         read()
         assert "3 files of other kinds left out (2 of .heic, 1 of .gif)" in capsys.readouterr().out
 

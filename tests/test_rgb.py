@@ -22,7 +22,7 @@ from mclip.evaluate import embed_images
 from mclip.pairs import normalise
 from mclip.pictures import PictureError, as_rgb, decode, middle, open_picture, read_picture
 from mclip.sources.loading import load_pairs
-from mclip.sources.zero_shot import image_folder_set
+from mclip.sources.zero_shot import zero_shot_set
 
 ROW, COLUMN = np.mgrid[0:48, 0:64]
 GREY = (2 * ROW + COLUMN).astype(np.uint8)
@@ -45,7 +45,7 @@ def every_way(path: Path) -> list[np.ndarray]:
     other = path.parents[1] / "b" / "other.png"
     other.parent.mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(other)
-    evaluated = image_folder_set(path.parents[1]).images[0][0]
+    evaluated = zero_shot_set(path.parents[1]).images[0][0]
     return [
         read_picture(str(path)).numpy().transpose(1, 2, 0),
         np.asarray(open_picture(str(path))),
@@ -300,7 +300,7 @@ def test_every_way_names_what_it_cannot_read(place, ways, write, monkeypatch):
     ways = dict(ways)
     # Image.open of a caller's own would fail before the picture is ours: these two read files as well.
     ways |= {"load": mclip.load("kd")[1], "load, open_clip's": mclip.load("teacher")[1]}
-    ways["evaluation"] = lambda path: embed_images(mclip.load("kd")[0], image_folder_set(path.parents[1]).images)
+    ways["evaluation"] = lambda path: embed_images(mclip.load("kd")[0], zero_shot_set(path.parents[1]).images)
     errors = {"reader": reader.DeployError}
     for way, pixels in ways.items():
         with pytest.raises(errors.get(way, PictureError), match=r"bad\.png: not readable as a picture"):

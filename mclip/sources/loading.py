@@ -111,10 +111,9 @@ def load_pairs(
         pairs = scene_pairs(replace(config, image_size=image_size), progress)
         if data_size == 1:
             return pairs
-        rows, key = _random_rows(len(pairs), data_size, seed), content_key(pairs.key, data_size, seed)
-        return replace(
-            pairs, images=Rows(pairs.images, rows=rows), captions=[pairs.captions[row] for row in rows], key=key
-        )
+        rows = _random_rows(len(pairs), data_size, seed)
+        images, captions = Rows(pairs.images, rows=rows), [pairs.captions[row] for row in rows]
+        return replace(pairs, images=images, captions=captions, key=content_key(pairs.key, data_size, seed))
     path = Path(source).expanduser()
     kind = path.suffix.lower()
     if shards := shards_of(path):

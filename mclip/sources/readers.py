@@ -148,12 +148,10 @@ def picture_finder() -> Callable[[str, Sequence[str]], str | None]:
     def listed(folder: str) -> set[str]:
         try:
             return set(os.listdir(folder or os.sep))
-        except OSError as error:
-            if error.errno not in NO_FILE:
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            if isinstance(error, OSError) and error.errno not in NO_FILE:
                 raise
-        except ValueError:  # a NUL in the name
-            pass
-        return set()
+            return set()
 
     def find(name: str, folders: Sequence[str]) -> str | None:
         for folder in folders:

@@ -105,12 +105,18 @@ def photograph_set(name: str, root_dir: str | Path = "", part: Part = "report", 
     return replace(test, images=Subset(test.images, rows), split=f"{test.split} ({fraction})")
 
 
-def image_folder_set(path: str | Path) -> ZeroShotSet:
-    """Pictures in one sub-folder per class, named after the class: ``path/<class>/*.jpg``.
+def zero_shot_set(name: str | Path, root_dir: str | Path | None = None, download: bool = False) -> ZeroShotSet:
+    """One of torchvision's sets, or a folder of pictures in one sub-folder per class: ``name/<class>/*.jpg``.
 
-    A last component train, val or test names the split, and the folder above it the set.
+    If a folder is called train, val or test, that is the split, and the folder above it names the set.
+
+    Raises: ConfigError where ``name`` is neither, or as :func:`torchvision_set`.
     """
-    path = Path(path).expanduser().resolve()  # "." has a name only as a whole path
+    if str(name) in _SETS:
+        return torchvision_set(str(name), root_dir, download)
+    remedy = f"{closest(str(name), _SETS)} (or name a folder of pictures)"
+    require(str(name) != "" and Path(name).expanduser().is_dir(), "dataset", str(name), remedy)
+    path = Path(name).expanduser().resolve()  # "." has a name only as a whole path
     try:
         data = VisibleFolder(path)
     except OSError as error:
@@ -119,12 +125,3 @@ def image_folder_set(path: str | Path) -> ZeroShotSet:
     name, split = (path.parent.name, path.name) if named else (path.name, "all")
     class_names = [folder.replace("_", " ") for folder in data.classes]
     return ZeroShotSet(name, data, None, class_names, ["a photo of a {}"], split)
-
-
-def zero_shot_set(name: str | Path, root_dir: str | Path | None = None, download: bool = False) -> ZeroShotSet:
-    """The set that ``name`` means: one of torchvision's, or a folder of pictures."""
-    if str(name) in _SETS:
-        return torchvision_set(str(name), root_dir, download)
-    remedy = f"{closest(str(name), _SETS)} (or name a folder of pictures)"
-    require(str(name) != "" and Path(name).expanduser().is_dir(), "dataset", str(name), remedy)
-    return image_folder_set(name)
