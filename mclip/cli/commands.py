@@ -129,12 +129,10 @@ def teacher(
         pictures: number of scenes. They have clean captions, and no student sees any of them.
     """
     if trunk:
-        needed = {
-            "train_data_path": "a teacher of photographs is tuned to pairs of photographs; name their file",
-            "unlabelled_data_path": "what the classifier knows is read from pictures without captions; name a folder",
-        }
-        for key, remedy in needed.items():
-            require(getattr(data, key) != "", key, "", remedy)
+        remedy = "a teacher of photographs is tuned to pairs of photographs; name their file"
+        require(data.train_data_path != "", "train_data_path", "", remedy)
+        remedy = "what the classifier knows is read from pictures without captions; name a folder"
+        require(data.unlabelled_data_path != "", "unlabelled_data_path", "", remedy)
         training, validation = recipes.load_data("cpu", 64, **data.reading(), progress=settings.progress)
         result = tune(training, validation, settings, out_dir)
         write_sentences(Path(out_dir) / "class_sentences.txt")  # about its classes, for a student to learn

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from inspect import Parameter
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import yaml
 from docstring_parser import parse as parse_docstring
@@ -76,11 +76,9 @@ def parse(command: str, arguments: list[str]) -> tuple[Callable[..., None], dict
     function = getattr(importlib.import_module(module), name)
     parameters = inspect.signature(function, eval_str=True).parameters
     groups = {key: p for key, p in parameters.items() if dataclasses.is_dataclass(p.annotation)}
-    types = {key: p.annotation for key, p in parameters.items() if key not in groups}
-    for group in groups.values():
-        types |= get_type_hints(group.annotation)
     parser = _options(command, function, parameters)
-    words = _with_values(arguments, {f"--{key}" for key, kind in types.items() if kind is bool})
+    defaults = vars(parser.get_defaults())
+    words = _with_values(arguments, {f"--{key}" for key, value in defaults.items() if isinstance(value, bool)})
     try:
         # Without the defaults, what remains is what was written.
         written = parser.parse_args([word for word in words if not word.startswith("--print_config")], defaults=False)
@@ -88,7 +86,7 @@ def parse(command: str, arguments: list[str]) -> tuple[Callable[..., None], dict
             parser.set_defaults(vars(_defaults(command, group, written.get("profile", "cpu"))))
         values = parser.parse_args(words).as_dict()
     except ArgumentError as error:
-        raise _in_plain_words(error, command, {*types, "config"}) from None
+        raise _in_plain_words(error, command, defaults) from None
     values = {key: os.path.expanduser(value) if isinstance(value, str) else value for key, value in values.items()}
     settings = {key: value for key, value in values.items() if key in parameters}
     for key, group in groups.items():

@@ -26,6 +26,7 @@ from mclip.config import PRESETS, ModelConfig, closest, require
 from mclip.deploy.export import quiet, write_graphs, write_int8
 from mclip.deploy.fused import fold_batch_norm, fused
 from mclip.deploy.reader import GRAPHS, session
+from mclip.evaluate import input_of
 from mclip.model import MobileCLIP
 
 CAPTION = "a small brown dog runs across the green grass today"
@@ -91,15 +92,13 @@ def candidate(name: str, form: Form = "deployed") -> Candidate:
     ours, exported = name in PRESETS, form in ("ONNX", "int8")
     require(ours or not exported, "form", form, f"{name} is not a preset; only the student has the form {form}")
     if ours:
-        model, config = random_model(name)
-        size, tokenizer = config.image.image_size, model.tokenizer
+        model, _ = random_model(name)
+        tokenizer = model.tokenizer
     else:
         torch.manual_seed(0)
         with quiet():  # open_clip warns that there are no weights, which is as it should be
             model, tokenizer = open_clip.create_model(name), open_clip.get_tokenizer(name)
-        size = model.visual.image_size
-        size = size if isinstance(size, int) else size[0]
-    counts, graphs = parameter_parts(model.eval()), ()
+    size, counts, graphs = input_of(model).size, parameter_parts(model.eval()), ()
     if exported:
         with TemporaryDirectory() as folder:
             write_graphs(model, Path(folder))

@@ -133,10 +133,8 @@ def certificate(host: str) -> Path:
         if new is not None:
             kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "365"]
             names = ["-subj", "/CN=mclip", "-addext", f"subjectAltName={'IP' if host[0].isdigit() else 'DNS'}:{host}"]
-            files = ["-keyout", str(new / "both.pem"), "-out", str(new / "certificate.pem")]
+            files = ["-keyout", str(new / "both.pem"), "-out", str(new / "both.pem")]  # the second adds to the first
             subprocess.run([str(openssl), "req", *kind, *names, *files], check=True, capture_output=True)
-            with (new / "both.pem").open("a") as both:
-                both.write((new / "certificate.pem").read_text())
     return folder / "both.pem"
 
 

@@ -92,6 +92,5 @@ def download(name: str, root_dir: str = "") -> None:
     if name in TORCHVISION_SETS:
         pictures = torchvision_set(name, root_dir or None, download=True).images
         print(f"{name}: {len(pictures)} pictures below {root_dir or cache_dir()}")
-        return
-    for split in SETS[name]:
+    for split in SETS.get(name, ()):
         print(caption_set(name, root_dir or None, True, split))
