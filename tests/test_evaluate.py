@@ -122,7 +122,7 @@ def test_nothing_to_measure_is_a_clear_error(student):
     eye, none = torch.eye(3), torch.zeros(0, 3)
     with pytest.raises(ConfigError, match=r"texts=\[\] cannot work: give at least one"):
         evaluate.embed_texts(student, student.tokenizer, [])
-    for nothing in ([], pictures(0), pictures(0).numpy(), Pictures([], 64)):
+    for nothing in ([], pictures(0), pictures(0).numpy(), Pictures(np.array([], np.dtypes.StringDType()), 64)):
         with pytest.raises(ConfigError, match="images=0 cannot work: give at least one picture"):
             evaluate.embed_images(student, nothing)
     for queries, keys in ((none, eye), (eye, none)):

@@ -5,7 +5,6 @@ Few enough pictures are decoded once and kept memory-mapped in the cache; more a
 """
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,19 +31,18 @@ class Pictures:
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, names: Sequence[str] | np.ndarray, size: int) -> None:
+    def __init__(self, names: np.ndarray, size: int) -> None:
         self.names, self.shape = names, (len(names), 3, size, size)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, rows: int | slice | np.ndarray | list[int]) -> np.ndarray:
-        size = self.shape[-1]
+        names, size = self.names[rows], self.shape[-1]
         with met_late():
-            if isinstance(rows, int | np.integer):
-                return decode(self.names[rows], size)
-            numbers = range(len(self))[rows] if isinstance(rows, slice) else rows
-            decoded = list(pool().map(lambda row: decode(self.names[row], size), numbers))
+            if isinstance(names, str):
+                return decode(names, size)
+            decoded = list(pool().map(lambda name: decode(name, size), names))
         return np.array(decoded, np.uint8).reshape(-1, *self.shape[1:])
 
 
