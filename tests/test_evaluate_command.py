@@ -95,7 +95,7 @@ def test_a_table_in_capitals_is_a_table(zoo, tmp_path):
     options = ("--model_checkpoint", "kd", "--save_results", str(tmp_path / "out"))
     assert main([*EVALUATE, *options, "--dataset", str(zoo / "PAIRS.CSV")]) == 0
     (record,) = load_results(tmp_path / "out")
-    assert (record["task"], record["n"]) == ("retrieval", 2)
+    assert (record["task"], record["split"], record["n"]) == ("retrieval", "test", 2)
 
 
 def test_a_model_is_called_by_its_run_from_wherever_it_is_named(zoo, tmp_path, monkeypatch):

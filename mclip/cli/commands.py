@@ -194,7 +194,7 @@ def evaluate(
         for name, (model, tokenizer) in models.items():
             if retrieval:
                 pairs = load_pairs(dataset, input_of(model).size, split="test")
-                record = evaluate_retrieval(model, tokenizer, pairs, name, seed=seed)
+                record = evaluate_retrieval(model, tokenizer, pairs, name, split="test", seed=seed)
             elif data is None:
                 record = evaluate_relation(model, tokenizer, name, count=count // 2, seed=seed)
             else:

@@ -276,7 +276,7 @@ def study(
         profile: smoke, cpu or gpu: how many scenes.
         root_dir: folder of the photographs, as of the command photo; what is missing is downloaded.
         teacher: of photographs: lite2 is the one that ships, openai is OpenAI's CLIP ViT-B/32.
-        list: show what there is and how much of it is done, and run nothing.
+        list: name the rows that there are, and run nothing.
     """
     for key, value in {"seeds": seeds, "epochs": epochs}.items():
         require(value is None or value >= 1, key, value, "use 1 or more")
