@@ -32,7 +32,9 @@ MORE_SETS = ("cifar100", "fgvc_aircraft", "oxford_pets")
 """Photographs that are judged where they have been downloaded; means over the photograph sets leave them out."""
 LABEL_AT = {
     "mobile-256": (6, -12),
-    "MobileCLIP2-S0": (6, -10),
+    "MobileCLIP2-S0": (6, -12),
+    "MobileCLIP-S1": (7, -8),
+    "MobileCLIP-S2": (-38, 7),
     "ViT-M-32-alt": (-60, 6),
     "ViT-B-32": (-42, -3),
     "MobileCLIP-B": (-26, 7),
