@@ -49,7 +49,7 @@ class RunOptions:
     """The model, the size of the run, and where it is written."""
 
     profile: ProfileName = "cpu"  # how many scenes, and the defaults of the options below it
-    config_path: str = ""  # a preset (course, mobile-256, mobile-512, klmobile) or a YAML file; empty: the profile's
+    config_path: str = ""  # a preset (course, pocket-256, mobile-512, ...) or a YAML file; empty: the profile's
     checkpoint_dir: str = "runs"  # folder for runs
     checkpoint_filename: str = ""  # name of this run's folder in it; base or kd if empty
     use_swa: bool = False  # keep a moving average of the weights, of decay 0.999 if ema_decay names no other

@@ -101,7 +101,7 @@ def load_all() -> dict[str, Records]:
 
 
 def with_photo(records: Mapping[str, Records]) -> Records:
-    """The records of the comparison on photographs and of the student that ships; without a comparison, all of photo."""
+    """The comparison on photographs, and the records of the student that ships; without a comparison, all of photo."""
     compared = records["photographs"]
     return compared + [each for each in records["photo"] if not compared or each["model"]["name"] == "photo"]
 

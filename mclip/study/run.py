@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from tqdm.auto import tqdm
 
-from mclip.config import PRESETS, DistillConfig, TrainConfig, from_mapping, require
+from mclip.config import DistillConfig, TrainConfig, from_mapping, require
 from mclip.files import DATA, atomic_folder, atomic_path, content_key
 from mclip.model import MobileCLIP
 from mclip.recipes import BASE, compare, evaluate_all, load_data, load_model, train_open_clip, train_student
@@ -30,7 +30,7 @@ from mclip.steps import TrainError
 from mclip.study import measures
 from mclip.study.defects import NO_REFUSAL, PATCHES, switched_on
 from mclip.study.photographs import Photographs, TeacherName, write_card
-from mclip.study.table import BY_NAME, STUDIES, Experiment, Settings, Study, choose, plan
+from mclip.study.table import BY_NAME, STUDENTS, STUDIES, Experiment, Settings, Study, choose, plan
 from mclip.teacher import load_open_clip
 from mclip.train import TrainResult
 
@@ -100,7 +100,7 @@ def train(job: Job) -> TrainResult:
     settings = job.settings
     if job.study.world == "photographs" and job.row.student == "teacher":
         return TrainResult(nn.Identity(), [], 0.0, 0)  # it comes trained
-    config = PRESETS[settings["preset"]]
+    config = STUDENTS[settings["preset"]]
     loop = from_mapping(TrainConfig, {f.name: settings[f.name] for f in fields(TrainConfig) if f.name in settings})
     own = {f.name: settings[f.name] for f in fields(DistillConfig) if f.name in settings}
     terms = from_mapping(DistillConfig, own) if job.row.student == "kd" else replace(BASE, **own)
@@ -180,7 +180,7 @@ def work(job: Job) -> Records:
             try:
                 records = evaluate(job, train(job))
             except TrainError as error:
-                model = describe_model(job.row.name, MobileCLIP(PRESETS[job.settings["preset"]]))
+                model = describe_model(job.row.name, MobileCLIP(STUDENTS[job.settings["preset"]]))
                 failure = {"error": str(error), "seed": job.seed}
                 records = [make_result(*summary_of(job), None, model, **failure)]
     for record in records:

@@ -8,12 +8,24 @@ from typing import Any, Literal
 
 import yaml
 
-from mclip.config import DistillConfig, closest, from_mapping, get_profile, require
+from mclip.config import PRESETS, DistillConfig, ModelConfig, closest, from_mapping, get_profile, require
 from mclip.recipes import BASE, load_model, open_clip_config
 from mclip.results import weights_sha256
 from mclip.study.photographs import OPENAI, PRESET, TeacherName, recipe
 
 Settings = dict[str, Any]
+
+
+def widened(factor: float) -> ModelConfig:
+    """The preset "course" with this many times the widths of both encoders."""
+    course = PRESETS["course"]
+    text = {key: round(factor * getattr(course.text, key)) for key in ("width", "feed_forward")}
+    image = replace(course.image, width=factor * course.image.width)
+    return replace(course, name="custom", image=image, text=replace(course.text, **text))
+
+
+STUDENTS = PRESETS | {"course-half": widened(0.5), "course-double": widened(2.0)}
+"""What the setting "preset" of a row may name: the presets, and students for the question of what size is worth."""
 
 
 @dataclass(frozen=True)
