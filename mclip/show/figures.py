@@ -64,7 +64,7 @@ def performance_comparison(records: Records, photographs: Records = ()) -> style
     by_set = pd.read_csv(DATA / "published.csv").groupby("dataset", sort=False)
     published = {name: {row.model: {"value": row.top1} for row in rows.itertuples()} for name, rows in by_set}
     photos = photograph_scores(photographs)
-    models = list(dict.fromkeys([*style.LABELS, *(name for row in measured.values() for name in row)]))
+    models = style.in_order(dict.fromkeys([*style.LABELS, *(name for row in measured.values() for name in row)]))
     panels, rows = [["scenes", "published"]], [max(len(measured), len(published))]
     title = "Measured here,\nwith 95 % intervals and chance"
     if photos:
