@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mclip.cli.main import main
-from mclip.config import ConfigError, get_profile
+from mclip.config import PRESETS, ConfigError, get_profile
 from mclip.files import DATA
 from mclip.recipes import BASE, load_data, load_model
 from mclip.results import load_results, make_result, weights_sha256
@@ -19,7 +19,7 @@ from mclip.scenes.test_sets import scene_sets
 from mclip.scenes.world import SceneConfig, make_scenes
 from mclip.steps import TrainError
 from mclip.study import measures, run
-from mclip.study.table import BY_NAME, STUDIES, Experiment, choose, plan
+from mclip.study.table import BY_NAME, STUDENTS, STUDIES, Experiment, choose, plan
 
 ABLATIONS = {row.name: row for row in BY_NAME.values() if row.study == "ablations"}
 TERMS = ("feature", "response", "similarity", "icl")
@@ -59,12 +59,21 @@ def test_only_what_a_name_says_differs():
         "crops": {"crop_scale", "views"},
         "noise": {"noise"},
         "data": {"data_size", "max_epochs", "validate_every", "batch_size"},
+        "size": {"preset"},
     }
     for name, row in ABLATIONS.items():
         own, other = whole(row), whole(ABLATIONS[row.against])
         apart = tuned if own["student"] != other["student"] else set()
         assert {key for key in own if own[key] != other[key]} <= allowed[row.group] | apart, name
     assert len({str(plan(row)) for row in ABLATIONS.values()}) == len(ABLATIONS), "a row repeats another one"
+
+
+def test_a_student_of_another_width_has_its_widths_multiplied_and_all_else_as_it_was():
+    for name, factor in {"course-half": 0.5, "course-double": 2.0}.items():
+        course, other = asdict(PRESETS["course"]), asdict(STUDENTS[name])
+        for half, key in (("image", "width"), ("text", "width"), ("text", "feed_forward")):
+            assert other[half].pop(key) == factor * course[half].pop(key)
+        assert other | {"name": "course"} == course
 
 
 def test_the_plan_holds_every_question():
