@@ -74,6 +74,12 @@ def page(address):
         browser.close()
 
 
+def notebooks() -> list[Path]:
+    """The notebooks of the course, without runs and without what JupyterLab leaves in ``.ipynb_checkpoints``."""
+    paths = [path.relative_to(NOTEBOOKS) for path in NOTEBOOKS.glob("**/*_*.ipynb")]
+    return [path for path in paths if not any(part == "runs" or part.startswith(".") for part in path.parts)]
+
+
 def test_every_page_opens_and_every_link_leads_somewhere(page, address, html):
     failed, said, links, names = [], [], {}, {}
     page.on("requestfailed", lambda request: failed.append(request.url))
@@ -82,7 +88,7 @@ def test_every_page_opens_and_every_link_leads_somewhere(page, address, html):
     pages = sorted(
         address + str(path.relative_to(html)) for path in html.rglob("*.html") if "_static" not in path.parts
     )
-    lessons = {path.relative_to(NOTEBOOKS).with_suffix(".html") for path in NOTEBOOKS.glob("**/[0-9]*_*.ipynb")}
+    lessons = {path.with_suffix(".html") for path in notebooks() if path.name[0].isdigit()}
     assert {address + str(lesson) for lesson in lessons} <= set(pages)
     for url in pages:
         page.goto(url, wait_until="load")
@@ -103,8 +109,7 @@ def test_every_page_opens_and_every_link_leads_somewhere(page, address, html):
 def test_every_page_is_in_the_table_of_contents(page, address):
     page.goto(address + "index.html")
     listed = {urldefrag(link)[0] for link in page.evaluate("() => [...document.links].map(link => link.href)")}
-    pages = {path.relative_to(NOTEBOOKS).with_suffix(".html") for path in NOTEBOOKS.glob("**/*_*.ipynb")}
-    assert {address + str(path) for path in pages if "runs" not in path.parts} <= listed
+    assert {address + str(path.with_suffix(".html")) for path in notebooks()} <= listed
 
 
 def test_buttons_open_the_lesson_on_colab_and_binder(page, address):
