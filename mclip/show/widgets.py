@@ -299,12 +299,12 @@ def circle_chart(image: Tensor, text: Tensor, scale: float) -> NotebookFigure:
     circle.set(title="Where descent moves each picture", xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), aspect="equal")
     circle.set(xlabel="first coordinate", ylabel="second coordinate")
     circle.legend(loc="center")
-    shown = matrix.imshow(slope, cmap="PuOr", vmin=-0.25, vmax=0.25)
+    heatmap = matrix.imshow(slope, cmap="PuOr", vmin=-0.25, vmax=0.25)
     matrix.set(title="Purple pushes apart, orange pulls together", xlabel="caption", ylabel="picture")
     matrix.set_xticks(range(count), [f"c{i}" for i in range(count)])
     matrix.set_yticks(range(count), [f"p{i}" for i in range(count)])
     matrix.grid(False)
-    fig.colorbar(shown, ax=matrix, label="derivative of the loss by the logit", shrink=0.8)
+    fig.colorbar(heatmap, ax=matrix, label="derivative of the loss by the logit", shrink=0.8)
     grid = np.geomspace(1, 100, 60)
     curve.semilogx(grid, [losses.info_nce(image, text, each).item() for each in grid], color=PALETTE[0])
     curve.plot(scale, loss.item(), "o", color=PALETTE[1])
@@ -323,8 +323,8 @@ def circle_explorer(pictures: Sequence[int], captions: Sequence[int], scale: flo
 
     def draw(*values: float) -> NotebookFigure:
         angles = torch.deg2rad(torch.tensor(values[:-1], dtype=torch.float32))
-        places = torch.stack([angles.cos(), angles.sin()], 1)
-        return circle_chart(places[: len(pictures)], places[len(pictures) :], values[-1])
+        vectors = torch.stack([angles.cos(), angles.sin()], 1)
+        return circle_chart(vectors[: len(pictures)], vectors[len(pictures) :], values[-1])
 
     return follow([*points, ipywidgets.FloatLogSlider(scale, description="scale s", **SHARPNESS, **WIDE)], draw)
 
@@ -387,6 +387,6 @@ def pair_chart(records: Sequence[Mapping[str, Any]], one: str, other: str) -> No
 def ablation_explorer(records: Sequence[Mapping[str, Any]], one: str, other: str) -> ipywidgets.VBox:
     """Two choices among the configurations of a study, at first ``one`` and ``other``, over :func:`pair_chart`."""
     names = {f"{row['group']}: {row['title']}": name for name, row in plan_of(records).items()}
-    looks, places = {"options": names, "layout": {"width": "420px"}}, {"first": one, "second": other}
-    controls = [ipywidgets.Dropdown(value=name, description=place, **looks) for place, name in places.items()]
+    settings, chosen = {"options": names, "layout": {"width": "420px"}}, {"first": one, "second": other}
+    controls = [ipywidgets.Dropdown(value=name, description=which, **settings) for which, name in chosen.items()]
     return follow(controls, lambda first, second: pair_chart(records, first, second))

@@ -101,9 +101,8 @@ def load_all() -> dict[str, Records]:
 
 
 def with_photo(records: Mapping[str, Records]) -> Records:
-    """The comparison on photographs, and the records of the student that ships; without a comparison, all of photo."""
-    compared = records["photographs"]
-    return compared + [each for each in records["photo"] if not compared or each["model"]["name"] == "photo"]
+    """The comparison on photographs, and the records of the student that ships."""
+    return records["photographs"] + [each for each in records["photo"] if each["model"]["name"] == "photo"]
 
 
 def figures_of(records: Mapping[str, Records]) -> dict[str, NotebookFigure]:
