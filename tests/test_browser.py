@@ -153,7 +153,8 @@ def scratch_copy(folder: Path, name: str, *words: str) -> Path:
 
 def test_a_click_in_jupyterlab_changes_the_schedule_explorer(page, tmp_path):
     """What the browser shows is, byte for byte, what the plain functions draw."""
-    scratch_copy(tmp_path, "08_three_phase_training", "from mclip.config import", "schedule_explorer(")
+    words = "profile: str", "from mclip.config import", "schedule_explorer("
+    scratch_copy(tmp_path, "08_three_phase_training", *words)
     news = tmp_path / "jupyterlab_settings_dir/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     news.parent.mkdir(parents=True)
     news.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))

@@ -64,3 +64,8 @@ def test_a_notebook_without_papermill_is_checked_as_well():
     notebook = {"__annotations__": {"seed": int}, "seed": -1}
     with pytest.raises(ConfigError, match="seed=-1"):
         check_parameters(notebook)
+
+
+def test_the_check_before_the_parameters_says_which_cell_to_run():
+    with pytest.raises(ConfigError, match="run the cell of parameters first"):
+        check_parameters({})

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mclip.config import PRESETS, PROFILES, closest, from_mapping, require
+from mclip.config import PRESETS, PROFILES, ConfigError, closest, from_mapping, require
 from mclip.files import CLONE
 
 ROOT = CLONE or Path.cwd()
@@ -58,7 +58,8 @@ def check_parameters(notebook: dict[str, Any]) -> None:
     begins with the comment "Parameters"; it warns of an unknown name only in its log, and takes a value of any type.
     Here either is a :class:`~mclip.config.ConfigError`. Paths become absolute, see :func:`check_parameter`.
     """
-    declared = notebook["__annotations__"]
+    if not (declared := notebook.get("__annotations__")):
+        raise ConfigError("No parameter is set yet: run the cell of parameters first, or all cells from the top.")
     injected = [source for source in notebook.get("In", ()) if source.startswith("# Parameters\n")]
     for line in ast.parse("\n".join(injected)).body:
         name = line.targets[0].id
