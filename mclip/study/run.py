@@ -31,6 +31,7 @@ from mclip.study import measures
 from mclip.study.defects import NO_REFUSAL, PATCHES, switched_on
 from mclip.study.photographs import Photographs, TeacherName, write_card
 from mclip.study.table import BY_NAME, STUDENTS, STUDIES, Experiment, Settings, Study, choose, plan
+from mclip.study.trials import TRIALS
 from mclip.teacher import load_open_clip
 from mclip.train import TrainResult
 
@@ -176,6 +177,7 @@ def work(job: Job) -> Records:
         records = getattr(measures, job.row.measure)(job.row, job.settings)
     else:
         patches = [*PATCHES[job.row.defect], NO_REFUSAL] if job.row.defect else []
+        patches += [TRIALS[job.row.trial]] if job.row.trial else []
         with switched_on(*patches):
             try:
                 records = evaluate(job, train(job))

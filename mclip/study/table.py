@@ -58,8 +58,9 @@ class Experiment:
 
     ``student`` is the recipe that ``changes`` change, or the model that ships and is measured. ``against`` is the row
     that it is compared with, seed by seed, and ``seeds`` how many it has, where not as many as the study. ``defect`` is
-    the number of the defect that is switched on, and ``checks`` are the tests that then fail. ``measure`` is a function
-    of :mod:`mclip.study.measures` that makes the records without training.
+    the number of the defect that is switched on, and ``checks`` are the tests that then fail. ``trial`` is the name of
+    one of :data:`mclip.study.trials.TRIALS`. ``measure`` is a function of :mod:`mclip.study.measures` that makes the
+    records without training.
     """
 
     study: str
@@ -72,6 +73,7 @@ class Experiment:
     seeds: int = 0
     defect: int = 0
     checks: list = field(default_factory=list)
+    trial: str = ""
     measure: str = ""
 
     @property
@@ -133,7 +135,7 @@ def plan(
     settings |= {key: value for key, value in study.recipe.items() if key in settings}
     for key in row.changes:
         require(key in settings or key == "scenes", f"{row.full_name}.{key}", row.changes[key], closest(key, settings))
-    settings |= row.changes
+    settings |= row.changes | ({"trial": row.trial} if row.trial else {})
     if settings["data_size"] < 1:
         pictures, batch = round(settings["data_size"] * size.pictures), settings["batch_size"]
         settings["batch_size"] = min(batch, pictures)
