@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from defects_on import DEFECTS
 from scipy import stats
 
+from mclip.config import DistillConfig, get_profile
 from mclip.files import DATA
 from mclip.results import ResultError, load_results, make_result
 from mclip.show import ablations as ablation_figures
@@ -255,3 +258,20 @@ def test_a_defect_costs_what_the_healthy_run_has_more():
     defective = [record("defect-01", seed, 20.0 + seed) for seed in range(2)]
     healthy = {DEFECTS[1].against: {0: 50.0, 1: 45.0}}
     assert ablation_figures.defect_costs(defective, healthy) == {"defect-01": [30.0, 24.0]}
+
+
+def test_the_ring_is_around_the_recipe_of_the_defaults_and_no_trial():
+    training = get_profile("cpu").training()
+    settings = {key: getattr(training, key) for key in ("learning_rate", "crop_scale", "views")}
+    settings |= json.loads(json.dumps(asdict(DistillConfig())))
+    changes = {"feature": {"original_weight": 0.0}, "the default": {}, "warm": {"max_temperature": 2.0}}
+    changes |= {"large": {"crop_scale": 1.0}, "a trial": {"trial": "rate-falls"}}
+    records = []
+    for place, (name, own) in enumerate(changes.items()):
+        about = {"title": name, "group": "x", "question": "", "against": "", "student": "kd"}
+        details = {"experiment": about, "configuration": settings | own}
+        metrics = {"mean": 50.0 + place, "sets": {"shape": 50.0}, "retrieval": {"r10": 60.0 - place}}
+        model = {**MODEL, "name": name}
+        records.append(make_result("recipe", "scenes", "x", 10, model, metrics, seed=0, details=details))
+    rings = recipe_figure(records).axes[0].collections
+    assert [ring.get_offsets().tolist() for ring in rings] == [[[1.0, -1.0]]]

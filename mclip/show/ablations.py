@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from mclip.config import DistillConfig, TrainConfig
+from mclip.config import DistillConfig, TrainConfig, get_profile
 from mclip.results import ResultError
 from mclip.show.figures import MORE_SETS, set_means
 from mclip.show.style import PALETTE, NotebookFigure, figure, label, name_rows, whiskers
@@ -196,10 +196,19 @@ def offsets_of_labels(marks: np.ndarray) -> list[np.ndarray]:
     return offsets
 
 
+def _ships(configuration: Mapping[str, Any]) -> bool:
+    """Whether a run of scenes had the settings that are the defaults, and no trial changed a function."""
+    training, given = get_profile("cpu").training(), DEFAULTS | configuration
+    own = {key: getattr(training, key) for key in ("learning_rate", "crop_scale", "views", "ema_decay")}
+    ships = json.loads(json.dumps(asdict(DistillConfig()) | own))
+    return "trial" not in given and all(given[key] == value for key, value in ships.items())
+
+
 def recipe_figure(records: Sequence[Mapping[str, Any]], against: str = "feature") -> NotebookFigure:
     """Each configuration by what it adds to ``against``: points of R@10 over points of mean top-1, numbered.
 
-    A hollow mark is one seed. One that scores far less than the others is left out of the picture, and named below it.
+    A hollow mark is one seed, and a ring is around the recipe that ships. One that scores far less than the others is
+    left out of the picture, and named below it.
     """
     plan, means = plan_of(records), [means_of(records, measure) for measure in ("mean top-1", "R@10")]
     others = [
@@ -207,15 +216,18 @@ def recipe_figure(records: Sequence[Mapping[str, Any]], against: str = "feature"
     ]
     gains = {name: [difference(each, name, against)["value"] for each in means] for name in others}
     near = {name: gain for name, gain in gains.items() if min(gain) > -10}
-    fig = figure(8.3, 5.2)
+    fig = figure(8.3, max(4.0, 1.0 + 0.13 * len(near)))
     ax = fig.subplots()
     groups = list(dict.fromkeys(each["group"] for each in plan.values()))
+    ships = {record["model"]["name"] for record in records if _ships(record["details"]["configuration"])}
     for number, (name, gain) in enumerate(near.items(), start=1):
         group = groups.index(plan[name]["group"])
         title = f"{number} {plan[name]['title']}"
         fill = "full" if difference(means[1], name, against)["n"] > 1 else "none"
         style = {"color": PALETTE[group % len(PALETTE)], "fillstyle": fill}
         ax.plot(*gain, "o^sDvPX"[group % 7], **style, label=label(title, 48))
+        if name in ships:
+            ax.scatter(*gain, s=220, facecolor="none", edgecolor="black")
     scale = 350 / np.ptp(ax.get_xlim()), 300 / np.ptp(ax.get_ylim())  # about the size of the axes
     offsets = offsets_of_labels(np.reshape([*near.values()], (-1, 2)) * scale)
     for number, (gain, offset) in enumerate(zip(near.values(), offsets, strict=True), start=1):
@@ -227,7 +239,12 @@ def recipe_figure(records: Sequence[Mapping[str, Any]], against: str = "feature"
     note = f"\nfar outside: {'; '.join(far)}" if far else ""
     title = plan[against]["title"]
     ax.set(xlabel=f"mean top-1 of seven sets, points above {title}{note}", ylabel=f"R@10, points above {title}")
-    fig.legend(loc="outside right center", fontsize=7, title="hollow: one seed", title_fontsize=7)
+    fig.legend(
+        loc="outside right center",
+        fontsize=7,
+        title="hollow: one seed; ringed: the recipe that ships",
+        title_fontsize=7,
+    )
     ax.set_title("Up and to the right is better:\nwhat each recipe adds to copying embeddings alone")
     return fig
 

@@ -148,6 +148,10 @@ def tables_of(records: Mapping[str, Records]) -> dict[str, str]:
 def figures() -> None:
     """Draw the committed figures, and write the tables of README.md and figures/README.md."""
     records = load_all()
+    if missing := ", ".join(f"{name}.json" for name, own in records.items() if not own):
+        raise ResultError(
+            f"{RESULTS}: no records in {missing}; restore what ships, or measure again (CONTRIBUTING.md)."
+        )
     for name, fig in figures_of(records).items():
         save_figure(fig, FIGURES / f"{name}.png")
     for file, text in written(records).items():
