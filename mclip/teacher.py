@@ -25,8 +25,8 @@ from mclip.evaluate import input_of
 from mclip.files import cache_dir, file_hash, model_folder, read_json
 from mclip.pairs import normalise
 
-SHIP = {SHIPPED: "teacher", "photographs": "photo-teacher"}
-"""The teachers that ship, by what they know, and the names of their models."""
+SHIP = {SHIPPED: "teacher", "photographs": "photo-teacher", "clip": "clip"}
+"""The teachers that ship, by what they know, with the names of their models; and the plain CLIP, a weak one."""
 TRUNK = "visual.trunk."  # the names of an image trunk's weights begin with this
 CONFIG_FILE, WEIGHTS_FILE, MERGES_FILE = "open_clip_config.json", "open_clip_model.safetensors", "merges.txt.gz"
 # What open_clip raises for weights that cannot be loaded or downloaded: a file's, a connection's, the hub's errors.

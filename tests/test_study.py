@@ -60,6 +60,7 @@ def test_only_what_a_name_says_differs():
         "noise": {"noise"},
         "data": {"data_size", "max_epochs", "validate_every", "batch_size"},
         "size": {"preset"},
+        "teacher": {"teacher_model"},
     }
     for name, row in ABLATIONS.items():
         own, other = whole(row), whole(ABLATIONS[row.against])
