@@ -26,7 +26,8 @@ OTHERS = tuple(zip((PALETTE[i] for i in (3, 4, 6, 9, 5, 8)), ("xx", "oo", "++", 
 """Colour and hatch of models with names of their own, in the order in which they come."""
 DASHES = {"original": "-", "feature": "--", "response": "-.", "similarity": ":", "icl": (0, (6, 1))}
 TERMS = {name: {"color": PALETTE[i], "linestyle": DASHES[name]} for i, name in enumerate(DASHES)}
-LINES = tuple({"color": PALETTE[i], "linestyle": dash} for i, dash in ((0, "-"), (1, "-."), (2, ":"), (4, (0, (6, 1)))))
+_LOOKS_OF_LINES = ((0, "-"), (1, "-."), (2, ":"), (4, (0, (6, 1))), (3, (0, (3, 1, 1, 1, 1, 1))), (9, (0, (3, 2))))
+LINES = tuple({"color": PALETTE[i], "linestyle": dash} for i, dash in _LOOKS_OF_LINES)
 """Looks of lines that are neither a term nor the student alone, in the order in which they come."""
 PHASES = {1: PALETTE[7], 2: PALETTE[8], 3: PALETTE[9]}
 TEXTS = ("font.size", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize")
