@@ -1,4 +1,4 @@
-"""What rows of the table try that no setting says: each trial replaces a function of the package while it trains."""
+"""What rows of the table try that no setting says: a function of the package is replaced while a row runs."""
 
 from typing import Any
 
