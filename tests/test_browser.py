@@ -22,13 +22,14 @@ import nbformat
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 from mclip.cli.course import NOTEBOOKS
 from mclip.config import DistillConfig
 from mclip.files import DATA
 from mclip.show.figures import read_log, training_curves
-from mclip.show.widgets import replay
+from mclip.show.widgets import circle_chart, replay
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.browser
@@ -151,11 +152,10 @@ def scratch_copy(folder: Path, name: str, *words: str) -> Path:
     return folder / "scratch.ipynb"
 
 
-def test_a_click_in_jupyterlab_changes_the_schedule_explorer(page, tmp_path):
-    """What the browser shows is, byte for byte, what the plain functions draw."""
-    words = "profile: str", "from mclip.config import", "schedule_explorer("
-    scratch_copy(tmp_path, "08_three_phase_training", *words)
-    news = tmp_path / "jupyterlab_settings_dir/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+@contextmanager
+def jupyterlab(page, folder: Path) -> Iterator[None]:
+    """JupyterLab on ``page``, with all cells of the notebook scratch.ipynb in ``folder`` started."""
+    news = folder / "jupyterlab_settings_dir/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     news.parent.mkdir(parents=True)
     news.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
     options = (
@@ -164,13 +164,21 @@ def test_a_click_in_jupyterlab_changes_the_schedule_explorer(page, tmp_path):
         "--ServerApp.port=PORT",
         "--ServerApp.port_retries=0",
         "--IdentityProvider.token=",
-        f"--ServerApp.root_dir={tmp_path}",
+        f"--ServerApp.root_dir={folder}",
     )
-    with serve(tmp_path, "jupyterlab", *options) as address:
+    with serve(folder, "jupyterlab", *options) as address:
         page.goto(f"{address}/lab/tree/scratch.ipynb", wait_until="commit")
         page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        yield
+
+
+def test_a_click_in_jupyterlab_changes_the_schedule_explorer(page, tmp_path):
+    """What the browser shows is, byte for byte, what the plain functions draw."""
+    words = "profile: str", "from mclip.config import", "schedule_explorer("
+    scratch_copy(tmp_path, "08_three_phase_training", *words)
+    with jupyterlab(page, tmp_path):
         log, config = read_log(DATA / "results" / "logs" / "kd.jsonl"), DistillConfig()
         assert wait_for_change(page, None) == training_curves(replay(log, config))._repr_png_()
 
@@ -183,6 +191,41 @@ def test_a_click_in_jupyterlab_changes_the_schedule_explorer(page, tmp_path):
         track = page.locator(".widget-slider", has_text="end of the cooling").locator(".noUi-target")
         track.click(position={"x": 0.75 * track.bounding_box()["width"], "y": 2})
         assert wait_for_change(page, before) != training_curves(replay(log, fixed))._repr_png_()
+
+
+def test_points_of_the_circle_are_dragged_and_turned(page, tmp_path):
+    """With the mouse from the right of the circle to its top, and by the arrow keys."""
+    explorer = "from mclip.show.widgets import circle_explorer\ncircle_explorer((0, 120), (30, 150), 5.0)"
+    notebook = nbformat.read(NOTEBOOKS / "04_contrastive_pretraining.ipynb", as_version=4)
+    notebook.cells = [nbformat.v4.new_code_cell(explorer)]
+    nbformat.write(notebook, tmp_path / "scratch.ipynb")
+
+    def chart_of(first: float) -> bytes:
+        angles = torch.deg2rad(torch.tensor([first, 120.0, 30.0, 150.0]))
+        vectors = torch.stack([angles.cos(), angles.sin()], 1)
+        return circle_chart(vectors[:2], vectors[2:], 5.0)._repr_png_()
+
+    with jupyterlab(page, tmp_path):
+        assert wait_for_change(page, None) == chart_of(0)
+        box = page.locator("svg:has([role=slider])").bounding_box()
+        middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.mouse.move(middle[0] + 92, middle[1])
+        page.mouse.down()
+        before = page.locator(CHART).first.get_attribute("src")
+        page.mouse.move(middle[0] + 60, middle[1] - 60, steps=3)
+        wait_for_change(page, before)
+        before = page.locator(CHART).first.get_attribute("src")
+        page.mouse.move(middle[0], middle[1] - 80)
+        page.mouse.up()
+        wait_for_change(page, before)
+        point = page.get_by_role("slider", name="p0")
+        assert point.get_attribute("aria-valuenow") == "90"
+        page.screenshot(path=tmp_path / "dragged.png")
+
+        before = page.locator(CHART).first.get_attribute("src")
+        point.press("PageDown")
+        wait_for_change(page, before)
+        assert picture(page) == chart_of(80)
 
 
 def test_the_app_answers_what_is_typed_chosen_and_uploaded(page, tmp_path):

@@ -234,10 +234,13 @@ EXPLORERS = {
 def test_every_control_changes_the_chart(name):
     controls, message, chart = controls_of(EXPLORERS[name]())
     seen = {bytes(chart.value)}
-    for control in controls:
-        control.value = 3 if control.max < 300 else 200
+    moves = [(control, 3) for control in controls if not isinstance(control.value, list)]
+    for points in (control for control in controls if isinstance(control.value, list)):
+        moves += [(points, [*points.value[:i], 200.0, *points.value[i + 1 :]]) for i in range(len(points.value))]
+    for control, value in moves:
+        control.value = value
         seen.add(bytes(chart.value))
-    assert len(seen) == 1 + len(controls)
+    assert len(seen) == 1 + len(moves)
     assert message.value == ""
 
 

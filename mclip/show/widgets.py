@@ -4,14 +4,18 @@ import html
 import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+import anywidget
 import ipywidgets
 import numpy as np
 import pandas as pd
 import skimage.data
 import torch
+import traitlets
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -59,7 +63,8 @@ def follow(
 
     errors = ipywidgets.interactive_output(update, {f"control {i}": each for i, each in enumerate(controls)})
     for control in controls:
-        control.style.description_width = "initial"
+        if hasattr(control, "style"):  # what has a description
+            control.style.description_width = "initial"
     above = ipywidgets.HBox([*controls, *beside], layout={"flex_flow": "row wrap", "align_items": "flex-start"})
     return ipywidgets.VBox([above, message, chart, errors])
 
@@ -314,19 +319,33 @@ def circle_chart(image: Tensor, text: Tensor, scale: float) -> NotebookFigure:
     return fig
 
 
-def circle_explorer(pictures: Sequence[int], captions: Sequence[int], scale: float) -> ipywidgets.VBox:
-    """A slider for the angle of each picture and caption, in degrees, and one for the scale, over circle_chart."""
+class CirclePoints(anywidget.AnyWidget, ipywidgets.ValueWidget):
+    """Points on a circle to drag with mouse, finger or arrow keys; ``value`` holds their angles in degrees.
+
+    A name that begins with "c" is that of a caption, and drawn as a square.
+    """
+
+    _esm = Path(__file__).with_name("circle.js")
+    names = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    colours = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    value = traitlets.List(traitlets.Float()).tag(sync=True)
+
+    def __repr__(self) -> str:
+        return f"CirclePoints(value={self.value})"  # without its address, which would be new in each stored notebook
+
+
+def circle_explorer(pictures: Sequence[float], captions: Sequence[float], scale: float) -> ipywidgets.VBox:
+    """Pictures and captions to drag, by their angles in degrees, and a slider for the scale, over circle_chart."""
     names = [f"{kind}{i}" for kind, angles in (("p", pictures), ("c", captions)) for i in range(len(angles))]
-    looks = {"min": 0, "max": 359, "continuous_update": False, "layout": {"width": "220px"}}
-    pairs = zip((*pictures, *captions), names, strict=True)
-    points = [ipywidgets.IntSlider(angle, description=name, **looks) for angle, name in pairs]
+    colours = [to_hex(PALETTE[int(name[1:])]) for name in names]
+    points = CirclePoints(names=names, colours=colours, value=[*pictures, *captions])
 
-    def draw(*values: float) -> NotebookFigure:
-        angles = torch.deg2rad(torch.tensor(values[:-1], dtype=torch.float32))
+    def draw(value: Sequence[float], scale: float) -> NotebookFigure:
+        angles = torch.deg2rad(torch.tensor(value))
         vectors = torch.stack([angles.cos(), angles.sin()], 1)
-        return circle_chart(vectors[: len(pictures)], vectors[len(pictures) :], values[-1])
+        return circle_chart(vectors[: len(pictures)], vectors[len(pictures) :], scale)
 
-    return follow([*points, ipywidgets.FloatLogSlider(scale, description="scale s", **SHARPNESS, **WIDE)], draw)
+    return follow([points, ipywidgets.FloatLogSlider(scale, description="scale s", **SHARPNESS, **WIDE)], draw)
 
 
 def kernel_chart(words: Sequence[str], place: int, logits: Sequence[float]) -> NotebookFigure:
