@@ -99,7 +99,7 @@ class ImageConfig(Settings):
     image_size: int = 224  # side of the square input, in pixels
     bn_momentum: float = 0.01  # share of a batch in BatchNorm's running statistics; a run of 500 steps needs 0.1
     head: tuple[int, ...] = ()  # widths of fully connected layers after pooling; empty uses the pooled features
-    pretrained: bool = False  # start from ImageNet weights, which exist for width 1.0
+    pretrained: bool = False  # training starts from ImageNet weights, which exist for width 1.0
 
     def __post_init__(self) -> None:
         self.check("width", 0.1 <= self.width <= 4, "choose a multiplier between 0.1 and 4")

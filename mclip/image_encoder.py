@@ -3,16 +3,11 @@
 The network is torchvision's, built from the stage table below, with settings of our own.
 """
 
-import http.client
-import pickle
-import warnings
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import MobileNet_V3_Large_Weights
 from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
 from torchvision.ops import Conv2dNormActivation
 
@@ -44,20 +39,6 @@ def stage_table(width: float = 1.0) -> list[InvertedResidualConfig]:
     """STAGES in torchvision's form, channels multiplied by ``width`` and rounded to multiples of 8."""
     inputs = (16, *(out for _, _, out, *_ in STAGES))
     return [InvertedResidualConfig(n, *row, 1, width) for n, row in zip(inputs, STAGES, strict=False)]
-
-
-def imagenet_trunk_weights() -> dict[str, Tensor] | None:
-    """torchvision's ImageNet weights of the convolutions; None, and a warning, where they cannot be had."""
-    weights = MobileNet_V3_Large_Weights.IMAGENET1K_V2
-    try:
-        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError, http.client.HTTPException, pickle.UnpicklingError) as error:
-        path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
-        failed = f"no ImageNet weights for the image encoder: {weights.url} could not be loaded ({error})"
-        remedy = f"To use them, put that file at {path} and start again"
-        warnings.warn(f"{failed}. Going on with random initialisation. {remedy}.", stacklevel=2)
-        return None
-    return {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")}
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -111,8 +92,6 @@ class ImageEncoder(nn.Module):
             self.head.extend([nn.Hardswish()] if len(self.head) else [])
             self.head.append(nn.Linear(self.features, width))
             self.features = width
-        if config.pretrained and (state := imagenet_trunk_weights()) is not None:
-            self.trunk.load_state_dict(state)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, S, S) -> features (B, ``features``)."""

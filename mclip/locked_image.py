@@ -30,9 +30,9 @@ from mclip.losses import cosines
 from mclip.metrics import retrieval
 from mclip.objectives import Contrastive, Output
 from mclip.pairs import Batch, BatchSource, Pairs
-from mclip.recipes import BASE, save_weights, write_untrained
+from mclip.recipes import BASE, get_crops, save_weights, write_untrained
 from mclip.sources.loading import Rows
-from mclip.targets import get_crops, trunk_features
+from mclip.targets import trunk_features
 from mclip.teacher import Tokenize, load_teacher, load_trunk
 from mclip.train import TrainResult, train
 

@@ -130,9 +130,7 @@ class MobileCLIP(nn.Module):
             if sha256 and sha256 != file_hash(path):  # an older folder has none
                 raise OSError(f"its SHA-256 is not that of {CONFIG_FILE}")
             state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
-            # The stored weights replace every value, so ImageNet's are not fetched first.
-            model = cls(dataclasses.replace(stored, image=dataclasses.replace(stored.image, pretrained=False)))
-            model.config = stored
+            model = cls(stored)
             model.load_state_dict(state)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: damaged or not safetensors ({error}); copy or save it again.") from error

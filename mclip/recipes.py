@@ -4,10 +4,13 @@ Notebooks and the command line call the same functions, so that equal settings g
 """
 
 import base64
+import http.client
 import math
 import os
+import pickle
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,10 +19,12 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
+import torch.nn.functional as F
 import yaml
 from safetensors.torch import save_file
 from scipy.special import bdtr
 from torch import Tensor, nn
+from torchvision.models import MobileNet_V3_Large_Weights
 
 from mclip import load
 from mclip.config import (
@@ -40,14 +45,14 @@ from mclip.files import atomic_folder, atomic_path, file_hash, model_folder, rea
 from mclip.metrics import bootstrap_interval, first_hit_ranks, percent
 from mclip.model import MobileCLIP, ModelError
 from mclip.objectives import Contrastive, Distillation
-from mclip.pairs import BatchSource, Pairs, normalise
+from mclip.pairs import BatchSource, Pairs, Targets, normalise
 from mclip.pictures import Crops
 from mclip.results import ResultError, make_result, save_result, weights_sha256
 from mclip.scenes.test_sets import evaluate_relation, scene_sets
 from mclip.scenes.world import SceneConfig
 from mclip.sources.loading import add_unpaired, load_pairs
 from mclip.sources.zero_shot import zero_shot_set
-from mclip.targets import embed_captions, embed_pictures, fitted, get_crops, teacher_targets
+from mclip.targets import embed_captions, embed_pictures, teacher_targets
 from mclip.teacher import CONFIG_FILE, MERGES_FILE, TRUNK, WEIGHTS_FILE, Teacher, load_open_clip, load_teacher
 from mclip.train import TrainResult, train
 
@@ -71,6 +76,23 @@ class OnlineTargets:
         images = embed_pictures(self.teacher, self.pairs, pictures, self.crops, view)
         texts = embed_captions(self.teacher, self.pairs, captions)
         return torch.from_numpy(images).float(), torch.from_numpy(texts).float()
+
+
+def fitted(targets: Targets, width: int, rows: int = 20_000) -> Targets:
+    """``targets`` for a student of ``width`` dimensions d: the teacher's embeddings (B, D) rotated, and cut or padded.
+
+    A narrower student gets the first principal directions, so that cosines change least. They are those of the second
+    moments, because centring would change the angles, of up to ``rows`` pictures and as many captions taken together.
+    A wider one gets zeros in the dimensions that are left, and all cosines stay.
+    """
+    moments = 0.0
+    for side in (targets.images, targets.texts):
+        sample = side[:: -(-len(side) // rows)].reshape(-1, side.shape[-1]).astype(np.float64)
+        moments = moments + sample.T @ sample / len(sample)
+    directions = np.linalg.eigh(moments).eigenvectors[:, ::-1]
+    directions = directions * np.where(directions.sum(0) < 0, -1, 1)  # which way one points is arbitrary
+    basis = F.pad(torch.from_numpy(directions).float(), (0, width - len(directions)))
+    return replace(targets, basis=basis, key=f"{targets.key} {width}")
 
 
 def from_yaml(kind: type[Config], path: str | Path) -> Config:
@@ -172,6 +194,31 @@ def load_student(name: str | Path, config: ModelConfig) -> MobileCLIP:
     return model
 
 
+def imagenet_trunk() -> dict[str, Tensor] | None:
+    """torchvision's ImageNet weights of the convolutions; None, and a warning, where they cannot be had."""
+    weights = MobileNet_V3_Large_Weights.IMAGENET1K_V2
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, http.client.HTTPException, pickle.UnpicklingError) as error:
+        path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
+        failed = f"no ImageNet weights for the image encoder: {weights.url} could not be loaded ({error})"
+        remedy = f"To use them, put that file at {path} and start again"
+        warnings.warn(f"{failed}. Going on with random initialisation. {remedy}.", stacklevel=2)
+        return None
+    return {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")}
+
+
+def get_crops(settings: TrainConfig, online: bool = False) -> Crops | None:
+    """The random crops that a run shows, if any; an online teacher has a new one in each epoch.
+
+    Views that are shown in turns are the same for every seed of the run, so that all runs share a cache.
+    """
+    views = 0 if online else settings.views
+    changed = settings.crop_scale < 1 or settings.mirrored or settings.coarse
+    crops = Crops(settings.crop_scale, views, 0 if views else settings.seed, settings.mirrored, settings.coarse)
+    return crops if changed else None
+
+
 def train_student(
     config: ModelConfig,
     training: Pairs,
@@ -192,6 +239,8 @@ def train_student(
     out_dir = Path(out_dir).expanduser()
     torch.manual_seed(settings.seed)
     model = load_student(base_checkpoint, config) if base_checkpoint else MobileCLIP(config)
+    if config.image.pretrained and not base_checkpoint and (trunk := imagenet_trunk()):
+        model.image_encoder.trunk.load_state_dict(trunk)
     objective, targets, crops = Contrastive(distill), None, get_crops(settings, distill.online_teacher)
     if any((distill.feature_weight, distill.response_weight, distill.similarity_weight, distill.icl_weight)):
         teacher = load_teacher(teacher_model, teacher_pretrained, device_for(settings.accelerator))

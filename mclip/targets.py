@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mclip.config import TrainConfig, require
+from mclip.config import require
 from mclip.evaluate import embed_texts, evaluating
 from mclip.files import atomic_path, cache_dir, content_key, lock
 from mclip.pairs import Pairs, Targets
@@ -55,23 +55,6 @@ def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True, crops
     targets = Targets(images, texts, teacher.logit_scale, folder.name, crops)
     check_targets(targets)
     return targets
-
-
-def fitted(targets: Targets, width: int, rows: int = 20_000) -> Targets:
-    """``targets`` for a student of ``width`` dimensions d: the teacher's embeddings (B, D) rotated, and cut or padded.
-
-    A narrower student gets the first principal directions, so that cosines change least. They are those of the second
-    moments, because centring would change the angles, of up to ``rows`` pictures and as many captions taken together.
-    A wider one gets zeros in the dimensions that are left, and all cosines stay.
-    """
-    moments = 0.0
-    for side in (targets.images, targets.texts):
-        sample = side[:: -(-len(side) // rows)].reshape(-1, side.shape[-1]).astype(np.float64)
-        moments = moments + sample.T @ sample / len(sample)
-    directions = np.linalg.eigh(moments).eigenvectors[:, ::-1]
-    directions = directions * np.where(directions.sum(0) < 0, -1, 1)  # which way one points is arbitrary
-    basis = F.pad(torch.from_numpy(directions).float(), (0, width - len(directions)))
-    return replace(targets, basis=basis, key=f"{targets.key} {width}")
 
 
 def trunk_features(
@@ -181,14 +164,3 @@ def check_targets(targets: Targets) -> None:
     if len(sample) > 1 and (sample - sample[0]).abs().max() < 1e-3:
         equal = "the teacher's embeddings of all captions are equal, so they hold nothing to distil"
         raise TeacherError(f"{equal}: it must be given the captions of the data, not one constant text.")
-
-
-def get_crops(settings: TrainConfig, online: bool = False) -> Crops | None:
-    """The random crops that a run shows, if any; an online teacher has a new one in each epoch.
-
-    Views that are shown in turns are the same for every seed of the run, so that all runs share a cache.
-    """
-    views = 0 if online else settings.views
-    changed = settings.crop_scale < 1 or settings.mirrored or settings.coarse
-    crops = Crops(settings.crop_scale, views, 0 if views else settings.seed, settings.mirrored, settings.coarse)
-    return crops if changed else None

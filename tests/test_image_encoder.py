@@ -2,17 +2,21 @@
 
 import urllib.error
 import warnings
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_train import TINY, toy_pairs
 from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
 from torchvision.models.mobilenetv3 import _mobilenet_v3_conf
 
-from mclip.config import ConfigError, ImageConfig
+from mclip import recipes
+from mclip.config import ConfigError, ImageConfig, TrainConfig
 from mclip.image_encoder import DepthwiseConv, ImageEncoder, stage_table
+from mclip.recipes import imagenet_trunk
 
 
 def count(module: torch.nn.Module) -> int:
@@ -111,16 +115,15 @@ def test_unreachable_imagenet_weights_warn_and_go_on(monkeypatch, failure):
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
     with pytest.warns(UserWarning, match="Going on with random initialisation") as caught:
-        encoder = ImageEncoder(ImageConfig(pretrained=True))
+        assert imagenet_trunk() is None
     message = next(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
     assert str(failure.args[0]) in message
     assert "mobilenet_v3_large-5c1a4163.pth" in message
     assert torch.hub.get_dir() in message
-    assert encoder.features == 960
 
 
-def test_imagenet_weights_in_the_hub_cache_are_used(monkeypatch, tmp_path):
-    """A file that was put there by hand counts, and nothing is downloaded."""
+def test_training_starts_from_imagenet_weights_in_the_hub_cache(monkeypatch, tmp_path):
+    """A file that was put there by hand counts, and nothing is downloaded; a model that is built asks for none."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     library = with_random_statistics(mobilenet_v3_large(weights=None))
     name = MobileNet_V3_Large_Weights.IMAGENET1K_V2.url.rsplit("/", 1)[-1]
@@ -128,9 +131,11 @@ def test_imagenet_weights_in_the_hub_cache_are_used(monkeypatch, tmp_path):
     torch.save(library.state_dict(), tmp_path / "hub" / "checkpoints" / name)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        encoder = ImageEncoder(ImageConfig(pretrained=True))
+        config = replace(TINY, image=ImageConfig(image_size=32, pretrained=True))
+        monkeypatch.setattr(recipes, "train", lambda model, *_, **__: model)
+        started = recipes.train_student(config, toy_pairs(), toy_pairs(), TrainConfig(batch_size=8), tmp_path / "run")
     for key, value in library.features.state_dict().items():
-        assert torch.equal(encoder.trunk.state_dict()[key], value), key
+        assert torch.equal(started.image_encoder.trunk.state_dict()[key], value), key
 
 
 def test_a_damaged_file_in_the_hub_cache_warns_and_goes_on(monkeypatch, tmp_path):
@@ -139,7 +144,7 @@ def test_a_damaged_file_in_the_hub_cache_warns_and_goes_on(monkeypatch, tmp_path
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     (tmp_path / "hub" / "checkpoints" / name).write_bytes(b"not a checkpoint")
     with pytest.warns(UserWarning, match="Going on with random initialisation"):
-        ImageEncoder(ImageConfig(pretrained=True))
+        assert imagenet_trunk() is None
 
 
 def test_imagenet_weights_need_width_one():

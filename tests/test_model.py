@@ -36,8 +36,7 @@ def model() -> MobileCLIP:
 
 
 def counts_of(config: ModelConfig) -> dict[str, int]:
-    """Parameter counts without allocating or downloading weights."""
-    config = dataclasses.replace(config, image=dataclasses.replace(config.image, pretrained=False))
+    """Parameter counts without allocating weights."""
     with torch.device("meta"):
         return parameter_counts(MobileCLIP(config))
 

@@ -18,8 +18,8 @@ from mclip import targets as module
 from mclip.config import ConfigError, DistillConfig, TrainConfig
 from mclip.pairs import BatchSource, Pairs, Targets
 from mclip.pictures import Crops, square
-from mclip.recipes import OnlineTargets, load_model, train_student
-from mclip.targets import fitted, teacher_targets
+from mclip.recipes import OnlineTargets, fitted, load_model, train_student
+from mclip.targets import teacher_targets
 from mclip.teacher import Teacher, TeacherError, load_teacher
 
 

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -118,9 +118,8 @@ def candidate_name(name: str, form: Form) -> str:
 
 def random_model(name: str) -> tuple[MobileCLIP, ModelConfig]:
     """A preset with random weights."""
-    config = replace(PRESETS[name], image=replace(PRESETS[name].image, pretrained=False))
     torch.manual_seed(0)
-    return MobileCLIP(config), config
+    return MobileCLIP(PRESETS[name]), PRESETS[name]
 
 
 def parameter_parts(model: nn.Module) -> dict[str, int]:
