@@ -132,7 +132,7 @@ NAMED = [  # name of the file, its content, what the message says
     ("t.csv", "filepath\ttitle\na.png\ta dog\n", r"separated by '\\t': pass csv_separator='\\t'"),
     ("t.tsv", "file_name,caption\na.png,a dog\n", "separated by ','"),
     ("t.csv", "file_name;caption;lic,ense\na.png;a dog;free\n", "separated by ';'"),
-    ("t.csv", "img_1,dog\nimg_2,cat\n", r"known names: dog, img_1\. Name .*, or, if this line is data, write a header"),
+    ("t.csv", "img_1,dog\nimg_2,cat\n", r"columns are img_1, dog\. Name .*, or, if this line is data, write a header"),
     (
         "t.csv",
         "file_name, caption\na.png,a dog\n",

@@ -152,6 +152,16 @@ def ablation_table(records: Sequence[Mapping[str, Any]], *measures: str) -> str:
     return markdown(("question", "configuration", "seeds", *measures, "against", *points), rows)
 
 
+def comparison_table(records: Sequence[Mapping[str, Any]], pairs: Iterable[tuple[str, str]], *measures: str) -> str:
+    """A Markdown table: by how many points of ``measures`` the first of each of ``pairs`` is ahead of the second."""
+    plan, means, rows = plan_of(records), [means_of(records, measure) for measure in measures], []
+    for name, against in pairs:
+        effects = [difference(each, name, against) for each in means]
+        cells = [f"{in_points(effect)} {effect['verdict']}" for effect in effects]
+        rows.append([plan[name]["title"], plan[against]["title"], effects[0]["n"], *cells])
+    return markdown(("configuration", "against", "seeds", *(f"points of {each}" for each in measures)), rows)
+
+
 def claims_table(studies: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """A Markdown table of the course's main differences with both intervals, and kd as a share of its teacher.
 
@@ -207,8 +217,8 @@ def _ships(configuration: Mapping[str, Any]) -> bool:
 def recipe_figure(records: Sequence[Mapping[str, Any]], against: str = "feature") -> NotebookFigure:
     """Each configuration by what it adds to ``against``: points of R@10 over points of mean top-1, numbered.
 
-    A hollow mark is one seed, and a ring is around the recipe that ships. One that scores far less than the others is
-    left out of the picture, and named below it.
+    A hollow mark is one seed, and a ring is around the recipe that ships, if it is there. One that scores far less than
+    the others is left out of the picture, and named below it.
     """
     plan, means = plan_of(records), [means_of(records, measure) for measure in ("mean top-1", "R@10")]
     others = [
@@ -239,12 +249,8 @@ def recipe_figure(records: Sequence[Mapping[str, Any]], against: str = "feature"
     note = f"\nfar outside: {'; '.join(far)}" if far else ""
     title = plan[against]["title"]
     ax.set(xlabel=f"mean top-1 of seven sets, points above {title}{note}", ylabel=f"R@10, points above {title}")
-    fig.legend(
-        loc="outside right center",
-        fontsize=7,
-        title="hollow: one seed; ringed: the recipe that ships",
-        title_fontsize=7,
-    )
+    marks = "hollow: one seed" + ("; ringed: the recipe that ships" if ships & near.keys() else "")
+    fig.legend(loc="outside right center", fontsize=7, title=marks, title_fontsize=7)
     ax.set_title("Up and to the right is better:\nwhat each recipe adds to copying embeddings alone")
     return fig
 

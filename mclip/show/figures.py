@@ -196,7 +196,7 @@ def training_curves(log: Records) -> style.NotebookFigure:
         # Losses above 0, and weights that differ by more than 50 times.
         if lowest > 0 and (unit == "loss" or (unit == "weight" and 50 * lowest < highest)):
             ax.set(yscale="log", ylabel=f"{unit} (log scale)")
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             ax.yaxis.set_major_formatter("{x:g}")
             ax.minorticks_off()
         elif unit != "loss":
@@ -276,7 +276,7 @@ def matrices(values: Mapping[str, Any], xlabel: str, ylabel: str, names: Sequenc
 def image_grid(images: Any, captions: Sequence[str], columns: int = 6) -> style.NotebookFigure:
     """Pictures uint8 (N, 3, H, W), each under its caption."""
     pictures = np.asarray(images).transpose(0, 2, 3, 1)
-    texts = [style.label(caption, 18, lines=3) for caption in captions]
+    texts = [style.label(caption, 18, lines=5) for caption in captions]
     rows, lines = -(-len(pictures) // columns), max(text.count("\n") + 1 for text in texts)
     fig = style.figure(1.45 * columns, rows * (1.5 + 0.16 * lines))
     fig.set_layout_engine("compressed")

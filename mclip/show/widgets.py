@@ -103,7 +103,7 @@ def prompt_chart(
     for row, (cosine, share) in enumerate(zip(cosines, shares, strict=True)):
         right.text(share + 0.02, row, f"{share:.0%}, cosine {cosine:+.2f}", va="center")
     name_rows(right, [label(text, 40) for text in prompts])
-    right.set(title="The prompt that fits best", xlabel="softmax over the prompts", xlim=(0, 1.6))
+    right.set(title="How well each sentence fits", xlabel="share (softmax over the sentences)", xlim=(0, 1.6))
     right.set_xticks(np.linspace(0, 1, 5))
     return fig
 
@@ -309,7 +309,7 @@ def circle_chart(image: Tensor, text: Tensor, scale: float) -> NotebookFigure:
     matrix.set_xticks(range(count), [f"c{i}" for i in range(count)])
     matrix.set_yticks(range(count), [f"p{i}" for i in range(count)])
     matrix.grid(False)
-    fig.colorbar(heatmap, ax=matrix, label="derivative of the loss by the logit", shrink=0.8)
+    fig.colorbar(heatmap, ax=matrix, label="derivative of the loss w.r.t. the logit", shrink=0.8)
     grid = np.geomspace(1, 100, 60)
     curve.semilogx(grid, [losses.info_nce(image, text, each).item() for each in grid], color=PALETTE[0])
     curve.plot(scale, loss.item(), "o", color=PALETTE[1])

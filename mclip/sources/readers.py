@@ -264,8 +264,9 @@ def _columns(path: Path, names: list[str], image_key: str, caption_key: str) -> 
         elif any(name.lower().endswith(PICTURES) for name in names):
             cause = "the first line looks like data: write a header line such as file_name,caption above it"
         else:
-            near, data = closest(key, names), "if this line is data, write a header line above it"
-            cause = f"{near}{'' if near.endswith('?') else '.'} Name another column with {option}, or, {data}"
+            near = closest(key, names)  # without one, the columns would be listed twice
+            cause = f"Name another column with {option}, or, if this line is data, write a header line above it"
+            cause = f"{near} {cause}" if near.endswith("?") else cause
         raise DataError(f"{path}: no column {key!r}; the columns are {', '.join(names)}. {cause}.")
     return names.index(keys[0]), names.index(keys[1])
 
