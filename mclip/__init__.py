@@ -22,9 +22,9 @@ def load(
 ) -> tuple[torch.nn.Module, Callable[[Image], torch.Tensor], Callable[[str | list[str]], torch.Tensor]]:
     """A trained model, its preparation of pictures and its tokenizer, as open_clip returns them.
 
-    ``name`` is base, kd, clip or teacher, which ship with the course, or the folder of a model. ``preprocess`` takes a
-    PIL picture of any mode to (3, S, S), ``tokenizer`` captions to ids (B, context length). Code written for open_clip
-    runs on them; calling the model gives a dict, as with ``output_dict=True``.
+    ``name`` is base, kd, clip, teacher, photo, photo-base or photo-teacher, which ship with the course, or the folder
+    of a model. ``preprocess`` takes a PIL picture of any mode to (3, S, S), ``tokenizer`` captions to ids (B, context
+    length). Code written for open_clip runs on them; calling the model gives a dict, as with ``output_dict=True``.
 
     Raises: ConfigError for no such model or device; ModelError or TeacherError for a folder that cannot be read.
     """

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from mclip.config import DistillConfig, Strategy, closest, require
+from mclip.config import DistillConfig, Strategy, require
 
 Terms = Mapping[str, Tensor]  # scalar losses by name
 Factors = Mapping[str, float]  # weights, ramps or sizes by name
@@ -103,8 +103,6 @@ class Balancer(nn.Module):
 
     def __init__(self, config: DistillConfig) -> None:
         super().__init__()
-        for name in config.balancers:
-            require(name in STRATEGIES, "balancers", name, closest(name, STRATEGIES))
         self.config, self.strategies, self.priors = config, config.balancers, _priors(config)
         learned = self.priors if "uncertainty" in self.strategies else ()
         self.log_variances = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in learned})

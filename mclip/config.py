@@ -84,6 +84,12 @@ class Settings:
         """ConfigError, naming the field ``key``, its value and ``remedy``, unless ``good``."""
         require(good, self.PREFIX + key, getattr(self, key), remedy)
 
+    def choices(self) -> None:
+        """ConfigError for the first field whose type lists its values, and that has another."""
+        for key, hint in get_type_hints(type(self)).items():
+            if "Literal" in str(hint):
+                _typed(getattr(self, key), hint, self.PREFIX + key)
+
     def at_least(self, bound: float, *keys: str) -> None:
         """ConfigError for the first of the fields ``keys`` that is below ``bound``."""
         for key in keys:
@@ -131,7 +137,8 @@ class TextConfig(Settings):
         odd = len(self.kernels) > 0 and all(k > 0 and k % 2 == 1 for k in self.kernels)
         self.check("kernels", odd, "name one odd kernel size per block, so that each has a centre")
         self.at_least(1, "feed_forward")
-        self.at_least(3, "context_length", "vocab_size")  # start, one token and end
+        self.at_least(3, "context_length")  # start, one token and end
+        self.at_least(49408, "vocab_size")  # the tokenizer's
         remedy = f"choose 1 to {self.width}, or null for a full embedding"
         self.check("embedding_rank", rank is None or 0 < rank <= self.width, remedy)
         self.check("dropout", 0 <= self.dropout < 1, "choose a probability in [0, 1)")
@@ -172,9 +179,11 @@ class DistillConfig(Settings):
     response_weight: float = 1.0  # prior of the divergence from the teacher's softened similarities
     similarity_weight: float = 0.0  # prior of the squared difference of the cosine matrices
     icl_weight: float = 1.0  # prior of the interactive contrastive term
-    feature_source: Literal["embedding", "penultimate"] = "embedding"  # what "feature" aligns with the teacher
+    feature_source: Literal["embedding", "penultimate"] = "embedding"  # what "feature" and "icl" align with the teacher
     feature_form: Literal["cosine", "mse"] = "cosine"  # 1 - cos, or the squared error summed over dimensions
-    aligner: Literal["auto", "mlp", "identity"] = "auto"  # auto: identity; targets of another width are fitted to it
+    aligner: Literal["auto", "mlp", "identity"] = (
+        "auto"  # auto: identity; cached targets of another width are fitted to it
+    )
     online_teacher: bool = False  # embed each batch anew, in place of cached targets: slower, but every crop is new
     order: tuple[Term, Term, Term] = ("feature", "response", "original")  # the term that begins in each phase
     phases: tuple[float, float, float] = (0.5, 0.7, 0.9)  # phases 2 and 3, end of cooling; shares (<= 1) or steps
@@ -187,6 +196,7 @@ class DistillConfig(Settings):
     plateau_patience: int = 3  # evaluations without improvement before the next balancer takes over
 
     def __post_init__(self) -> None:
+        self.choices()
         for key, value in vars(self).items():
             self.check(key, not key.endswith("_weight") or value >= 0, "weights are 0 (off) or positive")
         self.check("order", len(set(self.order)) == 3, f"give {', '.join(get_args(Term))} in any order")
@@ -230,8 +240,11 @@ class TrainConfig(Settings):
     progress: bool = True  # show a progress bar
 
     def __post_init__(self) -> None:
+        self.choices()
         self.at_least(1, "max_epochs", "accumulate_grad_batches", "validate_every")
-        self.at_least(0, "weight_decay", "views", "coarse")
+        self.at_least(0, "weight_decay", "views", "coarse", "seed")
+        patience = self.early_stopping_patience
+        self.check("early_stopping_patience", patience is None or patience >= 1, "use 1 or more, or null")
         self.check("batch_size", self.batch_size >= 2, "in-batch negatives need at least 2 pairs")
         for key in ("learning_rate", "clip_grad_norm", "checkpoint_minutes"):
             self.check(key, getattr(self, key) > 0, "use a positive number")

@@ -1,4 +1,4 @@
-"""Embeddings of pictures and texts by a model, and the results records of zero-shot classification and retrieval.
+"""Embeddings of pictures and texts by a model, and the results records of zero-shot classification.
 
 A model is anything with open_clip's ``encode_image`` and ``encode_text``.
 """
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose
 
 from mclip.config import ConfigError, require
-from mclip.metrics import answers, class_ranks, rank_metrics, require_finite, retrieval
-from mclip.pairs import Pairs, normalise
+from mclip.metrics import answers, class_ranks, rank_metrics, require_finite
+from mclip.pairs import normalise
 from mclip.pictures import as_rgb, named, open_picture, pool
 from mclip.results import describe_model, make_result
 
@@ -200,15 +200,3 @@ def zero_shot_record(
     more["details"] = {"metric": dataset.metric, **answers(ranks < 1, truth.tolist())}
     more["seconds"] = time.perf_counter() - start
     return make_result("zero_shot", dataset.name, dataset.split, len(truth), described, metrics, **more)
-
-
-def evaluate_retrieval(
-    model: nn.Module, tokenizer: Any, pairs: Pairs, name: str, *, split: str = "val", seed: int = 0
-) -> dict[str, Any]:
-    """The results record of retrieval both ways between the pictures of ``pairs`` and all their captions."""
-    start = time.perf_counter()
-    owner = torch.tensor([i for i, own in enumerate(pairs.captions) for _ in own])
-    texts = embed_texts(model, tokenizer, [text for own in pairs.captions for text in own])
-    metrics = retrieval(embed_images(model, pairs.images)[0], texts, owner, seed)
-    more = {"seed": seed, "seconds": time.perf_counter() - start, "device": device_of(model)}
-    return make_result("retrieval", pairs.name, split, len(pairs), describe_model(name, model), metrics, **more)

@@ -23,14 +23,15 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from mclip.config import TrainConfig
+from mclip.config import TrainConfig, require
 from mclip.evaluate import embed_texts, evaluating
 from mclip.files import atomic_path
 from mclip.losses import cosines
 from mclip.metrics import retrieval
 from mclip.objectives import Contrastive, Output
 from mclip.pairs import Batch, BatchSource, Pairs
-from mclip.recipes import BASE, get_crops, save_weights, write_untrained
+from mclip.pictures import Crops
+from mclip.recipes import BASE, get_crops, processes, save_weights, untrained
 from mclip.sources.loading import Rows
 from mclip.targets import trunk_features
 from mclip.teacher import Tokenize, load_teacher, load_trunk
@@ -60,6 +61,10 @@ def class_means(features: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
     directions = (rows - rows.mean(0)) @ (centred.T @ centred / len(features))
     counts = torch.bincount(labels[labels >= 0], minlength=len(rows))
     ratios = [centred[labels == c].mean(0).norm() / directions[c].norm() for c in (counts >= MEMBERS).nonzero()[:, 0]]
+    remedy = (
+        f"the classifier is sure of {MEMBERS} or more photographs of no class; give more photographs without captions"
+    )
+    require(len(ratios) > 0, "unlabelled_data_path", f"{int(counts.sum())} known photographs", remedy)
     return middle + directions * torch.stack(ratios).mean()
 
 
@@ -127,7 +132,7 @@ class LockedImage(nn.Module):
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
         """Token ids (B, T) -> embeddings (B, D); captions of like length together, so that few columns are padding."""
-        lengths = (tokens != 0).sum(1)
+        lengths = tokens.argmax(1) + 1  # the end has the highest number; the padding, 0, is also the token "!"
         order, parts = lengths.argsort(), []
         for rows in order.split(TEXTS_AT_ONCE):
             parts.append(self._encode(tokens[rows, : lengths[rows].max()]))
@@ -209,11 +214,23 @@ def tune(
     the covariance of features and the photographs that the classifier knows. ``run`` as in
     :func:`~mclip.recipes.train_student`. Raises: TeacherError without the wheel that holds the trunk.
     """
-    folder = Path(out_dir).expanduser() / "model"
-    load_trunk(LITE2)  # before anything is written
-    write_untrained(folder, "photo-teacher", settings.seed, half=True, trunk=LITE2, image_size=image_size)
+    remedy = "a teacher of photographs is tuned by one process; start it without torchrun"
+    require(processes()[1] == 1, "WORLD_SIZE", processes()[1], remedy)
+    crops, changes = get_crops(settings), {"half": True, "trunk": LITE2, "image_size": image_size}
+    require(
+        crops is None or crops.views > 0, "views", 0, "features are cached of a number of crops; give one, such as 2"
+    )
+    load_trunk(LITE2)  # its own error, where the wheel is missing
+    with untrained(out_dir, "photo-teacher", settings.seed, **changes) as folder:
+        return _tuned(folder, crops, training, validation, settings, {"out_dir": Path(out_dir).expanduser(), **run})
+
+
+def _tuned(
+    folder: Path, crops: Crops | None, training: Pairs, validation: Pairs, settings: TrainConfig, run: dict[str, Any]
+) -> TrainResult:
+    """Train the untrained teacher in ``folder``, and leave it there."""
     teacher = load_teacher(str(folder))
-    features = np.stack(trunk_features(teacher, training, settings.progress, get_crops(settings)), axis=1)
+    features = np.stack(trunk_features(teacher, training, settings.progress, crops), axis=1)
     rows, bias = (load_trunk(LITE2)[f"classifier.{kind}"].float() for kind in ("weight", "bias"))
     count = int(training.paired.sum())  # pictures with captions come first
     images, captions = Rows(training.images, rows=np.arange(count)), training.captions[:count]
@@ -231,7 +248,7 @@ def tune(
     source = pairs, teacher.tokenize, torch.nn.Identity(), settings.batch_size, settings.seed
     batches = FeatureBatches(*source, None, None, features[: len(pairs)], known, labels, means, extra)
     whole = torch.from_numpy(np.array(trunk_features(teacher, validation, settings.progress)[0])).float()
-    run |= {"out_dir": folder.parent, "validate": retrieval_of(whole, validation, teacher.tokenize)}
+    run |= {"validate": retrieval_of(whole, validation, teacher.tokenize)}
     result = train(model, batches, settings, objective=ClassContrastive(BASE), **run)
     model.fold()
     save_weights(teacher.model, folder, half=True)

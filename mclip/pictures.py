@@ -166,11 +166,6 @@ def square(picture: Image.Image | Tensor, size: int, seed: int | None = None, sm
     return VF.resized_crop(picture, top, left, bottom - top, right - left, [size, size], **BICUBIC)
 
 
-def decode(name: str, size: int, seed: int | None = None, smallest: float = 1.0) -> np.ndarray:
-    """The picture (3, size, size) uint8, as :func:`square`; PictureError if it cannot be read."""
-    return square(read_picture(name), size, seed, smallest).numpy()
-
-
 @cache
 def pool() -> ThreadPoolExecutor:
     """Threads that decode: Pillow lets go of Python's lock while it works, so each keeps one core busy."""

@@ -9,9 +9,11 @@ import math
 import os
 import pickle
 import shutil
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,14 +42,14 @@ from mclip.config import (
     get_profile,
     require,
 )
-from mclip.evaluate import ZeroShotSet, embed_images, embed_texts, evaluate_zero_shot
+from mclip.evaluate import ZeroShotSet, device_of, embed_images, embed_texts, evaluate_zero_shot, input_of
 from mclip.files import atomic_folder, atomic_path, file_hash, model_folder, read_json, write_json
-from mclip.metrics import bootstrap_interval, first_hit_ranks, percent
+from mclip.metrics import bootstrap_interval, first_hit_ranks, percent, retrieval
 from mclip.model import MobileCLIP, ModelError
 from mclip.objectives import Contrastive, Distillation
 from mclip.pairs import BatchSource, Pairs, Targets, normalise
 from mclip.pictures import Crops
-from mclip.results import ResultError, make_result, save_result, weights_sha256
+from mclip.results import ResultError, describe_model, make_result, save_result, weights_sha256
 from mclip.scenes.test_sets import evaluate_relation, scene_sets
 from mclip.scenes.world import SceneConfig
 from mclip.sources.loading import add_unpaired, load_pairs
@@ -282,15 +284,29 @@ def train_open_clip(
     """
     remedy = "a teacher or plain CLIP of this size is trained by one process; start it without torchrun"
     require(processes()[1] == 1, "WORLD_SIZE", processes()[1], remedy)
-    folder = Path(out_dir).expanduser() / "model"
-    write_untrained(folder, like, settings.seed)
-    model, tokenizer = load_open_clip(str(folder))
-    prepare = load_teacher(str(folder)).prepare
-    batches = BatchSource(training, tokenizer, prepare, settings.batch_size, settings.seed, crops=get_crops(settings))
-    run |= {"out_dir": folder.parent, "validate": retrieval_validation(tokenizer, validation)}
-    result = train(model, batches, settings, objective=Contrastive(BASE), **run)
-    save_weights(result.model, folder, half=True)
+    with untrained(out_dir, like, settings.seed) as folder:
+        model, tokenizer = load_open_clip(str(folder))
+        reads = input_of(model)
+        source = settings.batch_size, settings.seed, None, get_crops(settings)
+        batches = BatchSource(training, tokenizer, lambda images: normalise(images, *reads[:3]), *source)
+        run |= {"out_dir": Path(out_dir).expanduser(), "validate": retrieval_validation(tokenizer, validation)}
+        result = train(model, batches, settings, objective=Contrastive(BASE), **run)
+        save_weights(result.model, folder, half=True)
     return result
+
+
+@contextmanager
+def untrained(out_dir: str | Path, like: str | Path, seed: int = 0, **changes: Any) -> Iterator[Path]:
+    """A folder with an untrained model, as :func:`write_untrained`, that becomes ``out_dir/model`` at the end.
+
+    Until then a model that is there already stays, also where the run is refused or killed.
+    """
+    out_dir = Path(out_dir).expanduser()
+    with tempfile.TemporaryDirectory() as name:
+        write_untrained(Path(name) / "model", like, seed, **changes)
+        yield Path(name) / "model"
+        with atomic_folder(out_dir / "model") as new:
+            shutil.copytree(Path(name) / "model", new, dirs_exist_ok=True)
 
 
 def write_untrained(
@@ -332,8 +348,9 @@ def model_name(name: str | Path) -> str:
 
 
 def device_for(accelerator: str) -> str:
-    """Where a run with Lightning's ``accelerator`` computes: "cuda" or "cpu"."""
-    return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+    """Where this process of a run with Lightning's ``accelerator`` computes: such as "cuda:0", or "cpu"."""
+    wanted = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if wanted else "cpu"
 
 
 def load_model(name: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Any]:
@@ -368,11 +385,23 @@ def evaluate_all(
             record["seconds"] = round(record["seconds"] + seconds, 3)
             records.append(record)
         if relation:
-            half = {"image_size": image_size, "count": count // 2, "seed": seed}
+            half = {"image_size": image_size, "count": count // 2, "drawn": drawn, "seed": seed}
             records.append(evaluate_relation(model, tokenizer, name, **half))
     for record in records if save_results else ():
         save_result(Path(save_results) / f"{record['task']}_{record['dataset']}_{record['model']['name']}.json", record)
     return records
+
+
+def evaluate_retrieval(
+    model: nn.Module, tokenizer: Any, pairs: Pairs, name: str, *, split: str = "val", seed: int = 0
+) -> dict[str, Any]:
+    """The results record of retrieval both ways between the pictures of ``pairs`` and all their captions."""
+    start = time.perf_counter()
+    owner = torch.tensor([i for i, own in enumerate(pairs.captions) for _ in own])
+    texts = embed_texts(model, tokenizer, [text for own in pairs.captions for text in own])
+    metrics = retrieval(embed_images(model, pairs.images)[0], texts, owner, seed)
+    more = {"seed": seed, "seconds": time.perf_counter() - start, "device": device_of(model)}
+    return make_result("retrieval", pairs.name, split, len(pairs), describe_model(name, model), metrics, **more)
 
 
 def correct_of(record: Mapping[str, Any]) -> np.ndarray:
@@ -414,7 +443,7 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
 
 def describe(record: Mapping[str, Any]) -> str:
-    """A "paired" record in a line: "+70.3 points (68.2 to 72.4), p < 0.001, n=2000 (1412 against 6)"."""
+    """A "paired" record in a line: "+70.3 points (+68.2 to +72.4), p < 0.001, n=2000 (1412 against 6)"."""
     metrics, p = record["metrics"], record["metrics"]["p_value"]
     points = "{value:+.1f} points ({low:+.1f} to {high:+.1f})".format(**metrics["difference"])
     chance = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"

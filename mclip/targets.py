@@ -29,6 +29,7 @@ PICTURES_IN_SHARD, CAPTIONS_IN_SHARD = 8192, 65536
 CAPTIONS_AT_ONCE = 256
 PIXELS_AT_ONCE = 64 * 64**2  # more leave a processor's cache, and each picture then takes about twice as long
 FEWEST_AT_ONCE = 16
+Encode = Callable[[Tensor], Tensor]
 
 
 def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True, crops: Crops | None = None) -> Targets:
@@ -47,7 +48,7 @@ def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True, crops
     each = (crops.views, teacher.embed_dim) if crops else (teacher.embed_dim,)
 
     pictures = partial(embed_views, teacher, pairs, crops, range(crops.views if crops else 1))
-    if teacher.trunk:
+    if teacher.trunk and pairs.files is not None:  # of pictures in memory no file says whether they have changed
         pictures = partial(embed_features, teacher, trunk_features(teacher, pairs, progress, crops))
     shape, captions = (int(pairs.first_caption[-1]), teacher.embed_dim), partial(embed_captions, teacher, pairs)
     texts = fill(folder / "texts.npy", shape, CAPTIONS_IN_SHARD, captions, progress)
@@ -64,13 +65,13 @@ def trunk_features(
 
     They are the same for all teachers on that trunk, for pictures with any captions, and for any number of views.
     """
-    trunk = replace(teacher, model=teacher.trunk)
-    pictures = [(file, os.path.getsize(split_name(file)[0])) for file in map(str, pairs.files)]
+    stats = ((os.path.abspath(name), os.stat(split_name(name)[0])) for name in map(str, pairs.files))
+    pictures = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     prepared = teacher.image_size, teacher.mean, teacher.std, crops and replace(crops, views=0)
-    folder = cache_dir() / "features" / content_key(weights_sha256(trunk.model), pictures, DECODING_VERSION, prepared)
-    shape, features = (len(pairs), teacher.trunk.features), []
+    folder = cache_dir() / "features" / content_key(weights_sha256(teacher.trunk), pictures, DECODING_VERSION, prepared)
+    shape, features = (len(pairs), teacher.trunk.num_features), []
     for view in range(crops.views if crops else 1):
-        compute = partial(embed_views, trunk, pairs, crops, range(view, view + 1))
+        compute = partial(embed_views, teacher, pairs, crops, range(view, view + 1), encode=teacher.trunk)
         features.append(fill(folder / f"view-{view}.npy", shape, PICTURES_IN_SHARD, compute, progress))
     return features
 
@@ -131,9 +132,18 @@ def embed_captions(teacher: Teacher, pairs: Pairs, rows: Iterable[int]) -> np.nd
 
 
 def embed_pictures(
-    teacher: Teacher, pairs: Pairs, rows: np.ndarray, crops: Crops | None = None, view: np.ndarray | None = None
+    teacher: Teacher,
+    pairs: Pairs,
+    rows: np.ndarray,
+    crops: Crops | None = None,
+    view: np.ndarray | None = None,
+    encode: Encode | None = None,
 ) -> np.ndarray:
-    """(len(rows), D) fp16: the teacher's normalised embeddings of pictures by number, or of a view of each."""
+    """(len(rows), D) fp16: the teacher's normalised embeddings of pictures by number, or of a view of each.
+
+    ``encode``, from prepared pictures (B, 3, S, S) to (B, D), replaces the teacher's own.
+    """
+    encode = encode or partial(teacher.model.encode_image, normalize=True)
     seeds = crops.seeds(rows, view) if crops else [None] * len(rows)
 
     def read(row: int, seed: int | None) -> Tensor:
@@ -149,13 +159,15 @@ def embed_pictures(
     with evaluating(teacher.model) as device:
         for start in range(0, len(rows), together):
             images = batch(slice(start, start + together)).to(device)
-            embeddings.append(teacher.model.encode_image(images, normalize=True).half().cpu())
+            embeddings.append(encode(images).half().cpu())
     return torch.cat(embeddings).numpy()
 
 
-def embed_views(teacher: Teacher, pairs: Pairs, crops: Crops | None, views: range, rows: range) -> np.ndarray:
+def embed_views(
+    teacher: Teacher, pairs: Pairs, crops: Crops | None, views: range, rows: range, encode: Encode | None = None
+) -> np.ndarray:
     """As :func:`embed_pictures`, of these views of each picture, which come together: (len(rows) len(views), D)."""
-    return embed_pictures(teacher, pairs, np.repeat(rows, len(views)), crops, np.tile(views, len(rows)))
+    return embed_pictures(teacher, pairs, np.repeat(rows, len(views)), crops, np.tile(views, len(rows)), encode)
 
 
 def check_targets(targets: Targets) -> None:

@@ -34,18 +34,6 @@ UNLOADABLE = (OSError, RuntimeError, ValueError, KeyError, SafetensorError, Unpi
 Tokenize = Callable[[Sequence[str]], Tensor]
 
 
-class Trunk(nn.Module):
-    """The image trunk of a teacher, as a model: its features in the place of embeddings."""
-
-    def __init__(self, trunk: nn.Module) -> None:
-        super().__init__()
-        self.trunk, self.features = trunk, trunk.num_features
-
-    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        """Prepared pictures (B, 3, S, S) -> features (B, F), whose length is part of what they say."""
-        return self.trunk(images)
-
-
 class TeacherError(ValueError):
     """A teacher that cannot be loaded or used; the message says what was tried and what would be right."""
 
@@ -63,7 +51,7 @@ class Teacher:
     transform: Callable[[Image], Tensor]  # a picture of any size -> what the model reads, (3, S, S)
     logit_scale: float  # the scale itself, not its logarithm
     embed_dim: int  # width D of the embeddings
-    trunk: Trunk | None = None  # where others share it, so that what it says is kept for all of them
+    trunk: nn.Module | None = None  # of the pictures, where others share it: what it says is kept for all of them
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 pictures (B, 3, H, W) -> what the model reads."""
@@ -77,7 +65,7 @@ def load_teacher(name: str = SHIPPED, pretrained: str | None = None, device: str
     with torch.inference_mode():
         width = model.encode_text(tokenize(["a"]).to(device)).shape[1]
     label = name if pretrained is None else f"{name}/{Path(pretrained).stem}"
-    scale, trunk = model.logit_scale.exp().item(), Trunk(model.visual.trunk) if hasattr(model, "shared_trunk") else None
+    scale, trunk = model.logit_scale.exp().item(), model.visual.trunk if hasattr(model, "shared_trunk") else None
     return Teacher(model, tokenize, label, *input_of(model), scale, width, trunk)
 
 
@@ -155,15 +143,23 @@ def _from_architecture(name: str, pretrained: str) -> tuple[nn.Module, Tokenize]
         remedy = f"{closest(pretrained, tags)}, or give a file"
         raise TeacherError(f"teacher {name!r} has no weights {pretrained or None!r}: {remedy}.")
     weights = str(file) if file.is_file() else pretrained
+    source = {} if file.is_file() else open_clip.get_pretrained_cfg(name, pretrained)
+    # OpenAI's weights were trained with another GELU than the architecture of this name has; of a file only its owner
+    # knows, who names "ViT-B-32-quickgelu".
+    options = {"force_quick_gelu": bool(source.get("quick_gelu")), "output_dict": True, "cache_dir": folder}
     try:
-        model = open_clip.create_model(name, pretrained=weights, output_dict=True, cache_dir=folder)
-        return model, open_clip.get_tokenizer(name)
+        tokenize = open_clip.get_tokenizer(name)  # some need a package, which is better known before a download
+        return open_clip.create_model(name, pretrained=weights, **options), tokenize
+    except ImportError as error:
+        raise TeacherError(
+            f"teacher {name!r} needs a package that is not installed ({error}); choose another."
+        ) from error
     except UNLOADABLE as error:
         if file.is_file():
             raise TeacherError(f"{file}: not usable as weights of {name} ({error}); copy it again.") from error
-        source = open_clip.get_pretrained_cfg(name, pretrained)
+        same = f" and {name}-quickgelu as teacher_model" if options["force_quick_gelu"] else ""
         tried = " and ".join(f"{kind} {source[kind]}" for kind in ("hf_hub", "url") if source.get(kind))
         raise TeacherError(
             f"the weights {pretrained!r} of {name} are not in {folder}, and {tried} failed: {error}. Download them "
-            "elsewhere and give the file's path as teacher_pretrained; teacher_model='scenes' ships."
+            f"elsewhere and give the file's path as teacher_pretrained{same}; teacher_model='scenes' ships."
         ) from error

@@ -21,7 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from mclip.checkpoints import RunState, run_identity
-from mclip.config import TrainConfig, require
+from mclip.config import ConfigError, TrainConfig, require
 from mclip.evaluate import keep_freed_memory
 from mclip.objectives import Contrastive
 from mclip.pairs import Batch, BatchSource
@@ -134,7 +134,12 @@ def make_fabric(config: TrainConfig) -> Fabric:
     """One process, or as many as torchrun has started, on as many machines."""
     devices, nodes = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
     machines = {"devices": devices, "num_nodes": nodes, "strategy": "ddp" if devices * nodes > 1 else "auto"}
-    fabric = Fabric(accelerator=config.accelerator, precision=config.precision, **machines)
+    try:
+        fabric = Fabric(accelerator=config.accelerator, precision=config.precision, **machines)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"accelerator={config.accelerator!r} cannot be used here ({error}); auto always can."
+        ) from error
     fabric.launch()
     return fabric
 

@@ -51,6 +51,9 @@ WRONG = [
     (TrainConfig, {"batch_size": 1}, "in-batch negatives"),
     (TrainConfig, {"max_epochs": 2.5}, "expected int, got float"),
     (TrainConfig, {"max_epochs": True}, "expected int, got bool"),
+    (TextConfig, {"vocab_size": 5000}, "49408 or more"),
+    (TrainConfig, {"seed": -1}, "seed=-1"),
+    (TrainConfig, {"early_stopping_patience": 0}, "1 or more, or null"),
     (ModelConfig, {"image": 3}, "mapping"),
     (ModelConfig, {"image": {"widht": 1.0}}, r"image\.widht=1\.0.*did you mean 'width'"),
 ]
@@ -60,6 +63,20 @@ WRONG = [
 def test_a_wrong_setting_is_named_with_the_remedy(kind, values, message):
     with pytest.raises(ConfigError, match=message):
         from_mapping(kind, values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (DistillConfig, {"task": "sigmoid"}, "did you mean 'siglip'"),
+        (DistillConfig, {"order": ("feature", "response", "orignal")}, "did you mean 'original'"),
+        (DistillConfig, {"balancers": ("magnitud",)}, "did you mean 'magnitude'"),
+        (TrainConfig, {"precision": "16"}, "16-mixed"),
+    ],
+)
+def test_a_value_that_is_none_of_those_listed_is_refused_from_python_too(kind, values, message):
+    with pytest.raises(ConfigError, match=message):
+        kind(**values)
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "just text"])

@@ -19,7 +19,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from torchvision.transforms.v2 import functional as VF
 
-from mclip import evaluate
+from mclip import evaluate, recipes
 from mclip.config import PRESETS, ConfigError
 from mclip.evaluate import ZeroShotSet
 from mclip.metrics import EvaluationError, bootstrap_interval, first_hit_ranks, retrieval, zero_shot_metrics
@@ -278,7 +278,7 @@ def test_records_of_both_tasks(student):
     assert one["templates"] == ["a photo of a {}"]
     captions = [[f"a {name}", f"the {name}"][: 1 + i % 2] for i, name in enumerate(NAMES)]
     pairs = Pairs(pictures(6).numpy(), captions, key="toy", name="toy")
-    found = evaluate.evaluate_retrieval(student, student.tokenizer, pairs, "base")
+    found = recipes.evaluate_retrieval(student, student.tokenizer, pairs, "base")
     validate_result(found)
     assert (found["n"], found["dataset"], found["split"]) == (6, "toy", "val")
     with pytest.raises(ConfigError, match="uint8"):
@@ -307,7 +307,7 @@ def test_pictures_decoded_on_the_fly_are_retrieved_as_those_of_the_cache(tmp_pat
     monkeypatch.setattr(Pictures, "__getitem__", watched)
     for decoding in ("once", "always"):
         pairs = load_pairs(table, 64, decoding=decoding, progress=False)
-        record = evaluate.evaluate_retrieval(student, student.tokenizer, pairs, "base")
+        record = recipes.evaluate_retrieval(student, student.tokenizer, pairs, "base")
         found.append((record["metrics"], record["n"], record["dataset"]))
     assert isinstance(pairs.images, Pictures)
     assert found[0] == found[1]

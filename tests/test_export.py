@@ -33,6 +33,7 @@ from mclip.deploy.fused import fused
 from mclip.deploy.reader import Deployed, DeployError, prepare
 from mclip.deploy.tokenizer import portable_tokenizer
 from mclip.evaluate import build_classifier, evaluate_zero_shot
+from mclip.files import DATA
 from mclip.model import MobileCLIP
 from mclip.pictures import open_picture
 from mclip.recipes import load_model
@@ -177,6 +178,13 @@ def test_zero_shot_is_that_of_the_package(student, reader):
     expected = images @ build_classifier(student, student.tokenizer, names, templates)
     np.testing.assert_allclose(reader.zero_shot(pictures, names, templates), expected, atol=1e-5)
     assert reader.encode_images([]).shape == (0, 256)
+
+
+def test_texts_in_the_place_of_lists_are_refused(reader):
+    """Letters of a text would be taken for classes or templates, and answered."""
+    for names, templates in (("dog", ["a {}"]), (["dog", "cat"], "a photo of a {}"), (["dog", "cat"], ["a photo"])):
+        with pytest.raises(DeployError, match="are lists, and each template has"):
+            reader.classifier(names, templates)
 
 
 def test_records_of_an_export_are_those_of_the_student(student, reader):
@@ -480,3 +488,18 @@ def test_without_pairs_int8_is_calibrated_on_what_the_model_knows(name, drawn, t
     scenes = make_scenes(SceneConfig(8, size, "train"), progress=False).images
     assert (np.asarray(passed[0]) == scenes).all() == drawn
     assert len({each.tobytes() for each in np.asarray(passed[0])}) == 8
+
+
+def test_a_folder_of_classes_calibrates_with_pictures_of_more_than_its_first_class(tmp_path, monkeypatch):
+    passed = []
+    monkeypatch.setattr("mclip.deploy.export.export", lambda *rest: passed.append(rest) or {"files": {}, "forms": []})
+    for name, grey in (("dark", 0), ("light", 255)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(20):
+            Image.new("L", (32, 32), grey).save(tmp_path / "data" / name / f"{number}.png")
+    shutil.copytree(DATA / "checkpoints" / "kd", tmp_path / "own-run" / "model")
+    words = ["--model_checkpoint", str(tmp_path / "own-run" / "model"), "--out_dir", str(tmp_path / "out")]
+    assert main(["export", *words, "--train_data_path", str(tmp_path / "data"), "--pictures", "8"]) == 0
+    _, _, name, calibration, _ = passed[0]
+    assert name == "own-run"
+    assert {int(picture.max()) for picture in calibration} == {0, 255}

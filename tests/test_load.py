@@ -21,9 +21,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 import mclip
 from mclip import files
 from mclip.config import ConfigError
-from mclip.evaluate import embed_texts, evaluate_retrieval, evaluate_zero_shot
+from mclip.evaluate import embed_texts, evaluate_zero_shot
 from mclip.model import ModelError
 from mclip.pairs import Pairs
+from mclip.recipes import evaluate_retrieval
 from mclip.scenes.test_sets import scene_sets
 from mclip.scenes.world import SceneConfig
 from mclip.sources.loading import load_pairs

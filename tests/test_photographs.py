@@ -20,7 +20,7 @@ from mclip.config import ConfigError, DistillConfig, TrainConfig
 from mclip.evaluate import ZeroShotSet
 from mclip.files import cache_dir, read_json, write_json
 from mclip.locked_image import ClassSentences, class_means, tune
-from mclip.pairs import Batch
+from mclip.pairs import Batch, Pairs
 from mclip.pictures import Crops
 from mclip.recipes import BASE, load_model, write_untrained
 from mclip.results import load_results, weights_sha256
@@ -28,7 +28,7 @@ from mclip.sources.caption_sets import OWN_SPLIT
 from mclip.sources.loading import add_unpaired, load_pairs
 from mclip.sources.zero_shot import EXCERPTS, photograph_set
 from mclip.study import photographs, run, table
-from mclip.targets import teacher_targets
+from mclip.targets import teacher_targets, trunk_features
 from mclip.teacher import CONFIG_FILE, TeacherError, load_teacher, load_trunk
 
 
@@ -159,6 +159,50 @@ def test_a_tuned_teacher_teaches_and_its_folder_holds_no_trunk(pictures, tmp_pat
     assert resumed.log == result.log
 
 
+def test_a_refused_run_leaves_the_teacher_that_is_there(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(locked, "LITE2", fake_wheel(tmp_path, monkeypatch)[0])
+    monkeypatch.setattr(locked, "CONFIDENT", 0.0)
+    monkeypatch.setattr(locked, "MEMBERS", 1)
+    validation = load_pairs(pictures / "data.csv", 32, progress=False)
+    training = add_unpaired(validation, pictures / "others", image_size=32, progress=False)
+    settings = TrainConfig(max_epochs=1, batch_size=4, crop_scale=0.6, views=2, progress=False)
+    tune(training, validation, settings, tmp_path / "run", image_size=64)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run" / "model").iterdir()}
+    with pytest.raises(ConfigError, match=r"other settings: train\.learning_rate"):
+        tune(training, validation, replace(settings, learning_rate=0.1), tmp_path / "run", image_size=64)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run" / "model").iterdir()} == before
+
+
+@pytest.mark.parametrize(("changes", "message"), [({"views": 0}, "views=0.*such as 2"), ({}, "no class; give more")])
+def test_a_teacher_that_cannot_be_tuned_says_why(pictures, tmp_path, monkeypatch, changes, message):
+    """Crops without a number of views; and a classifier that is sure of nothing."""
+    monkeypatch.setattr(locked, "LITE2", fake_wheel(tmp_path, monkeypatch)[0])
+    monkeypatch.setattr(locked, "CONFIDENT", 1.1)
+    validation = load_pairs(pictures / "data.csv", 32, progress=False)
+    training = add_unpaired(validation, pictures / "others", image_size=32, progress=False)
+    settings = TrainConfig(max_epochs=1, batch_size=4, crop_scale=0.6, views=2, progress=False)
+    with pytest.raises(ConfigError, match=message):
+        tune(training, validation, replace(settings, **changes), tmp_path / "run", image_size=64)
+
+
+def test_a_shared_trunk_looks_again_at_an_edited_picture_and_at_pictures_in_memory(tmp_path, monkeypatch):
+    trunk = fake_wheel(tmp_path, monkeypatch)[0]
+    write_untrained(tmp_path / "teacher", "photo-teacher", trunk=trunk, image_size=64)
+    teacher, draw = load_teacher(str(tmp_path / "teacher")), np.random.default_rng(0)
+
+    def features() -> np.ndarray:
+        Image.fromarray(draw.integers(0, 256, (48, 48, 3), np.uint8)).save(tmp_path / "0.bmp")  # of equal size
+        (tmp_path / "data.csv").write_text("file_name,caption\n0.bmp,noise\n", encoding="utf-8")
+        return np.array(trunk_features(teacher, load_pairs(tmp_path / "data.csv", 32, progress=False), False)[0])
+
+    assert not np.array_equal(features(), features())
+    noise = Pairs(draw.integers(0, 256, (2, 3, 64, 64), np.uint8), [["some noise"], ["other noise"]], "noise", "noise")
+    targets = teacher_targets(teacher, noise, progress=False)
+    with torch.inference_mode():
+        directly = teacher.model.encode_image(teacher.prepare(torch.from_numpy(noise.images)), normalize=True)
+    torch.testing.assert_close(torch.from_numpy(np.array(targets.images)).float(), directly, rtol=0, atol=1e-2)
+
+
 def test_what_features_tell_of_the_pictures_is_learnt(pictures, tmp_path, monkeypatch):
     def features(teacher, pairs, progress, crops=None):
         """Each picture's own direction, and a little of another for each view."""
@@ -181,7 +225,7 @@ def test_short_captions_are_encoded_as_open_clip_does(tmp_path, monkeypatch):
     trunk = fake_wheel(tmp_path, monkeypatch)[0]
     write_untrained(tmp_path / "teacher", "photo-teacher", trunk=trunk, image_size=64)
     teacher = load_teacher(str(tmp_path / "teacher"))
-    captions = ["a dog", "two men ride brown horses along the beach", "a " * 60] * 60
+    captions = ["a dog", "two men ride brown horses along the beach", "a " * 60, "a dog !* runs"] * 60
     tokens = teacher.tokenize(captions)
     with torch.inference_mode():
         ours = locked.LockedImage(teacher.model, torch.zeros(1280), torch.ones(1280)).encode_text(
@@ -395,6 +439,11 @@ def test_archives_that_are_not_unpacked_are_named(tmp_path):
     (tmp_path / "flickr8k.tar").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"archives \(\.tar\) in .* must be unpacked"):
         photographs.Photographs(str(tmp_path), download=False).captions("train")
+
+
+def test_photographs_without_captions_are_not_downloaded_unasked(tmp_path):
+    with pytest.raises(ConfigError, match=r"root_dir=.*neither the folder unlabelled nor imagenette2-160"):
+        photographs.Photographs(str(tmp_path), download=False).unlabelled()
 
 
 def test_missing_photographs_are_named(tmp_path):

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mclip.cli.main import main
-from mclip.pictures import RATIOS, Crops, PictureError, crop_box, decode, open_picture, square
+from mclip.pictures import RATIOS, Crops, PictureError, crop_box, open_picture, square
 from mclip.scenes.world import SceneConfig
-from mclip.sources.loading import Pictures, load_pairs
+from mclip.sources.loading import Pictures, decode, load_pairs
 from mclip.sources.readers import DataError
 from mclip.sources.zero_shot import zero_shot_set
 

@@ -48,6 +48,15 @@ def test_command_yaml_and_function_give_the_same_weights(data, tmp_path, monkeyp
             assert torch.equal(value, again.state_dict()[key]), (name, key)
 
 
+def test_weights_of_a_teacher_without_its_name_are_those_of_the_profiles(monkeypatch):
+    asked: list[dict] = []
+    monkeypatch.setattr("mclip.cli.commands._train", lambda *_, **options: asked.append(options))
+    for words in ([], ["--teacher_pretrained", "own.pt"]):
+        assert main(["distill", "--profile", "gpu", *words]) == 0
+    assert [options["teacher_model"] for options in asked] == ["ViT-B-32", "ViT-B-32"]
+    assert [options["teacher_pretrained"] for options in asked] == ["openai", "own.pt"]
+
+
 @pytest.mark.parametrize("width", [64, 300])
 def test_a_student_of_another_width_copies_its_teacher_without_an_aligner(data, tmp_path, width):
     """What is learnt lies in the embedding itself: neither halves of the run nor the file hold another network."""
@@ -69,6 +78,14 @@ def test_plain_clip_is_an_open_clip_model_below_the_home_folder(data, tmp_path, 
     text = model.encode_text(tokenizer(["a red star"]), normalize=True)
     assert text.shape == (1, 256)
     assert result.steps == 4
+
+
+def test_a_refused_run_leaves_the_plain_clip_that_is_there(data, tmp_path):
+    train_open_clip("clip", *data, SMOKE, tmp_path)
+    before = (tmp_path / "model" / "open_clip_model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match=r"other settings: train\.learning_rate"):
+        train_open_clip("clip", *data, dataclasses.replace(SMOKE, learning_rate=0.1), tmp_path)
+    assert (tmp_path / "model" / "open_clip_model.safetensors").read_bytes() == before
 
 
 def test_evaluate_writes_a_record_for_each_set(tmp_path, monkeypatch, tmp_path_factory):

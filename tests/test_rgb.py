@@ -20,8 +20,8 @@ from mclip.deploy import reader
 from mclip.deploy.export import standalone_reader
 from mclip.evaluate import embed_images
 from mclip.pairs import normalise
-from mclip.pictures import PictureError, as_rgb, decode, middle, open_picture, read_picture
-from mclip.sources.loading import load_pairs
+from mclip.pictures import PictureError, as_rgb, middle, open_picture, read_picture
+from mclip.sources.loading import decode, load_pairs
 from mclip.sources.zero_shot import zero_shot_set
 
 ROW, COLUMN = np.mgrid[0:48, 0:64]

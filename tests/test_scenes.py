@@ -196,6 +196,15 @@ class Oracle(nn.Module):
         return torch.stack([next(self.pictures) for _ in images])
 
 
+def test_pictures_to_choose_by_are_others_and_the_seed_is_the_bootstraps():
+    def pictures(**seeds: int) -> str:
+        oracle = Oracle(np.zeros(40, int), 0)
+        oracle.pictures = iter(torch.ones(40, 4))
+        return evaluate_relation(oracle, oracle.tokenizer, "any", count=40, **seeds)["details"]["pictures"]
+
+    assert pictures() == pictures(seed=7) != pictures(drawn=1)
+
+
 @pytest.mark.parametrize(("wrong", "score"), [(0, 100.0), (10, 75.0), (40, 0.0)])
 def test_relation_counts_the_pictures_whose_true_caption_is_nearer(wrong, score):
     config = SceneConfig(40, 64, "test", 0, captions="clean", two_objects=1.0)

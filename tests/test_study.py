@@ -312,6 +312,13 @@ def test_what_cannot_run_is_said_before_anything_is_trained(arguments, message, 
     assert message in capsys.readouterr().err
 
 
+def test_without_names_everything_is_worked_off(monkeypatch, tmp_path):
+    given: list[list] = []
+    monkeypatch.setattr(run, "work_off", lambda jobs, out: given.append(jobs))
+    run.study(out_dir=str(tmp_path))
+    assert {job.row.study for job in given[0]} == set(STUDIES)
+
+
 def test_the_list_names_every_row(capsys):
     assert main(["study", "--list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]

@@ -7,6 +7,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from open_clip.transformer import QuickGELU
 
 from mclip.files import DATA
 from mclip.losses import response
@@ -141,6 +142,26 @@ def test_the_real_architecture_goes_the_same_way(tmp_path):
     targets = teacher_targets(teacher, pairs(count=2), progress=False)
     assert targets.images.shape == (2, 512)
     assert sum(p.numel() for p in teacher.model.parameters()) == 151_277_313
+
+
+@pytest.mark.parametrize(("tag", "kind"), [("openai", QuickGELU), ("laion2b_s34b_b79k", torch.nn.GELU)])
+def test_a_teacher_has_the_activation_that_its_weights_were_trained_with(tag, kind, monkeypatch):
+    """The tag decides it, as open_clip's table of weights has it; nothing is downloaded here."""
+    create = open_clip.create_model
+
+    def without_weights(name, pretrained, **options):
+        return create(name, **options)
+
+    monkeypatch.setattr(open_clip, "create_model", without_weights)
+    model, _ = load_open_clip("ViT-B-32", tag)
+    activations = {type(block.mlp.gelu) for tower in (model.visual, model) for block in tower.transformer.resblocks}
+    assert activations == {kind}
+
+
+def test_a_teacher_whose_tokenizer_is_not_installed_is_refused_before_a_download(monkeypatch):
+    monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: pytest.fail("downloads"))
+    with pytest.raises(TeacherError, match=r"needs a package that is not installed.*transformers"):
+        load_teacher("ViT-B-16-SigLIP", "webli")
 
 
 def test_what_ships_is_small_and_loads_in_plain_open_clip():

@@ -13,6 +13,7 @@ from mclip import losses
 from mclip.config import ConfigError, DistillConfig
 from mclip.objectives import Contrastive, Distillation
 from mclip.pairs import Batch, BatchSource, spread
+from mclip.sources.folders import unlabelled_pictures
 from mclip.sources.loading import Rows, add_unpaired, load_pairs
 from mclip.sources.readers import DataError
 from mclip.text_encoder import Tokenizer
@@ -44,6 +45,13 @@ def joined(folder, texts="", **options):
     return add_unpaired(pairs, folder / "others", path, image_size=32, progress=False, **options)
 
 
+def test_a_link_back_up_is_not_followed_round(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "up").symlink_to(tmp_path, target_is_directory=True)
+    assert unlabelled_pictures(tmp_path) == [str(tmp_path / "a.png")]
+
+
 def test_pictures_without_captions_come_after_the_pairs(folder):
     both = joined(folder, texts=True)
     assert both.paired.tolist() == [True] * 4 + [False] * 5
@@ -65,6 +73,7 @@ def test_two_arrays_are_indexed_as_one(first, second, data):
     one = np.arange(3 * first, dtype=np.uint8).reshape(first, 3)
     other = 100 + np.arange(3 * second, dtype=np.uint8).reshape(second, 3)
     whole, found = np.concatenate([one, other]), Rows(one, other)
+    assert found.dtype == whole.dtype  # which says that they are pictures
     rows = data.draw(st.lists(st.integers(0, max(0, first + second - 1)), max_size=8 * (first + second > 0)))
     assert found.shape == whole.shape
     assert np.array_equal(found[np.array(rows, int)], whole[np.array(rows, int)])

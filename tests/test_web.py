@@ -10,9 +10,11 @@ import io
 import json
 import re
 import shutil
+import socket
 import ssl
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -627,6 +629,15 @@ def test_https_with_a_certificate_of_its_own(folder):
         with urllib.request.urlopen(url, context=trusting) as answer:
             assert answer.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
             assert b"mclip" in answer.read()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_a_client_that_says_nothing_holds_up_nobody(folder):
+    with serving(folder, https=True) as url:
+        trusting = ssl.create_default_context()
+        trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+        with socket.create_connection(("127.0.0.1", urllib.parse.urlsplit(url).port)):
+            assert urllib.request.urlopen(url, context=trusting, timeout=20).status == 200
 
 
 def test_what_cannot_be_served_or_written_is_said(folder, tmp_path, monkeypatch, capsys):

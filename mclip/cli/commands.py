@@ -4,9 +4,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from mclip import recipes
 from mclip.config import DistillConfig, TrainConfig, closest, get_profile, require
-from mclip.evaluate import evaluate_retrieval, evaluate_zero_shot, input_of
+from mclip.evaluate import evaluate_zero_shot, input_of
 from mclip.locked_image import tune, write_sentences
 from mclip.model import MobileCLIP
 from mclip.results import save_result
@@ -108,7 +110,7 @@ def distill(
         terms = replace(terms, max_temperature=distill_temperature, min_temperature=distill_temperature)
     if not teacher_model:
         profile = get_profile(run.profile)
-        teacher_model, teacher_pretrained = profile.teacher, profile.teacher_pretrained
+        teacher_model, teacher_pretrained = profile.teacher, teacher_pretrained or profile.teacher_pretrained
     options = {"teacher_model": teacher_model, "teacher_pretrained": teacher_pretrained}
     _train(data, run, settings, "kd", distill=terms, base_checkpoint=base_checkpoint, **options)
 
@@ -163,7 +165,7 @@ def evaluate(
     """Classify pictures zero-shot, or find them by their captions, and print the scores with 95 % intervals.
 
     Args:
-        model_checkpoint: base, kd, clip, teacher, or a model folder.
+        model_checkpoint: base, kd, clip, teacher, photo, or a model folder.
         dataset: scenes (all its sets), one of its sets, a torchvision set such as cifar10, a folder of pictures in one
             sub-folder per class, or a .csv, .tsv or .json file of captions for retrieval.
         prompt: replaces the prompts of one set to classify, for example "a photo of a".
@@ -194,7 +196,7 @@ def evaluate(
         for name, (model, tokenizer) in models.items():
             if retrieval:
                 pairs = load_pairs(dataset, input_of(model).size, split="test")
-                record = evaluate_retrieval(model, tokenizer, pairs, name, split="test", seed=seed)
+                record = recipes.evaluate_retrieval(model, tokenizer, pairs, name, split="test", seed=seed)
             elif data is None:
                 record = evaluate_relation(model, tokenizer, name, count=count // 2, seed=seed)
             else:
@@ -245,7 +247,7 @@ def export_student(
     """Write a student into a folder that an app can carry, and check it there.
 
     Args:
-        model_checkpoint: base, kd, or a model folder.
+        model_checkpoint: base, kd, photo, or a model folder.
         out_dir: a folder that does not exist yet.
         int8: write graphs in 8-bit integers as well, a quarter of the size.
         train_data_path: the pairs that the model was trained on, whose pictures calibrate int8; empty draws scenes, or
@@ -267,11 +269,12 @@ def export_student(
     require(isinstance(model, MobileCLIP), "model_checkpoint", model_checkpoint, remedy)
     calibration, size = None, model.config.image.image_size
     if int8 and (train_data_path or model.config.name == get_profile("cpu").preset):
-        pairs = load_pairs(train_data_path, size, scenes=SceneConfig(pictures, size, "train"), progress=False)
-        calibration = pairs.images[:pictures]
+        reading = {"scenes": SceneConfig(pictures, size, "train"), "decoding": "always", "progress": False}
+        pairs = load_pairs(train_data_path, size, **reading)
+        calibration = pairs.images[np.sort(np.random.default_rng(0).permutation(len(pairs))[:pictures])]
     elif int8:
         calibration = free_crops(size, pictures)
-    manifest = export(model, out_dir, Path(model_checkpoint).name, calibration, executorch)
+    manifest = export(model, out_dir, recipes.model_name(model_checkpoint), calibration, executorch)
     for name, file in manifest["files"].items():
         print(f"{name:16}{file['bytes']:12,} bytes")
     print(f"{out_dir}: written, read again without PyTorch, and checked: {', '.join(manifest['forms'])}")

@@ -208,6 +208,8 @@ class Deployed:
 
     def classifier(self, class_names: Sequence[str], templates: Sequence[str] = ("a {}",)) -> np.ndarray:
         """Class embeddings (d, n_classes): the mean over templates, normalised (Radford et al. 2021, 3.1.4)."""
+        if isinstance(class_names, str) or isinstance(templates, str) or not all("{}" in text for text in templates):
+            raise DeployError("class_names and templates are lists, and each template has {} in the name's place.")
         prompts = [template.replace("{}", name) for name in class_names for template in templates]
         mean = self.encode_texts(prompts).reshape(len(class_names), len(templates), -1).mean(1)
         return (mean / np.linalg.norm(mean, axis=1, keepdims=True)).T

@@ -12,6 +12,7 @@ import shutil
 import ssl
 import subprocess
 from contextlib import suppress
+from datetime import date
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -128,10 +129,10 @@ def certificate(host: str) -> Path:
     """A key and a certificate for ``host`` that nobody else has signed, in one file of the cache, made by OpenSSL."""
     openssl = shutil.which("openssl")
     require(openssl is not None, "https", True, "the program openssl makes the certificate; install it")
-    folder = cache_dir() / "certificates" / host
+    folder = cache_dir() / "certificates" / f"{host}-{date.today().year}"  # it holds for a year from its first day
     with missing_folder(folder) as new:
         if new is not None:
-            kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "365"]
+            kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "366"]
             names = ["-subj", "/CN=mclip", "-addext", f"subjectAltName={'IP' if host[0].isdigit() else 'DNS'}:{host}"]
             files = ["-keyout", str(new / "both.pem"), "-out", str(new / "both.pem")]  # the second adds to the first
             subprocess.run([str(openssl), "req", *kind, *names, *files], check=True, capture_output=True)
@@ -153,7 +154,8 @@ def page_server(out_dir: str, host: str = "127.0.0.1", port: int = 8000, https: 
     if https:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate(host))
-        server.socket = context.wrap_socket(server.socket, server_side=True)
+        # Each handshake is left to the thread of its connection: a silent client must not hold up the others.
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     return server
 
 

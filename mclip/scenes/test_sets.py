@@ -72,14 +72,15 @@ def relation_captions(scenes: Scenes) -> tuple[list[str], list[str]]:
 
 
 def evaluate_relation(
-    model: nn.Module, tokenizer: Any, name: str, *, count: int, image_size: int = 64, seed: int = 0
+    model: nn.Module, tokenizer: Any, name: str, *, count: int, image_size: int = 64, drawn: int = 0, seed: int = 0
 ) -> dict[str, Any]:
     """The results record of a choice between two captions that differ in the relation alone; chance is 50 %.
 
-    A CLIP that pools a picture into one vector is known to do little better (Yuksekgonul et al. 2023).
+    A CLIP that pools a picture into one vector is known to do little better (Yuksekgonul et al. 2023). ``drawn`` is the
+    seed of the scenes, and ``seed`` that of the bootstrap.
     """
     start = time.perf_counter()
-    scenes = _test_scenes(image_size, count, seed, two_objects=1.0)
+    scenes = _test_scenes(image_size, count, drawn, two_objects=1.0)
     images, _ = embed_images(model, torch.from_numpy(scenes.images.copy()))
     captions = relation_captions(scenes)
     true, false = (embed_texts(model, tokenizer, texts) for texts in captions)

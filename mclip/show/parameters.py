@@ -19,7 +19,7 @@ OUTPUTS = ("checkpoint_dir", "root_dir", "out_dir", "save_results")
 STUDENT_PATHS = ("base_checkpoint", "base_model", "model_checkpoint")
 NAMES_OR_PATHS = (*STUDENT_PATHS, "config_path", "teacher_model", "teacher_pretrained")
 """A path, or the name of something that ships or that open_clip knows."""
-STUDENTS = ("kd", "base", "photo")
+STUDENTS = ("kd", "base", "photo", "photo-base")
 """Students that ship. The teacher and the plain CLIP have another architecture."""
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data_size": (lambda share: 0 < share <= 1, "choose a share of the data in (0, 1]"),

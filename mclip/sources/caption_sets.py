@@ -82,7 +82,7 @@ def _flickr8k_csv(root: Path, split: str) -> Path:
 
 
 def download(name: str, root_dir: str = "") -> None:
-    """Fetch a set, resume what was cut off, and print where it lies.
+    """Fetch a set, and print where it lies; captions go on where a download was cut off, torchvision's sets begin anew.
 
     Args:
         name: coco, flickr8k, or a test set of torchvision such as cifar10.

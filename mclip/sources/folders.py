@@ -29,8 +29,14 @@ def files_in(path: Path, endings: tuple[str, ...]) -> list[str]:
     Other kinds are counted and named, but for text files, which hold captions.
     """
     files: list[str] = []
+    seen: set[str] = set()
     for folder, subfolders, names in os.walk(path, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        real = os.path.realpath(folder)
+        if real in seen:  # a link that leads back up, or to a folder that was read
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
     wanted = [file for file in files if file.lower().endswith(endings)]
     others = Counter(Path(file).suffix.lower() or "no suffix" for file in {*files} - {*wanted})

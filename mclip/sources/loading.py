@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from mclip.config import require
 from mclip.files import cache_dir, content_key, missing_folder, read_json, write_json
 from mclip.pairs import Pairs
-from mclip.pictures import DECODING_VERSION, PictureError, decode, met_late, pool
+from mclip.pictures import DECODING_VERSION, PictureError, met_late, pool, read_picture, square
 from mclip.scenes.world import SceneConfig, scene_pairs
 from mclip.sources.folders import read_folder, read_shards, read_texts, shards_of, unlabelled_pictures
 from mclip.sources.readers import DataError, OnError, Table, collect, fingerprint, read_annotations, read_csv, reject
@@ -24,6 +24,11 @@ SCENES = "scenes"
 DECODE_ONCE = 4 * 2**30
 """Bytes of decoded pictures that are kept in the cache; a larger set is decoded anew in each epoch."""
 Decoding = Literal["auto", "once", "always"]
+
+
+def decode(name: str, size: int, seed: int | None = None, smallest: float = 1.0) -> np.ndarray:
+    """The picture (3, size, size) uint8, as :func:`~mclip.pictures.square`; PictureError if it cannot be read."""
+    return square(read_picture(name), size, seed, smallest).numpy()
 
 
 class Pictures:
@@ -51,6 +56,8 @@ class Rows:
 
     A memory-mapped array is not copied into memory, and pictures that nobody asks for are not decoded.
     """
+
+    dtype = np.dtype(np.uint8)
 
     def __init__(self, *arrays: Any, rows: np.ndarray | None = None) -> None:
         self.arrays, self.ends = arrays, np.cumsum([len(array) for array in arrays])

@@ -14,12 +14,21 @@ import yaml
 from torch import nn
 from torchvision.datasets import Imagenette
 
-from mclip.config import PRESETS, ConfigError, DistillConfig, TrainConfig, from_mapping
-from mclip.evaluate import evaluate_retrieval, evaluate_zero_shot, input_of
+from mclip.config import PRESETS, ConfigError, DistillConfig, TrainConfig, from_mapping, require
+from mclip.evaluate import evaluate_zero_shot, input_of
 from mclip.files import atomic_folder, atomic_path, cache_dir, model_folder, read_json, write_json
 from mclip.locked_image import tune, write_sentences
 from mclip.pairs import Pairs
-from mclip.recipes import BASE, load_data, load_model, open_clip_config, processes, train_open_clip, train_student
+from mclip.recipes import (
+    BASE,
+    evaluate_retrieval,
+    load_data,
+    load_model,
+    open_clip_config,
+    processes,
+    train_open_clip,
+    train_student,
+)
 from mclip.results import save_result
 from mclip.show.figures import MORE_SETS, set_label
 from mclip.show.tables import score_of
@@ -82,7 +91,11 @@ class Photographs:
             return root / "unlabelled"
         folder = root / "imagenette2-160" / "train"
         if not folder.is_dir():
-            Imagenette(root, split="train", size="160px", download=self.download)
+            remedy = (
+                "it holds neither the folder unlabelled nor imagenette2-160; place one there, or let it be downloaded"
+            )
+            require(self.download, "root_dir", str(root), remedy)
+            Imagenette(root, split="train", size="160px", download=True)
         return folder
 
     def train(
@@ -97,6 +110,8 @@ class Photographs:
         **teacher: Any,
     ) -> TrainResult:
         """Train one of ``RECIPES`` in ``folder``; a student in fp16, as it ships. ``teacher`` names that of kd."""
+        remedy = "what is compared on photographs is trained by one process; start it without torchrun"
+        require(processes()[1] == 1, "WORLD_SIZE", processes()[1], remedy)
         config = PRESETS[preset]
         size = config.image.image_size
         training, validation = self.pairs(size, unlabelled, folder, settings.progress)
@@ -174,7 +189,8 @@ def photo(
         own = asdict(settings) | {"processes": processes()[1]}
         records[0]["details"]["training"] = read_json(clock) | own
         save_result(out / "results" / "photo.json", *records)
-        write_card(folder / "model", name, records)
+        if teacher == "lite2":  # the card says of what the shipped ones are made
+            write_card(folder / "model", name, records)
         for record in records:
             label, score = score_of(record)
             row = f"{set_label(record):24} {label:18} {score['value']:5.1f} % [{score['low']:.1f}, {score['high']:.1f}]"

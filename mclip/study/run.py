@@ -271,7 +271,7 @@ def study(
     drawn in out_dir/figures.
 
     Args:
-        names: studies, rows such as ablations/kd, or patterns such as "ablations/base-*".
+        names: studies, rows such as ablations/kd, or patterns such as "ablations/base-*"; all studies if null.
         seeds: number of seeds; as many as the records that ship if null.
         out_dir: where runs keep checkpoints, and models that are kept.
         epochs: passes over all pictures; those of the records that ship if null.
@@ -282,9 +282,9 @@ def study(
     """
     for key, value in {"seeds": seeds, "epochs": epochs}.items():
         require(value is None or value >= 1, key, value, "use 1 or more")
-    rows = choose(names or [])
-    if list or not names:
-        for row in rows or BY_NAME.values():
+    rows = choose(names or [*STUDIES])
+    if list:
+        for row in rows:
             print(f"{row.full_name:28} {row.title}")
         return
     out = Path(out_dir)

@@ -699,6 +699,7 @@ async function load() {
     const check = await selfCheck();
     $("check").textContent = check.text;
     if (!check.agrees) report(new Problem(check.text));
+    if (before) await inTurn(() => Promise.all([before.image.release(), before.text.release()]));
   } catch (error) {
     student = before;
     $("float32").checked = before?.form === "float32";
