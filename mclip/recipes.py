@@ -275,16 +275,24 @@ def open_clip_config(like: str | Path) -> dict[str, Any]:
 
 
 def train_open_clip(
-    like: str | Path, training: Pairs, validation: Pairs, settings: TrainConfig, out_dir: str | Path, **run: Any
+    like: str | Path,
+    training: Pairs,
+    validation: Pairs,
+    settings: TrainConfig,
+    out_dir: str | Path,
+    *,
+    model_cfg: Mapping[str, Any] | None = None,
+    **run: Any,
 ) -> TrainResult:
     """Train an open_clip model from scratch with the contrastive loss: the plain CLIP, or a teacher.
 
     It has the architecture and the tokenizer of ``like``: "clip", a small Vision Transformer, "teacher", a ten-layer
-    ResNet, or another folder in open_clip's form, as is ``out_dir/model``; ``run`` as in :func:`train_student`.
+    ResNet, or another folder in open_clip's form, as is ``out_dir/model``. ``model_cfg`` replaces the architecture;
+    ``run`` as in :func:`train_student`.
     """
     remedy = "a teacher or plain CLIP of this size is trained by one process; start it without torchrun"
     require(processes()[1] == 1, "WORLD_SIZE", processes()[1], remedy)
-    with untrained(out_dir, like, settings.seed) as folder:
+    with untrained(out_dir, like, settings.seed, model_cfg=model_cfg) as folder:
         model, tokenizer = load_open_clip(str(folder))
         reads = input_of(model)
         source = settings.batch_size, settings.seed, None, get_crops(settings)
@@ -310,13 +318,21 @@ def untrained(out_dir: str | Path, like: str | Path, seed: int = 0, **changes: A
 
 
 def write_untrained(
-    folder: str | Path, like: str | Path, seed: int = 0, half: bool = False, trunk: Any = None, **vision: Any
+    folder: str | Path,
+    like: str | Path,
+    seed: int = 0,
+    half: bool = False,
+    trunk: Any = None,
+    model_cfg: Mapping[str, Any] | None = None,
+    **vision: Any,
 ) -> None:
     """Write a folder of an open_clip model with the architecture and tokenizer of ``like``, and random weights.
 
-    ``trunk`` and fields of ``vision``, where given, replace those of ``like``; ``half`` as in :func:`save_weights`.
+    ``trunk``, ``model_cfg`` and fields of ``vision``, where given, replace those of ``like``; ``half`` as in
+    :func:`save_weights`.
     """
-    settings = open_clip_config(like) | ({"trunk": dict(trunk)} if trunk else {})
+    given = {"trunk": trunk, "model_cfg": model_cfg}
+    settings = open_clip_config(like) | {key: dict(value) for key, value in given.items() if value}
     config = settings["model_cfg"]
     config["vision_cfg"] |= vision
     torch.manual_seed(seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,26 +15,16 @@ from torchvision.datasets import Imagenette
 
 from mclip.config import PRESETS, ConfigError, DistillConfig, TrainConfig, from_mapping, require
 from mclip.evaluate import evaluate_zero_shot, input_of
-from mclip.files import atomic_folder, atomic_path, cache_dir, model_folder, read_json, write_json
+from mclip.files import atomic_path, cache_dir, read_json, write_json
 from mclip.locked_image import tune, write_sentences
 from mclip.pairs import Pairs
-from mclip.recipes import (
-    BASE,
-    evaluate_retrieval,
-    load_data,
-    load_model,
-    open_clip_config,
-    processes,
-    train_open_clip,
-    train_student,
-)
+from mclip.recipes import BASE, evaluate_retrieval, load_data, load_model, processes, train_open_clip, train_student
 from mclip.results import save_result
 from mclip.show.figures import MORE_SETS, set_label
 from mclip.show.tables import score_of
 from mclip.sources.caption_sets import OWN_SPLIT, caption_set
 from mclip.sources.loading import load_pairs
 from mclip.sources.zero_shot import EXCERPTS, photograph_set, torchvision_set
-from mclip.teacher import CONFIG_FILE, MERGES_FILE
 from mclip.train import TrainResult
 
 _STORED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
@@ -119,8 +108,9 @@ class Photographs:
         if student == "teacher":
             return tune(training, validation, settings, folder)
         if student == "clip":
-            write_clip(folder / "untrained", size)
-            return train_open_clip(folder / "untrained", training, validation, settings, folder)
+            vision = _STORED["clip"]["vision_cfg"] | {"image_size": size}
+            model_cfg = _STORED["clip"] | {"vision_cfg": vision}
+            return train_open_clip("clip", training, validation, settings, folder, model_cfg=model_cfg)
         result = train_student(config, training, validation, settings, folder, distill=terms, **teacher)
         load_model(folder / "model")[0].save_pretrained(folder / "model", half=True)
         return result
@@ -195,14 +185,6 @@ def photo(
             label, score = score_of(record)
             row = f"{set_label(record):24} {label:18} {score['value']:5.1f} % [{score['low']:.1f}, {score['high']:.1f}]"
             print(f"{name:14} {row}  n={record['n']}")
-
-
-def write_clip(folder: Path, image_size: int) -> None:
-    """Write what :func:`~mclip.recipes.train_open_clip` needs of a plain CLIP for pictures of this size."""
-    config = _STORED["clip"] | {"vision_cfg": _STORED["clip"]["vision_cfg"] | {"image_size": image_size}}
-    with atomic_folder(folder) as temporary:
-        shutil.copyfile(model_folder("clip") / MERGES_FILE, temporary / MERGES_FILE)
-        write_json(temporary / CONFIG_FILE, open_clip_config("clip") | {"model_cfg": config})
 
 
 def write_card(folder: Path, name: str, records: Sequence[Mapping[str, Any]]) -> None:
