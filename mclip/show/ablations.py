@@ -290,7 +290,8 @@ def ablation_figure(records: Sequence[Mapping[str, Any]]) -> NotebookFigure:
     interval = ", with 95 % interval" if any("low" in e for e in found.values()) else ""
     right.set(title="Against its counterpart", xlabel=f"difference (points){interval}")
     for verdict, (colour, marker) in VERDICTS.items():
-        right.plot([], [], marker, color=colour, label=verdict)
+        if verdict in {effect["verdict"] for effect in found.values()}:
+            right.plot([], [], marker, color=colour, label=verdict)
     fig.legend(loc="outside lower center", ncols=6, columnspacing=1, handletextpad=0.4)
     fig.suptitle("Which parts of the recipe earn their place, at equal samples seen")
     return fig
