@@ -51,6 +51,20 @@ def pictures(tmp_path_factory):
     return folder
 
 
+def pairs_of(pictures) -> tuple[Pairs, Pairs]:
+    """Those to tune a teacher with, and the captioned ones alone."""
+    validation = load_pairs(pictures / "data.csv", 32, progress=False)
+    training = add_unpaired(validation, pictures / "others", image_size=32, progress=False)
+    return training, validation
+
+
+def trust_a_random_trunk(tmp_path, monkeypatch) -> None:
+    """A wheel with random weights, whose classifier counts as sure of every photograph."""
+    monkeypatch.setattr(locked, "LITE2", fake_wheel(tmp_path, monkeypatch)[0])
+    monkeypatch.setattr(locked, "CONFIDENT", 0.0)
+    monkeypatch.setattr(locked, "MEMBERS", 1)
+
+
 def test_means_of_classes_from_a_classifier_alone():
     """Classes drawn from normal distributions; the classifier is the closed form of discriminant analysis."""
     draw = torch.Generator().manual_seed(0)
@@ -128,11 +142,8 @@ def test_a_wheel_with_other_weights_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_tuned_teacher_teaches_and_its_folder_holds_no_trunk(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(locked, "LITE2", fake_wheel(tmp_path, monkeypatch)[0])
-    monkeypatch.setattr(locked, "CONFIDENT", 0.0)
-    monkeypatch.setattr(locked, "MEMBERS", 1)
-    validation = load_pairs(pictures / "data.csv", 32, progress=False)
-    training = add_unpaired(validation, pictures / "others", image_size=32, progress=False)
+    trust_a_random_trunk(tmp_path, monkeypatch)
+    training, validation = pairs_of(pictures)
     settings = TrainConfig(max_epochs=3, batch_size=4, crop_scale=0.6, views=2, coarse=16, progress=False)
     result = tune(training, validation, settings, tmp_path / "run", image_size=64)
     folder = tmp_path / "run" / "model"
@@ -160,11 +171,8 @@ def test_a_tuned_teacher_teaches_and_its_folder_holds_no_trunk(pictures, tmp_pat
 
 
 def test_a_refused_run_leaves_the_teacher_that_is_there(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(locked, "LITE2", fake_wheel(tmp_path, monkeypatch)[0])
-    monkeypatch.setattr(locked, "CONFIDENT", 0.0)
-    monkeypatch.setattr(locked, "MEMBERS", 1)
-    validation = load_pairs(pictures / "data.csv", 32, progress=False)
-    training = add_unpaired(validation, pictures / "others", image_size=32, progress=False)
+    trust_a_random_trunk(tmp_path, monkeypatch)
+    training, validation = pairs_of(pictures)
     settings = TrainConfig(max_epochs=1, batch_size=4, crop_scale=0.6, views=2, progress=False)
     tune(training, validation, settings, tmp_path / "run", image_size=64)
     before = {file.name: file.read_bytes() for file in (tmp_path / "run" / "model").iterdir()}
@@ -178,8 +186,7 @@ def test_a_teacher_that_cannot_be_tuned_says_why(pictures, tmp_path, monkeypatch
     """Crops without a number of views; and a classifier that is sure of nothing."""
     monkeypatch.setattr(locked, "LITE2", fake_wheel(tmp_path, monkeypatch)[0])
     monkeypatch.setattr(locked, "CONFIDENT", 1.1)
-    validation = load_pairs(pictures / "data.csv", 32, progress=False)
-    training = add_unpaired(validation, pictures / "others", image_size=32, progress=False)
+    training, validation = pairs_of(pictures)
     settings = TrainConfig(max_epochs=1, batch_size=4, crop_scale=0.6, views=2, progress=False)
     with pytest.raises(ConfigError, match=message):
         tune(training, validation, replace(settings, **changes), tmp_path / "run", image_size=64)
@@ -210,12 +217,9 @@ def test_what_features_tell_of_the_pictures_is_learnt(pictures, tmp_path, monkey
         noise = np.random.default_rng(1).normal(size=(len(pairs), 2, 1280)) / 10
         return [view.astype(np.float16) for view in ((draw + noise).transpose(1, 0, 2) if crops else draw[None, :, 0])]
 
-    monkeypatch.setattr(locked, "LITE2", fake_wheel(tmp_path, monkeypatch)[0])
-    monkeypatch.setattr(locked, "CONFIDENT", 0.0)
-    monkeypatch.setattr(locked, "MEMBERS", 1)
+    trust_a_random_trunk(tmp_path, monkeypatch)
     monkeypatch.setattr(locked, "trunk_features", features)
-    validation = load_pairs(pictures / "data.csv", 32, progress=False)
-    training = add_unpaired(validation, pictures / "others", image_size=32, progress=False)
+    training, validation = pairs_of(pictures)
     settings = TrainConfig(max_epochs=80, batch_size=8, learning_rate=3e-3, crop_scale=0.6, views=2, progress=False)
     result = tune(training, validation, settings, tmp_path / "run", image_size=64)
     assert result.validations()[-1]["validation"]["r1"] > 60  # of eight
@@ -238,9 +242,7 @@ def test_short_captions_are_encoded_as_open_clip_does(tmp_path, monkeypatch):
 @pytest.fixture
 def root(pictures, tmp_path, monkeypatch):
     """A few pictures laid out as the archives unpack, and settings for a run of seconds."""
-    monkeypatch.setattr(locked, "LITE2", fake_wheel(tmp_path, monkeypatch)[0])
-    monkeypatch.setattr(locked, "CONFIDENT", 0.0)
-    monkeypatch.setattr(locked, "MEMBERS", 1)
+    trust_a_random_trunk(tmp_path, monkeypatch)
     tuned = replace(photographs.RECIPES["teacher"][0], max_epochs=1, batch_size=4, validate_every=1)
     monkeypatch.setitem(photographs.RECIPES, "teacher", (tuned, BASE))
     for name in ("base", "clip", "kd"):

@@ -23,7 +23,7 @@ function render({ model, el }) {
   reading.textContent = "drag a point";
   let sent = 0;
 
-  // A caption is a square inside the circle and a picture a disc on it, so that neither hides the other.
+  // A caption is a square, named inside the circle, and a picture a disc, named outside.
   const points = model.get("names").map((name, number) => {
     const caption = name.startsWith("c");
     const point = draw("g", canvas, { role: "slider", tabindex: 0, "aria-label": name, cursor: "grab" });

@@ -60,11 +60,11 @@ def _best_threshold(maps: Tensor, masks: Tensor) -> float:
     return max(THRESHOLDS, key=lambda threshold: overlap(maps, masks, threshold).mean().item())
 
 
-def _grounding(model: Settings, found: dict[str, np.ndarray], start: float, **details: Any) -> dict[str, Any]:
+def _grounding(model: Settings, scored: dict[str, np.ndarray], start: float, **details: Any) -> dict[str, Any]:
     ends = ("value", "low", "high")
-    metrics = {key: dict(zip(ends, map(float, bootstrap_interval(own)), strict=True)) for key, own in found.items()}
+    metrics = {key: dict(zip(ends, map(float, bootstrap_interval(own)), strict=True)) for key, own in scored.items()}
     more = {"seconds": time.perf_counter() - start, "details": details}
-    return make_result("grounding", "scenes of two objects", "test", len(found["iou"]), model, metrics, **more)
+    return make_result("grounding", "scenes of two objects", "test", len(scored["iou"]), model, metrics, **more)
 
 
 def grad_cam_maps(row: Any, settings: Settings) -> Records:
@@ -78,13 +78,13 @@ def grad_cam_maps(row: Any, settings: Settings) -> Records:
 
     layers: dict[str, dict[str, float]] = {}
     for layer in map_layers(model):
-        found = maps(tuning, layer)
-        threshold = _best_threshold(found, tuning[2])
-        means = {key: float(values.mean()) for key, values in scores(found, tuning[2], threshold).items()}
+        own_maps = maps(tuning, layer)
+        threshold = _best_threshold(own_maps, tuning[2])
+        means = {key: float(values.mean()) for key, values in scores(own_maps, tuning[2], threshold).items()}
         layers[layer] = {**means, "threshold": threshold}
     best = max(layers, key=lambda layer: layers[layer]["pointing"])
-    found = scores(maps(test, best), test[2], layers[best]["threshold"])
-    return [_grounding(describe_model(row.name, model), found, start, layer=best, layers=layers)]
+    scored = scores(maps(test, best), test[2], layers[best]["threshold"])
+    return [_grounding(describe_model(row.name, model), scored, start, layer=best, layers=layers)]
 
 
 def baseline_maps(row: Any, settings: Settings) -> Records:
@@ -93,8 +93,8 @@ def baseline_maps(row: Any, settings: Settings) -> Records:
     area, others, records = 100 * test[2].float().mean().item(), baselines(tuning[2], seed=1), []
     for name, maps in baselines(test[2]).items():
         threshold = _best_threshold(others[name], tuning[2])
-        found = scores(maps, test[2], threshold)
-        records.append(_grounding({**NO_MODEL, "name": name}, found, start, mean_area=area, threshold=threshold))
+        scored = scores(maps, test[2], threshold)
+        records.append(_grounding({**NO_MODEL, "name": name}, scored, start, mean_area=area, threshold=threshold))
     return records
 
 
