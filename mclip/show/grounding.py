@@ -218,7 +218,7 @@ def grounding_scores(records: Iterable[Mapping[str, Any]]) -> NotebookFigure:
     for name, marker in zip(models, "osD^", strict=False):
         values = [layer["pointing"] for layer in measured[name]["details"]["layers"].values()]
         look = {"marker": marker, "color": COLOURS[name], "linestyle": "--" if HATCHES[name] else "-"}
-        right.plot(range(1, len(values) + 1), values, markersize=5, **look)
+        right.plot(range(1, len(values) + 1), values, markersize=5, label=name, **look)
     right.set(title="Pointing by layer, fine to coarse", ylim=(0, None))
     right.set(xlabel="layer, from input to output", ylabel="pointing on validation (%)")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
