@@ -348,6 +348,21 @@ def test_base_of_seed_0_ships_with_its_card(root, tmp_path, monkeypatch):
     assert "COCO" not in card
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, "32-true"),
+        ({"avx512_bf16": True, "amx_bf16": False}, "bf16-mixed"),
+        ({"neon": True}, "32-true"),
+    ],
+)
+def test_bfloat16_is_left_to_processors_that_have_it(monkeypatch, capabilities, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    settings = TrainConfig(precision="bf16-mixed", accelerator="cpu")
+    assert photographs.fast_precision(settings) == replace(settings, precision=precision)
+    assert photographs.fast_precision(TrainConfig()) == TrainConfig()
+
+
 def test_what_is_compared_sees_equally_many_samples():
     captioned, others = 6091, 15_697
     seen = {}

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from torch import nn
 from torchvision.datasets import Imagenette
@@ -18,7 +19,16 @@ from mclip.evaluate import evaluate_zero_shot, input_of
 from mclip.files import atomic_path, cache_dir, read_json, write_json
 from mclip.locked_image import tune, write_sentences
 from mclip.pairs import Pairs
-from mclip.recipes import BASE, evaluate_retrieval, load_data, load_model, processes, train_open_clip, train_student
+from mclip.recipes import (
+    BASE,
+    device_for,
+    evaluate_retrieval,
+    load_data,
+    load_model,
+    processes,
+    train_open_clip,
+    train_student,
+)
 from mclip.results import save_result
 from mclip.show.figures import MORE_SETS, set_label
 from mclip.show.tables import score_of
@@ -45,6 +55,14 @@ def recipe(student: str, epochs: int | None = None) -> tuple[TrainConfig, Distil
         passes = max(1, round(settings.max_epochs * epochs / RECIPES["kd"][0].max_epochs))
         settings = replace(settings, max_epochs=passes, validate_every=min(settings.validate_every, passes))
     return settings, terms
+
+
+def fast_precision(settings: TrainConfig) -> TrainConfig:
+    """``settings``, with float32 in place of bfloat16 on a processor that would emulate it, at many times the price."""
+    capable = any(there for name, there in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+    if settings.precision != "bf16-mixed" or capable or device_for(settings.accelerator) != "cpu":
+        return settings
+    return replace(settings, precision="32-true")
 
 
 @dataclass(frozen=True)
@@ -104,7 +122,7 @@ class Photographs:
         config = PRESETS[preset]
         size = config.image.image_size
         training, validation = self.pairs(size, unlabelled, folder, settings.progress)
-        settings = replace(settings, batch_size=min(settings.batch_size, len(training)))
+        settings = replace(fast_precision(settings), batch_size=min(settings.batch_size, len(training)))
         if student == "teacher":
             return tune(training, validation, settings, folder)
         if student == "clip":
@@ -176,7 +194,7 @@ def photo(
         finally:  # the seconds of all starts; one that was killed is not counted
             write_json(clock, {"seconds": before + time.perf_counter() - begun})
         records = photographs.judge(*load_model(folder / "model"), name)
-        own = asdict(settings) | {"processes": processes()[1]}
+        own = asdict(fast_precision(settings)) | {"processes": processes()[1]}
         records[0]["details"]["training"] = read_json(clock) | own
         save_result(out / "results" / "photo.json", *records)
         if teacher == "lite2":  # the card says of what the shipped ones are made
