@@ -11,10 +11,12 @@ import math
 import os
 import re
 from array import array
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -102,8 +104,7 @@ def collect(source: str | Path, label: str, rows: Iterable[Row], on_error: OnErr
     numbers: dict[str, int] = {}
     first_rows, owners, texts, arrays = array("q"), array("q"), [], []
     for row, picture, content in rows:
-        captions = content if isinstance(content, list) else (content,)
-        for caption in captions or (None,):
+        for caption in (content or (None,)) if isinstance(content, list) else (content,):
             if problem := caption if picture is None else _problem(picture, caption):
                 reject(f"{where} {row}: {problem}", on_error)
                 skipped += 1
@@ -133,8 +134,10 @@ def _problem(picture: str, caption: Any) -> str:
         return f"the caption is {str(caption)[:40]}, not a text"
     if not (_WORDS.search(caption) or clean_caption(caption)):  # a letter or a digit answers at once
         return "the caption is empty"
+    if picture.isascii() and caption.isascii():
+        return ""
     pair = picture + caption
-    return "" if pair.isascii() or not _SURROGATE.search(pair) else f"{pair!r} is not valid Unicode"
+    return f"{pair!r} is not valid Unicode" if _SURROGATE.search(pair) else ""
 
 
 def picture_finder() -> Callable[[str, Sequence[str]], str | None]:
@@ -189,59 +192,74 @@ def read_csv(path: Path, image_key: str, caption_key: str, separator: str = "") 
     """
     separator = separator.replace("\\t", "\t") or ("\t" if path.suffix.lower() == ".tsv" else ",")
     require(len(separator) == 1, "csv_separator", separator, "give one character, such as ';'")
+    records = _records(_lines(path), separator)
+    _, header, problem = next(records, (0, [], "the file is empty; its first line must name columns"))
+    if problem:
+        raise DataError(f"{path}: {problem}, such as file_name,image_path,caption.")
+    name, caption = _columns(path, header, image_key, caption_key)
+    folder_column = header.index("image_path") if "image_path" in header else None
+    folder_of, find = cache(lambda folder: (str(path.parent / os.path.expanduser(folder)),)), picture_finder()
+    beside = folder_of("")
+    for line, cells, problem in records:
+        if problem or len(cells) != len(header):
+            quotes = f"a text with {separator!r} needs double quotes around it"
+            yield line, None, problem or f"{len(cells)} fields, but the header has {len(header)}; {quotes}"
+            continue
+        folders = beside if folder_column is None else folder_of(cells[folder_column])
+        picture = find(cells[name], folders)
+        yield line, picture, cells[caption] if picture else f"no picture at {os.path.join(*folders, cells[name])}"
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file with their ends."""
     with path.open("rb") as file:
         utf_16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     # A byte that is not UTF-8 becomes a lone surrogate, so that its row can be named.
     coding = {"encoding": "utf-16"} if utf_16 else {"encoding": "utf-8-sig", "errors": "surrogateescape"}
     try:
         with path.open(newline="", **coding) as handle:
-            records = _records(list(handle), separator)
+            yield from handle
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not readable as UTF-16 ({error}); save it as UTF-8 text.") from error
-    _, header, problem = next(records, (0, [], "the file is empty; its first line must name columns"))
-    if problem:
-        raise DataError(f"{path}: {problem}, such as file_name,image_path,caption.")
-    name, caption = _columns(path, header, image_key, caption_key)
-    folder_column = header.index("image_path") if "image_path" in header else None
-    folder_of, find = cache(lambda folder: str(path.parent / os.path.expanduser(folder))), picture_finder()
-    for line, cells, problem in records:
-        if problem or len(cells) != len(header):
-            quotes = f"a text with {separator!r} needs double quotes around it"
-            yield line, None, problem or f"{len(cells)} fields, but the header has {len(header)}; {quotes}"
-            continue
-        folder = folder_of("" if folder_column is None else cells[folder_column])
-        picture = find(cells[name], [folder])
-        yield line, picture, cells[caption] if picture else f"no picture at {os.path.join(folder, cells[name])}"
 
 
-def _records(lines: list[str], separator: str) -> Iterator[tuple[int, list[str], str]]:
+def _records(lines: Iterator[str], separator: str) -> Iterator[tuple[int, list[str], str]]:
     """For each record: its first line, its fields, and what is wrong. After a bad one reading goes on at the next line.
 
     Only lines with a quote need the csv module. In a TSV a quote that is not closed on its line is a character like
     any other.
     """
-    start = 0
-    while start < len(lines):
-        text, problem, count = lines[start], "", 1
+    returned: deque[str] = deque()  # lines that a bad record had taken
+    number, taken = 1, [""]
+
+    def take() -> str:
+        return returned.popleft() if returned else next(lines, "")
+
+    def following() -> Iterator[str]:
+        while line := take():
+            taken.append(line)
+            yield line
+
+    while text := take():
+        problem, taken[:] = "", [text]
         if '"' not in text:
             cells = text.rstrip("\r\n").split(separator)
         elif separator == "\t":
             fields = _TSV_FIELD.findall(text.rstrip("\r\n"))
             cells = [quoted.replace('""', '"') or plain for quoted, plain in fields]
         else:
-            rest = (lines[number] for number in range(start, len(lines)))
-            reader = csv.reader(rest, delimiter=separator, strict=True)
             try:
-                cells = next(reader)
-                count = reader.line_num
-                text = "".join(lines[start : start + count])
+                cells = next(csv.reader(chain([text], following()), delimiter=separator, strict=True))
+                text = "".join(taken)
             except csv.Error as error:
                 cells, problem = [], f"a double quote is not closed, or not doubled inside a quoted text ({error})"
+                returned.extendleft(reversed(taken[1:]))
+                del taken[1:]
         if "\0" in text or (not text.isascii() and _SURROGATE.search(text)):
             problem = "not UTF-8 text; save the file as UTF-8"
         if len(cells) > 1 or text.strip(" \r\n"):
-            yield start + 1, cells, problem
-        start += count
+            yield number, cells, problem
+        number += len(taken)
 
 
 def _columns(path: Path, names: list[str], image_key: str, caption_key: str) -> tuple[int, int]:
