@@ -8,9 +8,9 @@ TEACHER ?= lite2
 
 READY := .venv/.ready
 MCLIP := .venv/bin/python -m mclip
-NBVAL := .venv/bin/python -m pytest --nbval-lax --nbval-current-env
+PYTEST := .venv/bin/python -m pytest
 CHECK := runs/test-notebooks
-LESSONS = $(if $(findstring not slow,$(ARGS)),echo left out,$(NBVAL) -p no:cacheprovider $(CHECK)/notebooks --ignore $(CHECK)/notebooks/solutions)
+NBVAL := $(PYTEST) --nbval-lax --nbval-current-env -p no:cacheprovider $(CHECK)/notebooks
 # --inexact keeps pip and uv, which the lock file does not name; the interpreter is the one that made .venv.
 SYNC  := UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON=.venv/bin/python UV_PYTHON_DOWNLOADS=never .venv/bin/uv sync --locked --inexact
 NEWS  := {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}
@@ -24,16 +24,16 @@ help: ## list the targets
 course: $(READY) ## run the whole course; PROFILE=smoke|cpu|gpu, OUT=folder, ARGS="-p NAME VALUE --only 04 08"
 	$(MCLIP) course --profile $(PROFILE) --out "$(OUT)" $(ARGS)
 
-# nbval executes the prepared copies: the lessons beside tests and solutions, since either keeps one core busy.
+# nbval executes the prepared copies of the notebooks, beside the tests, since either keeps one core busy.
 test: $(READY) ## run the tests, and every notebook in profile smoke against its stored outputs; ARGS='-m "not slow"'
 	rm -rf $(CHECK)
 	$(SYNC) --group site
 	$(MCLIP) course --profile smoke --out $(CHECK) --prepare
 	@export OMP_NUM_THREADS=1; \
-	$(LESSONS) > $(CHECK)/lessons.log 2>&1 & lessons=$$!; \
-	$(NBVAL) tests $(CHECK)/notebooks/solutions $(ARGS); tests=$$?; \
-	echo "the lessons:"; wait $$lessons; lessons=$$?; cat $(CHECK)/lessons.log; \
-	test $$tests = 0 && test $$lessons = 0
+	$(if $(findstring not slow,$(ARGS)),echo left out,$(NBVAL)) > $(CHECK)/log 2>&1 & notebooks=$$!; \
+	$(PYTEST) tests $(ARGS); tests=$$?; \
+	echo "the notebooks:"; wait $$notebooks; notebooks=$$?; cat $(CHECK)/log; \
+	test $$tests = 0 && test $$notebooks = 0
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	JUPYTER_PREFER_ENV_PATH=1 .venv/bin/python -m jupyterlab notebooks $(ARGS)

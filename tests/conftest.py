@@ -13,13 +13,13 @@ matplotlib.use("Agg")
 torch.set_num_threads(1)
 
 SLOW = ("test_browser.py", "test_course.py", "test_kills.py", "test_packaging.py", "test_site.py", "test_workers.py")
-"""Files whose tests take ten seconds and more, as do the notebooks; ``-m "not slow"`` leaves them out."""
+"""Files whose tests take ten seconds and more; ``-m "not slow"`` leaves them out."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is slow."""
     for item in items:
-        if item.path.name in SLOW or item.path.suffix == ".ipynb":
+        if item.path.name in SLOW:
             item.add_marker(pytest.mark.slow)
 
 
