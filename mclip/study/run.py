@@ -7,7 +7,7 @@ and several processes started at once, with the same ``out_dir``, share what is 
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -55,7 +55,9 @@ class Job:
 
     def is_finished(self) -> bool:
         """Whether the file has a record of just this job."""
-        kept = [record.get("details", {}) for record in (load_results(self.file) if self.file.exists() else ())]
+        state = self.file.stat() if self.file.exists() else None
+        records = _records_of(self.file, state.st_ino, state.st_mtime_ns) if state else []
+        kept = [record.get("details", {}) for record in records]
         own = [details for details in kept if details.get("experiment", {}).get("name") == self.row.name]
         return any(self.settings.items() <= (DEFAULTS | details["configuration"]).items() for details in own)
 
@@ -68,6 +70,12 @@ class Job:
     def teacher(self) -> dict[str, Any]:
         """What the run calls its teacher."""
         return {key: self.settings.get(key) for key in ("teacher_model", "teacher_pretrained")}
+
+
+@lru_cache
+def _records_of(file: Path, number: int, changed: int) -> Records:
+    """The records of a file, read once for all jobs; its inode ``number`` and the time tell whether it has ``changed``."""
+    return load_results(file)
 
 
 def jobs_of(
