@@ -74,7 +74,7 @@ class Job:
 
 @lru_cache
 def _records_of(file: Path, number: int, changed: int) -> Records:
-    """The records of a file, read once for all jobs; its inode ``number`` and the time tell whether it has ``changed``."""
+    """The records of a file, read once for all jobs: its inode ``number`` and time of change tell states apart."""
     return load_results(file)
 
 
