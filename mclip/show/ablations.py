@@ -246,7 +246,7 @@ def recipe_figure(records: Sequence[Mapping[str, Any]], against: str = "feature"
     ax.axhline(0, color="black", linewidth=1)
     ax.axvline(0, color="black", linewidth=1)
     far = [f"{plan[name]['title']} ({x:+.0f}, {y:+.0f})" for name, (x, y) in gains.items() if name not in near]
-    note = f"\nfar outside: {'; '.join(far)}" if far else ""
+    note = "".join(f"\nfar outside: {each}" for each in far)
     title = plan[against]["title"]
     ax.set(xlabel=f"mean top-1 of seven sets, points above {title}{note}", ylabel=f"R@10, points above {title}")
     marks = "hollow: one seed" + ("; ringed: the recipe that ships" if ships & near.keys() else "")
