@@ -104,7 +104,8 @@ def collect(source: str | Path, label: str, rows: Iterable[Row], on_error: OnErr
     numbers: dict[str, int] = {}
     first_rows, owners, texts, arrays = array("q"), array("q"), [], []
     for row, picture, content in rows:
-        for caption in (content or (None,)) if isinstance(content, list) else (content,):
+        captions = content if isinstance(content, list) else (content,)
+        for caption in captions or (None,):
             if problem := caption if picture is None else _problem(picture, caption):
                 reject(f"{where} {row}: {problem}", on_error)
                 skipped += 1
@@ -134,10 +135,8 @@ def _problem(picture: str, caption: Any) -> str:
         return f"the caption is {str(caption)[:40]}, not a text"
     if not (_WORDS.search(caption) or clean_caption(caption)):  # a letter or a digit answers at once
         return "the caption is empty"
-    if picture.isascii() and caption.isascii():
-        return ""
     pair = picture + caption
-    return f"{pair!r} is not valid Unicode" if _SURROGATE.search(pair) else ""
+    return "" if pair.isascii() or not _SURROGATE.search(pair) else f"{pair!r} is not valid Unicode"
 
 
 def picture_finder() -> Callable[[str, Sequence[str]], str | None]:
@@ -198,16 +197,15 @@ def read_csv(path: Path, image_key: str, caption_key: str, separator: str = "") 
         raise DataError(f"{path}: {problem}, such as file_name,image_path,caption.")
     name, caption = _columns(path, header, image_key, caption_key)
     folder_column = header.index("image_path") if "image_path" in header else None
-    folder_of, find = cache(lambda folder: (str(path.parent / os.path.expanduser(folder)),)), picture_finder()
-    beside = folder_of("")
+    folder_of, find = cache(lambda folder: str(path.parent / os.path.expanduser(folder))), picture_finder()
     for line, cells, problem in records:
         if problem or len(cells) != len(header):
             quotes = f"a text with {separator!r} needs double quotes around it"
             yield line, None, problem or f"{len(cells)} fields, but the header has {len(header)}; {quotes}"
             continue
-        folders = beside if folder_column is None else folder_of(cells[folder_column])
-        picture = find(cells[name], folders)
-        yield line, picture, cells[caption] if picture else f"no picture at {os.path.join(*folders, cells[name])}"
+        folder = folder_of("" if folder_column is None else cells[folder_column])
+        picture = find(cells[name], [folder])
+        yield line, picture, cells[caption] if picture else f"no picture at {os.path.join(folder, cells[name])}"
 
 
 def _lines(path: Path) -> Iterator[str]:
