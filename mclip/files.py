@@ -63,9 +63,11 @@ def atomic_path(path: str | Path, ending: str = ".part") -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{ending}")
     try:
         yield temporary
+        old = temporary.with_name(f"{temporary.name}-old")
         if temporary.is_dir() and path.exists():
-            shutil.rmtree(path)
+            path.rename(old)  # in an instant, so that a kill finds a whole folder before and after
         temporary.replace(path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)

@@ -31,11 +31,11 @@ from mclip.metrics import retrieval
 from mclip.objectives import Contrastive, Output
 from mclip.pairs import Batch, BatchSource, Pairs
 from mclip.pictures import Crops
-from mclip.recipes import BASE, get_crops, processes, save_weights, untrained
+from mclip.recipes import BASE, get_crops, processes, save_weights, train_alone, untrained
 from mclip.sources.loading import Rows
 from mclip.targets import trunk_features
 from mclip.teacher import Tokenize, load_teacher, load_trunk
-from mclip.train import TrainResult, train
+from mclip.train import TrainResult
 
 _STORED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 LITE2, TEMPLATES = _STORED["trunk"], _STORED["templates"]
@@ -249,7 +249,7 @@ def _tuned(
     batches = FeatureBatches(*source, None, None, features[: len(pairs)], known, labels, means, extra)
     whole = torch.from_numpy(np.array(trunk_features(teacher, validation, settings.progress)[0])).float()
     run |= {"validate": retrieval_of(whole, validation, teacher.tokenize)}
-    result = train(model, batches, settings, objective=ClassContrastive(BASE), **run)
+    result = train_alone(model, batches, settings, objective=ClassContrastive(BASE), **run)
     model.fold()
     save_weights(teacher.model, folder, half=True)
     return result
@@ -262,8 +262,8 @@ def retrieval_of(features: Tensor, pairs: Pairs, tokenize: Tokenize) -> Callable
 
     def validate(model: nn.Module) -> dict[str, float]:
         texts = embed_texts(model, tokenize, captions)
-        with evaluating(model):
-            images = model.encode_image(features, normalize=True)
+        with evaluating(model) as device:
+            images = model.encode_image(features.to(device), normalize=True).float().cpu()
         recalls = retrieval(images, texts, owner)["text_to_image"]
         return {key: recall["value"] for key, recall in recalls.items()}
 

@@ -61,19 +61,18 @@ class Distillation(Contrastive):
             kinds = fitting if config.aligner == "auto" else [config.aligner] * 2
             self.image_aligner = losses.Aligner(widths[0], teacher_width, kinds[0])
             self.text_aligner = losses.Aligner(widths[1], teacher_width, kinds[1])
+            self.unit_length = self.aligned == "features" and set(kinds) == {"identity"}
 
     def _in_teacher_space(self, output: Output) -> tuple[Tensor, Tensor]:
-        """The student's pictures and captions, aligned: (B, D) each."""
+        """The student's pictures and captions, aligned and of length 1: (B, D) each."""
         image, text = embeddings(output, self.aligned)
-        return self.image_aligner(image), self.text_aligner(text)
+        image, text = self.image_aligner(image), self.text_aligner(text)
+        return (image, text) if self.unit_length else (F.normalize(image, dim=-1), F.normalize(text, dim=-1))
 
     def _feature(self, output: Output, batch: Batch, temperature: float) -> Tensor:
-        form = self.config.feature_form
         image, text = self._in_teacher_space(output)
-        if form == "mse":
-            image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-        image_loss = losses.feature(image, batch.teacher_image, form)
-        text_loss = losses.feature(text, batch.teacher_text, form)
+        image_loss = losses.feature(image, batch.teacher_image, self.config.feature_form)
+        text_loss = losses.feature(text, batch.teacher_text, self.config.feature_form)
         return self.config.img_distill_weight * image_loss + self.config.txt_distill_weight * text_loss
 
     def _response(self, output: Output, batch: Batch, temperature: float) -> Tensor:

@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 import yaml
+from filelock import Timeout
 from safetensors.torch import save_file
 from scipy.special import bdtr
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ from mclip.config import (
     require,
 )
 from mclip.evaluate import ZeroShotSet, device_of, embed_images, embed_texts, evaluate_zero_shot, input_of
-from mclip.files import atomic_folder, atomic_path, file_hash, model_folder, read_json, write_json
+from mclip.files import atomic_folder, atomic_path, file_hash, lock, model_folder, read_json, write_json
 from mclip.metrics import bootstrap_interval, first_hit_ranks, percent, retrieval
 from mclip.model import MobileCLIP, ModelError
 from mclip.objectives import Contrastive, Distillation
@@ -221,6 +222,18 @@ def get_crops(settings: TrainConfig, online: bool = False) -> Crops | None:
     return crops if changed else None
 
 
+def train_alone(
+    model: nn.Module, batches: BatchSource, settings: TrainConfig, *, out_dir: str | Path, **run: Any
+) -> TrainResult:
+    """:func:`~mclip.train.train`, in a folder that no other process trains in; ConfigError where one does."""
+    try:
+        with lock(out_dir).acquire(timeout=0) if processes()[0] == 0 else nullcontext():
+            return train(model, batches, settings, out_dir=out_dir, **run)
+    except Timeout:
+        remedy = "another process is training in this folder; wait for its end, or choose another"
+        raise ConfigError(f"out_dir={str(out_dir)!r} cannot work: {remedy}.") from None
+
+
 def train_student(
     config: ModelConfig,
     training: Pairs,
@@ -236,7 +249,7 @@ def train_student(
 ) -> TrainResult:
     """Train a student, from scratch or from ``base_checkpoint``; ``distill`` decides whether there is a teacher.
 
-    ``run`` (``resume``, ``on_record``) goes to :func:`~mclip.train.train`. The model is written to ``out_dir/model``.
+    ``run`` (``resume``, ``on_record``) goes to :func:`train_alone`. The model is written to ``out_dir/model``.
     """
     out_dir = Path(out_dir).expanduser()
     torch.manual_seed(settings.seed)
@@ -263,7 +276,7 @@ def train_student(
     source = settings.batch_size, settings.seed, targets, crops
     batches = BatchSource(training, model.tokenizer, student_prepare(config), *source)
     run |= {"out_dir": out_dir, "validate": retrieval_validation(model.tokenizer, validation)}
-    result = train(model, batches, settings, objective=objective, **run)
+    result = train_alone(model, batches, settings, objective=objective, **run)
     if processes()[0] == 0:
         model.save_pretrained(out_dir / "model")
     return result
@@ -298,7 +311,7 @@ def train_open_clip(
         source = settings.batch_size, settings.seed, None, get_crops(settings)
         batches = BatchSource(training, tokenizer, lambda images: normalise(images, *reads[:3]), *source)
         run |= {"out_dir": Path(out_dir).expanduser(), "validate": retrieval_validation(tokenizer, validation)}
-        result = train(model, batches, settings, objective=Contrastive(BASE), **run)
+        result = train_alone(model, batches, settings, objective=Contrastive(BASE), **run)
         save_weights(result.model, folder, half=True)
     return result
 

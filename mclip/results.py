@@ -154,7 +154,7 @@ def make_result(
 
 
 def save_result(path: str | Path, *records: Record, order: Callable[[Any], Any] | None = None) -> Path:
-    """Add ``records`` to the list in the JSON file ``path``; one of the same task, data, seed and model is replaced.
+    """Add ``records`` to the list in the JSON file ``path``; one of the same task, data, prompts, seed and model goes.
 
     ``order`` is a key that sorts the list. Several processes may save at once. Raises: ResultError.
     """
@@ -166,7 +166,7 @@ def save_result(path: str | Path, *records: Record, order: Callable[[Any], Any] 
         with lock(path), atomic_path(path) as temporary:
             kept = load_results(path) if path.exists() else []
             keys = operator.itemgetter("task", "dataset", "split", "seed")
-            merged = list({(*keys(record), record["model"]["name"]): record for record in [*kept, *records]}.values())
+            merged = {(*keys(r), r["model"]["name"], *r["templates"]): r for r in [*kept, *records]}.values()
             lines = [json.dumps(record, ensure_ascii=False) for record in sorted(merged, key=order or (lambda _: 0))]
             temporary.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
     except OSError as error:

@@ -47,7 +47,11 @@ def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True, crops
     folder = cache_dir() / "targets" / content_key("targets", identity, pairs.key, view)
     each = (crops.views, teacher.embed_dim) if crops else (teacher.embed_dim,)
 
-    pictures = partial(embed_views, teacher, pairs, crops, range(crops.views if crops else 1))
+    views = range(crops.views if crops else 1)
+
+    def pictures(rows: range) -> np.ndarray:
+        return embed_pictures(teacher, pairs, np.repeat(rows, len(views)), crops, np.tile(views, len(rows)))
+
     if teacher.trunk and pairs.files is not None:  # of pictures in memory no file says whether they have changed
         pictures = partial(embed_features, teacher, trunk_features(teacher, pairs, progress, crops))
     shape, captions = (int(pairs.first_caption[-1]), teacher.embed_dim), partial(embed_captions, teacher, pairs)
@@ -70,9 +74,9 @@ def trunk_features(
     prepared = teacher.image_size, teacher.mean, teacher.std, crops and replace(crops, views=0)
     folder = cache_dir() / "features" / content_key(weights_sha256(teacher.trunk), pictures, DECODING_VERSION, prepared)
     shape, features = (len(pairs), teacher.trunk.num_features), []
-    for view in range(crops.views if crops else 1):
-        compute = partial(embed_views, teacher, pairs, crops, range(view, view + 1), encode=teacher.trunk)
-        features.append(fill(folder / f"view-{view}.npy", shape, PICTURES_IN_SHARD, compute, progress))
+    for number in range(crops.views if crops else 1):
+        compute = partial(embed_pictures, teacher, pairs, crops=crops, view=number, encode=teacher.trunk)
+        features.append(fill(folder / f"view-{number}.npy", shape, PICTURES_IN_SHARD, compute, progress))
     return features
 
 
@@ -134,9 +138,9 @@ def embed_captions(teacher: Teacher, pairs: Pairs, rows: Iterable[int]) -> np.nd
 def embed_pictures(
     teacher: Teacher,
     pairs: Pairs,
-    rows: np.ndarray,
+    rows: np.ndarray | range,
     crops: Crops | None = None,
-    view: np.ndarray | None = None,
+    view: np.ndarray | int | None = None,
     encode: Encode | None = None,
 ) -> np.ndarray:
     """(len(rows), D) fp16: the teacher's normalised embeddings of pictures by number, or of a view of each.
@@ -163,16 +167,10 @@ def embed_pictures(
     return torch.cat(embeddings).numpy()
 
 
-def embed_views(
-    teacher: Teacher, pairs: Pairs, crops: Crops | None, views: range, rows: range, encode: Encode | None = None
-) -> np.ndarray:
-    """As :func:`embed_pictures`, of these views of each picture, which come together: (len(rows) len(views), D)."""
-    return embed_pictures(teacher, pairs, np.repeat(rows, len(views)), crops, np.tile(views, len(rows)), encode)
-
-
 def check_targets(targets: Targets) -> None:
     """TeacherError unless the text targets differ from caption to caption: equal ones teach nothing."""
     sample = torch.from_numpy(targets.texts[:: max(1, len(targets.texts) // 512)].astype(np.float32))
     if len(sample) > 1 and (sample - sample[0]).abs().max() < 1e-3:
         equal = "the teacher's embeddings of all captions are equal, so they hold nothing to distil"
-        raise TeacherError(f"{equal}: it must be given the captions of the data, not one constant text.")
+        remedy = "it must be given the captions of the data, not one constant text, and these must differ"
+        raise TeacherError(f"{equal}: {remedy}.")

@@ -246,6 +246,13 @@ def test_wrong_settings_stop_before_anything_runs(notebooks, tmp_path, capsys, o
     assert not (tmp_path / "out").exists()
 
 
+def test_a_wrong_parameter_is_said_before_photographs_are_downloaded(notebooks, tmp_path, capsys, monkeypatch):
+    write_notebook(notebooks / "01_first.ipynb", "1 / 0", parameters='train_data_path: str = ""\nmax_epochs: int = 1')
+    monkeypatch.setattr(course, "captions_of", lambda profile: pytest.fail("downloaded"))
+    assert run(tmp_path / "out", "--profile", "gpu", "-p", "max_epoch", "2") == 2
+    assert "did you mean 'max_epochs'" in capsys.readouterr().err
+
+
 def test_unwritable_folder_stops_before_anything_runs(notebooks, tmp_path, capsys):
     write_notebook(notebooks / "01_first.ipynb", "1 / 0")
     (tmp_path / "file").write_text("")

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from matplotlib.container import BarContainer
@@ -168,6 +169,15 @@ def test_every_model_of_the_course_has_maps(name):
         assert np.isfinite(found).all()
         sides.append(module)
     assert len(sides) >= 3
+
+
+def test_the_last_stage_of_a_convolutional_trunk_has_maps_and_the_last_block_of_a_transformer_has_none():
+    for name, layers in (("tf_efficientnet_lite0", 7), ("vit_tiny_patch16_224", 11)):
+        model = nn.Module()
+        model.visual = nn.Module()
+        model.visual.trunk = timm.create_model(name)
+        assert list(map_layers(model).values()) == list(model.visual.trunk.blocks)[:layers]
+    assert layers == len(model.visual.trunk.blocks) - 1
 
 
 def painted(scenes: Scenes, row: int, slot: int) -> tuple[np.ndarray, np.ndarray]:

@@ -140,9 +140,9 @@ def test_the_command_compares_two_models(tmp_path, capsys):
     arguments = ["evaluate", "--model_checkpoint", "kd", "--profile", "smoke", "--save_results", str(tmp_path)]
     assert main([*arguments, "--dataset", "shape", "--compare_with", "base"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed] == ["kd", "base", "kd"]
+    assert [line.split()[0] for line in printed] == ["kd", "base", "shape,"]
     [paired] = [r for r in load_results(tmp_path) if r["task"] == "paired"]
-    assert printed[2] == f"kd - base: {describe(paired)}"
+    assert printed[2] == f"shape, kd - base: {describe(paired)}"
     assert main([*arguments, "--dataset", "relation", "--compare_with", "kd"]) == 2
     assert "compare_with='kd'" in capsys.readouterr().err
 

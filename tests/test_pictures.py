@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -306,12 +307,43 @@ def test_bad_shards_are_named(tmp_path, capsys):
     with pytest.raises(DataError, match=r"7\.tar: no such file"):
         load_pairs(tmp_path / "7.tar", 32)
     (tmp_path / "bad.tar").write_bytes(b"no archive at all" * 100)
-    with pytest.raises(DataError, match=r"bad\.tar: not a WebDataset shard"):
+    with pytest.raises(DataError, match=r"bad\.tar: not a whole WebDataset shard"):
         load_pairs(tmp_path / "bad.tar", 32, progress=False)
     write_shard(tmp_path / "part.tar", range(2), {"000000009.txt": b"a caption without a picture"})
     with pytest.raises(DataError, match=r"part\.tar: the sample '.*000000009' has no picture"):
         load_pairs(tmp_path / "part.tar", 32, progress=False)
     assert load_pairs(tmp_path / "part.tar", 32, on_error="skip", progress=False).skipped == 1
+
+
+def test_what_comes_before_the_damage_of_a_shard_is_read(tmp_path):
+    write_shard(tmp_path / "cut.tar", range(9))
+    whole = load_pairs(tmp_path / "cut.tar", 32, progress=False)
+    with tarfile.open(tmp_path / "cut.tar") as archive:
+        seventh = archive.getmember("000000006.png").offset_data
+    content = (tmp_path / "cut.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(content[: seventh + 9])
+    with pytest.raises(DataError, match=r"cut\.tar: not a whole WebDataset shard"):
+        load_pairs(tmp_path / "cut.tar", 32, progress=False)
+    left = load_pairs(tmp_path / "cut.tar", 32, on_error="skip", progress=False)
+    assert list(left.captions) == list(whole.captions)[:6]
+    assert left.skipped == 2, "the picture that was cut, and what is missing after it"
+
+
+def test_a_folder_of_damaged_pictures_leaves_nothing_to_skip_to(tmp_path):
+    for number in range(3):
+        (tmp_path / "cats").mkdir(exist_ok=True)
+        (tmp_path / "cats" / f"{number}.jpg").write_bytes(b"half of")
+    with pytest.raises(DataError, match="none of its 3 pictures can be read"):
+        load_pairs(tmp_path, 32, on_error="skip", progress=False)
+
+
+def test_tables_of_one_name_are_told_apart_by_their_folders(folder, tmp_path):
+    names = []
+    for place in ("birds", "boats"):
+        shutil.copytree(folder, tmp_path / place)
+        (tmp_path / place / "pairs.csv").rename(tmp_path / place / "val.csv")
+        names.append(load_pairs(tmp_path / place / "val.csv", 32, progress=False).name)
+    assert names == ["birds", "boats"]
 
 
 def sample(number: int, **members: object) -> dict[str, bytes]:

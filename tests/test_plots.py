@@ -16,7 +16,7 @@ from PIL import Image
 from mclip.files import DATA
 from mclip.results import ResultError, make_result
 from mclip.show import figures, style
-from mclip.show.tables import zero_shot_table
+from mclip.show.tables import by_model, zero_shot_table
 
 SETS = {"shape": 12.5, "colour": 10.0, "relation": 50.0}
 VALUES = {
@@ -94,6 +94,14 @@ def test_a_failure_is_shown_as_missing_not_as_zero(records):
     assert [text.get_text() for text in only_failures.texts] == ["no result"] * 4
     with pytest.raises(ResultError, match="no zero-shot record"):
         figures.performance_comparison([])
+
+
+def test_a_mean_over_sets_is_of_all_of_them(records):
+    means = figures.set_means(by_model(records))
+    assert means["kd"] == {0: pytest.approx((80 + 99 + 51) / 3)}
+    kept = [r for r in records if (r["model"]["name"], r["dataset"]) != ("kd", "relation")]
+    lacking = figures.set_means(by_model(kept))
+    assert lacking == {name: own for name, own in means.items() if name != "kd"}
 
 
 def test_photographs_come_first_and_their_models_have_the_roles_of_the_course(records):

@@ -232,6 +232,26 @@ def test_what_is_written_is_whole_or_not_there(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_folder_takes_the_place_of_another_as_a_whole(tmp_path, monkeypatch):
+    for text in ("first", "second"):
+        with atomic_folder(tmp_path / "a") as temporary:
+            (temporary / "x").write_text(text)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    monkeypatch.setattr(files.shutil, "rmtree", lambda *_, **__: os._exit(9))  # killed where it deletes
+    child = os.fork()
+    if not child:
+        with atomic_folder(tmp_path / "a") as temporary:
+            (temporary / "x").write_text("third")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert (tmp_path / "a" / "x").read_text() == "third"
+
+
+def test_a_second_process_in_the_folder_of_a_run_is_refused(data, tmp_path):
+    with files.lock(tmp_path), pytest.raises(ConfigError, match="another process is training in this folder"):
+        train_student(PRESETS["course"], *data, SMOKE, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def _fill(folder: Path, filled: Path) -> None:
     with missing_folder(folder) as temporary:
         if temporary:

@@ -57,6 +57,8 @@ def test_a_record_is_added_or_takes_the_place_of_its_like(tmp_path):
     assert found[1:] == others
     save_result(file, order=lambda r: r["model"]["name"])
     assert [r["model"]["name"] for r in load_results(file)] == ["base", "kd", "kd", "kd"]
+    save_result(file, record() | {"templates": ["a photo of a {}"]})
+    assert len(load_results(file)) == 5, "other prompts are another measurement"
 
 
 def test_a_record_that_stands_alone_in_a_file_is_read_too(tmp_path):

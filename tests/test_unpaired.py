@@ -160,4 +160,10 @@ def test_icl_of_a_student_narrower_than_its_teacher_is_taken_in_the_teachers_spa
     objective = Distillation(config, (4, 4), 8, 10.0).eval()
     term = objective(output, batch, ("icl",), 1.0)["icl"]
     sides = objective.image_aligner(output["image_features"]), objective.text_aligner(output["text_features"])
+    sides = [torch.nn.functional.normalize(side, dim=-1) for side in sides]
     assert torch.equal(term, losses.icl(*sides, teacher_image, teacher_text, 9.0))
+    with torch.no_grad():  # longer vectors of the same directions
+        for last in (objective.image_aligner[-1], objective.text_aligner[-1]):
+            last.weight.mul_(100)
+            last.bias.mul_(100)
+    torch.testing.assert_close(objective(output, batch, ("icl",), 1.0)["icl"], term)

@@ -1,6 +1,7 @@
 """The commands that train, evaluate and export: plain functions around :mod:`mclip.recipes`, as are the notebooks."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -186,28 +187,27 @@ def evaluate(
     models = {recipes.model_name(name): recipes.load_model(name, recipes.device_for("auto")) for name in names}
     remedy = "give another model than model_checkpoint, in a folder of another name"
     require(len(models) == len(names), "compare_with", compare_with, remedy)
-    count = get_profile(profile).test_pictures
-    drawn = scene_sets(count=count) if dataset in (SCENES, *SETS) else {}
-    for each in [*drawn, RELATION] if dataset == SCENES else [dataset]:
-        data = drawn.get(each)
-        if data is None and not retrieval and each != RELATION:
-            data = zero_shot_set(each, root_dir or None, download)
-        records = []
-        for name, (model, tokenizer) in models.items():
-            if retrieval:
-                pairs = load_pairs(dataset, input_of(model).size, split="test")
-                record = recipes.evaluate_retrieval(model, tokenizer, pairs, name, split="test", seed=seed)
-            elif data is None:
-                record = evaluate_relation(model, tokenizer, name, count=count // 2, seed=seed)
-            else:
-                record = evaluate_zero_shot(model, tokenizer, data, name, prompt=prompt or None, seed=seed)
-            _print_scores(record, name)
-            _save(record, save_results, name)
-            records.append(record)
-        if compare_with:
-            paired = recipes.compare(*records)
-            print(f"{' - '.join(models)}: {recipes.describe(paired)}")
-            _save(paired, save_results, "-".join(models))
+    if dataset == SCENES:
+        records = recipes.evaluate_all(models, profile=profile, seed=seed)
+    elif retrieval:
+        ((name, (model, tokenizer)),) = models.items()
+        pairs = load_pairs(dataset, input_of(model).size, split="test")
+        records = [recipes.evaluate_retrieval(model, tokenizer, pairs, name, split="test", seed=seed)]
+    else:
+        count = get_profile(profile).test_pictures
+        judge = partial(evaluate_relation, count=count // 2)
+        if dataset != RELATION:
+            drawn = scene_sets(count=count) if dataset in SETS else {}
+            data = drawn.get(dataset) or zero_shot_set(dataset, root_dir or None, download)
+            judge = partial(evaluate_zero_shot, dataset=data, prompt=prompt or None)
+        records = [judge(*own, name=name, seed=seed) for name, own in models.items()]
+    for record in records:
+        _print_scores(record)
+        _save(record, save_results, record["model"]["name"])
+    for name in dict.fromkeys(record["dataset"] for record in records) if compare_with else ():
+        paired = recipes.compare(*(record for record in records if record["dataset"] == name))
+        print(f"{name}, {' - '.join(models)}: {recipes.describe(paired)}")
+        _save(paired, save_results, "-".join(models))
 
 
 def _require_dataset(dataset: str, retrieval: bool, prompt: str) -> None:
@@ -220,8 +220,8 @@ def _require_dataset(dataset: str, retrieval: bool, prompt: str) -> None:
     require(not (prompt and remedy), "prompt", prompt, remedy)
 
 
-def _print_scores(record: dict[str, Any], name: str) -> None:
-    rows = record["metrics"]
+def _print_scores(record: dict[str, Any]) -> None:
+    name, rows = record["model"]["name"], record["metrics"]
     if record["task"] != "retrieval":
         keys = dict.fromkeys(("top1", record["details"]["metric"]))
         rows = {record["dataset"]: {key: rows[key] for key in keys}}

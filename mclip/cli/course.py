@@ -78,6 +78,7 @@ def course(
     require(jobs is None or jobs >= 1, "jobs", jobs, "use 1 or more notebooks at a time")
     notebooks, folder = select(only or [], solutions=prepare), Path(out).resolve()
     given, common = dict(parameters or []), {"profile": profile, "out_dir": str(folder), "seed": 0}
+    plan(notebooks, given, common)  # a parameter that cannot work is said before anything is downloaded
     if get_profile(profile).captions and "train_data_path" not in given:
         trains = any("train_data_path" in declared_parameters(notebook) for notebook in notebooks)
         common |= captions_of(profile) if trains else {}

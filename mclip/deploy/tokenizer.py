@@ -21,6 +21,7 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 def portable_tokenizer(context_length: int) -> Tokenizer:
     """The same ids as :class:`~mclip.text_encoder.Tokenizer`, by the ``tokenizers`` library alone.
 
+    CLIP's own takes "<end_of_text>" in a caption for its end, and what follows is lost; here it is text as any other.
     Left out, because the library has no step for it, is what ftfy and ``html.unescape`` repair in captions from the
     web: text decoded with the wrong code page, ``&amp;`` and its like, control characters. A letter that Unicode has
     only had for a few years may be unknown to the library's tables.

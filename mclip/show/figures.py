@@ -131,13 +131,17 @@ def photograph_scores(records: Records) -> Scores:
 
 
 def set_means(groups: Groups) -> dict[str, dict[int, float]]:
-    """``{model: {seed: mean over the sets}}`` in percent, of :func:`score_of`; ``groups`` as of :func:`by_model`."""
+    """``{model: {seed: mean over the sets}}`` in percent, of :func:`score_of`; ``groups`` as of :func:`by_model`.
+
+    A seed that lacks one of the sets has no mean, since it would be that of other sets.
+    """
     scores: dict[str, dict[int, list[float]]] = {}
     for models in groups.values():
         for model, group in models.items():
             for record in group:
                 scores.setdefault(model, {}).setdefault(record["seed"], []).append(score_of(record)[1]["value"])
-    return {model: {seed: fmean(values) for seed, values in seeds.items()} for model, seeds in scores.items()}
+    whole = {model: {s: own for s, own in seeds.items() if len(own) == len(groups)} for model, seeds in scores.items()}
+    return {model: {seed: fmean(values) for seed, values in seeds.items()} for model, seeds in whole.items() if seeds}
 
 
 def per_class_recall(records: Records, dataset: str, limit: int = 6) -> style.NotebookFigure:

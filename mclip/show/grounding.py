@@ -34,8 +34,8 @@ def stage_names() -> list[str]:
 def map_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of ``model`` whose outputs are maps of the picture, by name, from fine to coarse.
 
-    Of the student the last one of each stage, of timm's ResNets their stages, of a Vision Transformer its blocks but
-    the last, whose patches no longer reach the embedding.
+    Of the student the last one of each stage, of timm's ResNets and EfficientNets their stages, of a Vision Transformer
+    its blocks but the last, whose patches no longer reach the embedding.
     """
     if hasattr(model, "image_encoder"):
         stages = dict(zip(stage_names(), model.image_encoder.trunk, strict=True))  # of a stage the last layer stays
@@ -43,8 +43,10 @@ def map_layers(model: nn.Module) -> dict[str, nn.Module]:
     trunk = getattr(model.visual, "trunk", None)
     if trunk is not None and hasattr(trunk, "layer1"):
         return {name: getattr(trunk, name) for name in ("act1", "layer1", "layer2", "layer3", "layer4")}
-    blocks = trunk.blocks if trunk is not None else model.visual.transformer.resblocks
-    return {f"block{number}": block for number, block in enumerate(blocks[:-1], start=1)}
+    blocks = list(trunk.blocks if trunk is not None else model.visual.transformer.resblocks)
+    if not hasattr(trunk, "conv_head"):
+        del blocks[-1]
+    return {f"block{number}": block for number, block in enumerate(blocks, start=1)}
 
 
 def grad_cam(model: nn.Module, layer: nn.Module, images: Tensor, texts: Tensor) -> Tensor:

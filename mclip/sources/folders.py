@@ -138,8 +138,6 @@ def read_shards(shards: list[str], caption_key: str, progress: bool) -> Iterator
             samples = _index(shard, caption_key)
         except FileNotFoundError:
             samples = [["", f"{shard}: no such file; give a folder of .tar files, one of them, or a range of them"]]
-        except (tarfile.TarError, EOFError) as error:
-            samples = [["", f"{shard}: not a WebDataset shard ({error!r}); copy or write it again"]]
         for picture, content in samples:
             yield row, picture or None, content
             row += 1
@@ -155,18 +153,21 @@ def _index(shard: str, caption_key: str) -> list[list]:
         if temporary:
             pictures: dict[str, str] = {}
             captions: dict[str, list] = {}
-            with tarfile.open(shard, "r:") as archive:
-                for member in filter(tarfile.TarInfo.isfile, archive):
-                    place, _, base = member.name.rpartition("/")
-                    base, _, extension = base.partition(".")
-                    name = f"{place}/{base}"
-                    own = captions.setdefault(name, [])
-                    kind = "caption" if extension == "txt" else extension.removesuffix(".txt")
-                    if f".{extension}".lower().endswith(PICTURES):
-                        pictures[name] = f"{os.path.abspath(shard)}::{member.offset_data}:{member.size}"
-                    elif extension == "json" or _is_caption(kind, caption_key):
-                        own += _texts(archive.extractfile(member).read(), extension, caption_key)
             samples = []
+            try:
+                with tarfile.open(shard, "r:") as archive:
+                    for member in filter(tarfile.TarInfo.isfile, archive):
+                        place, _, base = member.name.rpartition("/")
+                        base, _, extension = base.partition(".")
+                        name = f"{place}/{base}"
+                        own = captions.setdefault(name, [])
+                        kind = "caption" if extension == "txt" else extension.removesuffix(".txt")
+                        if f".{extension}".lower().endswith(PICTURES):
+                            pictures[name] = f"{os.path.abspath(shard)}::{member.offset_data}:{member.size}"
+                        elif extension == "json" or _is_caption(kind, caption_key):
+                            own += _texts(archive.extractfile(member).read(), extension, caption_key)
+            except (tarfile.TarError, EOFError) as error:  # what comes before the damage is read all the same
+                samples.append(["", f"{shard}: not a whole WebDataset shard ({error!r}); copy or write it again"])
             for name, own in captions.items():
                 lacks = "picture" if name not in pictures else "" if own else "caption"
                 problem = f"{shard}: the sample {name!r} has no {lacks}"

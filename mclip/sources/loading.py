@@ -181,13 +181,16 @@ def pairs_of(path: Path, table: Table, image_size: int, on_error: OnError, decod
     images = None
     if once or on_error == "skip":
         kept, images = _read_all(table, key, image_size, once, on_error, progress)
+        if not kept:
+            raise DataError(f"{path}: none of its {len(table.pictures)} pictures can be read; try one of them alone.")
         table = table.take(kept)
     captions = table.captions
     key = content_key(key, _digest(captions.texts), hashlib.sha256(captions.first.tobytes()).hexdigest())
     if skipped := table.skipped + captions_read - len(captions.texts):
         print(f"{path}: {skipped} rows left out (on_error='skip').")
     images = Pictures(table.pictures, image_size) if images is None else images
-    return Pairs(images, captions, key, path.stem, table.pictures, skipped)
+    name = path.absolute().parent.name if path.stem in ("train", "val", "test") else path.stem
+    return Pairs(images, captions, key, name, table.pictures, skipped)
 
 
 def _read_all(
