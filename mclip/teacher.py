@@ -76,7 +76,7 @@ def load_open_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module,
         return _from_folder(folder)
     if name in open_clip.list_models():
         return _from_architecture(name, pretrained or "")
-    raise TeacherError(f"no teacher {name!r}: {closest(name, [*SHIP, *open_clip.list_models()])}, or give a folder.")
+    raise TeacherError(f"no teacher {name!r}, and no such folder: {closest(name, [*SHIP, *open_clip.list_models()])}")
 
 
 def _from_folder(folder: Path) -> tuple[nn.Module, Tokenize]:
@@ -140,8 +140,8 @@ def _from_architecture(name: str, pretrained: str) -> tuple[nn.Module, Tokenize]
     tags, folder = open_clip.list_pretrained_tags_by_model(name), str(cache_dir() / "weights")
     file = Path(pretrained).expanduser()
     if not file.is_file() and pretrained not in tags:
-        remedy = f"{closest(pretrained, tags)}, or give a file"
-        raise TeacherError(f"teacher {name!r} has no weights {pretrained or None!r}: {remedy}.")
+        remedy = f"and there is no such file: {closest(pretrained, tags)}"
+        raise TeacherError(f"teacher {name!r} has no weights {pretrained or None!r}, {remedy}")
     weights = str(file) if file.is_file() else pretrained
     source = {} if file.is_file() else open_clip.get_pretrained_cfg(name, pretrained)
     # OpenAI's weights were trained with another GELU than the architecture of this name has; of a file only its owner

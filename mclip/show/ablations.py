@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
+from scipy.special import fdtrc, stdtrit
 
 from mclip.config import DistillConfig, TrainConfig, get_profile
 from mclip.results import ResultError
@@ -25,6 +25,7 @@ Records = Iterable[Mapping[str, Any]]
 Means = Mapping[str, Mapping[int, float]]
 DEFAULTS: dict[str, Any] = json.loads(json.dumps(asdict(TrainConfig()) | asdict(DistillConfig())))  # lists for tuples
 """What a setting was in a record that was made before the setting was there."""
+UNLIKE = 0.001  # how improbable the scatter of a configuration must be, if all were alike, to stay out of the pool
 VERDICTS = {
     "helps": (PALETTE[2], "^"),
     "hurts": (PALETTE[3], "v"),
@@ -67,34 +68,48 @@ def means_of(records: Records, measure: str = "mean top-1") -> dict[str, dict[in
     return means
 
 
-def pooled_deviation(means: Means) -> tuple[float, int]:
+def pooled_deviation(means: Means) -> tuple[float, int, set[str]]:
     """Standard deviation of a difference of two runs of one seed, and its degrees of freedom, from all configurations.
 
     It is what is left of the scores when each configuration and each seed has a level of its own (two-way analysis
     of variance: Fisher 1925), times sqrt(2) for a difference of two. A configuration whose scores are another's, bit
     for bit, is no run of its own and is left out. (nan, 0) where no configuration has two seeds.
+
+    Pooling assumes that all scatter alike. The third item names those that are left out because they do not: an F test
+    of such a one against the rest has a p-value below ``UNLIKE``, times the number of configurations (Bonferroni).
     """
-    scores = pd.DataFrame(means).T.drop_duplicates().stack().dropna()
-    levels = [pd.get_dummies(scores.index.get_level_values(level)) for level in (0, 1)]
-    matrix = np.concatenate(levels, axis=1).astype(float)
-    fitted, _, rank, _ = np.linalg.lstsq(matrix, scores.to_numpy())
-    freedom = len(scores) - int(rank)
-    squares = float(((scores - matrix @ fitted) ** 2).sum())
-    return (math.sqrt(2 * squares / freedom), freedom) if freedom else (math.nan, 0)
+    scores, unlike = pd.DataFrame(means).T.drop_duplicates().stack().dropna(), set()
+    while True:
+        levels = [pd.get_dummies(scores.index.get_level_values(level)) for level in (0, 1)]
+        matrix = np.concatenate(levels, axis=1).astype(float)
+        fitted, _, rank, _ = np.linalg.lstsq(matrix, scores.to_numpy())
+        freedom = len(scores) - int(rank)
+        squares = ((scores - matrix @ fitted) ** 2).groupby(level=0).sum()
+        own = scores.groupby(level=0).size() - 1
+        own = own[(own > 0) & (own < freedom)]
+        rest = (squares.sum() - squares[own.index]) / (freedom - own)
+        chances = pd.Series(fdtrc(own, freedom - own, squares[own.index] / own / rest), own.index) * len(own)
+        if not (chances < UNLIKE).any():
+            return math.sqrt(2 * squares.sum() / freedom) if freedom else math.nan, freedom, unlike
+        unlike.add(chances.idxmin())
+        scores = scores.drop(chances.idxmin(), level=0)
 
 
 def difference(means: Means, name: str, against: str) -> dict[str, Any]:
     """Points by which ``name`` scores more than ``against``, seed by seed; ResultError where no seed has both.
 
     The keys are ``value``, number of seeds ``n``, ``verdict``, and the interval ``low`` to ``high``, Student's 95 %
-    with :func:`pooled_deviation`. Where no configuration has two seeds it is missing, and nothing is decided.
+    with :func:`pooled_deviation`; where one of the two is not pooled, that of these differences alone. Where no
+    configuration has two seeds it is missing, and nothing is decided.
     """
     own, other = means.get(name, {}), means.get(against, {})
     points = [own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]
     if not points:
         remedy = "train both with one seed: python -m mclip study"
         raise ResultError(f"{name}: no seed has a record of it and of {against}; {remedy}")
-    value, (deviation, freedom) = statistics.fmean(points), pooled_deviation(means)
+    value, (deviation, freedom, unlike) = statistics.fmean(points), pooled_deviation(means)
+    if {name, against} & unlike:
+        return paired_difference(means, name, against)
     effect = {"value": value, "n": len(points)}
     if len(points) > 1 and not any(points):  # in one seed, two runs may score the same by chance
         return effect | {"low": 0.0, "high": 0.0, "verdict": "identical"}
@@ -242,7 +257,8 @@ def recipe_figure(records: Sequence[Mapping[str, Any]], against: str = "feature"
     offsets = offsets_of_labels(np.reshape([*near.values()], (-1, 2)) * scale)
     for number, (gain, offset) in enumerate(zip(near.values(), offsets, strict=True), start=1):
         looks = {"ha": "center", "va": "center", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.2}}
-        ax.annotate(str(number), gain, offset, textcoords="offset points", fontsize=8, **looks)
+        line = {"arrowstyle": "-", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+        ax.annotate(str(number), gain, offset, textcoords="offset points", fontsize=8, arrowprops=line, **looks)
     ax.axhline(0, color="black", linewidth=1)
     ax.axvline(0, color="black", linewidth=1)
     far = [f"{plan[name]['title']} ({x:+.0f}, {y:+.0f})" for name, (x, y) in gains.items() if name not in near]

@@ -15,7 +15,7 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.path import Path
-from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, NullLocator
 from scipy.special import softmax
 from scipy.stats import entropy
 
@@ -80,7 +80,8 @@ def performance_comparison(records: Records, photographs: Records = ()) -> style
         about = "Photographs, measured here, with 95 % intervals"
         teachers = {record.get("details", {}).get("configuration", {}).get("teacher_model") for record in photographs}
         if "photographs" in teachers or "photo-teacher" in {record["model"]["name"] for record in photographs}:
-            about += ".\nThe teacher's trunk has seen Imagenette's classes,\nits students photographs without captions"
+            about += ".\nThe teacher's trunk was trained on Imagenette's classes;"
+            about += "\nits students also saw photographs without captions"
         axes["photos"].set(title=about, xlabel="top-1, or recall at 5 (%)")
         _mark_chance(axes["photos"], list(photos), photographs, set_label)
     left, right = axes["scenes"], axes["published"]
@@ -200,9 +201,7 @@ def training_curves(log: Records) -> style.NotebookFigure:
         # Losses above 0, and weights that differ by more than 50 times.
         if lowest > 0 and (unit == "loss" or (unit == "weight" and 50 * lowest < highest)):
             ax.set(yscale="log", ylabel=f"{unit} (log scale)")
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-            ax.yaxis.set_major_formatter("{x:g}")
-            ax.minorticks_off()
+            style.plain_numbers(ax.yaxis)
         elif unit != "loss":
             ax.set_ylim(0, None)
     phases = table["phase"].dropna()
@@ -315,9 +314,12 @@ def embedding_map(
             ax.scatter(*point, s=70, color=paint, marker=markers[shape], edgecolor="black", linewidth=0.4)
         for group in np.unique(groups):
             own = flat[groups == group]
-            above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+            outward = own.mean(0) / np.linalg.norm(own.mean(0))
+            outermost = own[(own @ outward).argmax()]
+            beyond = {"xytext": tuple(16 * outward), "textcoords": "offset points", "ha": "center", "va": "center"}
             box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.5}
-            ax.annotate(list(names)[group], (own[:, 0].mean(), own[:, 1].max()), bbox=box, **above)
+            ax.annotate(list(names)[group], outermost, bbox=box, **beyond)
+        ax.margins(0.12)
         ax.set(title=f"The {what}s", xlabel="first principal component", ylabel="second principal component")
     ax.set_title("Without the mean of each shape: the colours")
     fig.suptitle("A map of the teacher's picture embeddings, a mark for each colour and shape")

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 from mclip.files import atomic_path
@@ -145,6 +147,13 @@ def bar_chart(
     return fig
 
 
+def plain_numbers(axis: Axis) -> None:
+    """Mark a logarithmic axis with 1, 2, 3, 5, 10 in place of powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
 def line_charts(
     panels: Mapping[tuple[str, str], Mapping[str, Any]], xlabel: str, phases: Sequence[float] = (), **axes: Any
 ) -> NotebookFigure:
@@ -163,6 +172,9 @@ def line_charts(
         for number, (start, end) in enumerate(pairwise(phases), start=1):
             ax.axvspan(start, end, color=PHASES[number], alpha=0.2, linewidth=0, label=f"phase {number}")
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel, **axes)
+        for axis in (ax.xaxis, ax.yaxis):
+            if axis.get_scale() == "log":
+                plain_numbers(axis)
     handles = {name: handle for ax in fig.axes for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
     if len(handles) > 1:
         fig.legend(handles.values(), handles, loc="outside lower center", ncols=3 * min(2, len(panels)))
