@@ -118,7 +118,7 @@ def test_photographs_come_first_and_their_models_have_the_roles_of_the_course(re
     assert [tick.get_text() for tick in photos.get_yticklabels()] == ["cifar10", "flickr8k R@5, own split"]
     assert bars(scenes) == {style.LABELS[m]: list(values) for m, values in VALUES.items()}
     assert "not measured here" in published.get_title(loc="left")
-    assert "trunk was trained on Imagenette's classes" in photos.get_title(loc="left")
+    assert "trunk has learnt Imagenette's classes" in photos.get_title(loc="left")
     fig.draw_without_rendering()
     assert scenes.get_position().height < photos.get_position().height
     assert [text.get_text() for text in scenes.texts if text.get_text()] == []

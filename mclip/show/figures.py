@@ -80,8 +80,7 @@ def performance_comparison(records: Records, photographs: Records = ()) -> style
         about = "Photographs, measured here, with 95 % intervals"
         teachers = {record.get("details", {}).get("configuration", {}).get("teacher_model") for record in photographs}
         if "photographs" in teachers or "photo-teacher" in {record["model"]["name"] for record in photographs}:
-            about += ".\nThe teacher's trunk was trained on Imagenette's classes;"
-            about += "\nits students also saw photographs without captions"
+            about += ".\nThe teacher's trunk has learnt Imagenette's classes,\nits students saw uncaptioned photographs"
         axes["photos"].set(title=about, xlabel="top-1, or recall at 5 (%)")
         _mark_chance(axes["photos"], list(photos), photographs, set_label)
     left, right = axes["scenes"], axes["published"]
@@ -312,18 +311,28 @@ def embedding_map(
         for point, shape, colour in zip(flat, shapes, colours, strict=True):
             paint = list(paints.values())[colour]
             ax.scatter(*point, s=70, color=paint, marker=markers[shape], edgecolor="black", linewidth=0.4)
-        for group in np.unique(groups):
-            own = flat[groups == group]
-            outward = own.mean(0) / np.linalg.norm(own.mean(0))
-            outermost = own[(own @ outward).argmax()]
-            beyond = {"xytext": tuple(16 * outward), "textcoords": "offset points", "ha": "center", "va": "center"}
-            box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.5}
-            ax.annotate(list(names)[group], outermost, bbox=box, **beyond)
+        for group, place in zip(np.unique(groups), places_beside(flat, groups), strict=True):
+            ax.text(*place, list(names)[group], ha="center", va="center")
         ax.margins(0.12)
         ax.set(title=f"The {what}s", xlabel="first principal component", ylabel="second principal component")
     ax.set_title("Without the mean of each shape: the colours")
     fig.suptitle("A map of the teacher's picture embeddings, a mark for each colour and shape")
     return fig
+
+
+def places_beside(points: np.ndarray, groups: np.ndarray) -> list[np.ndarray]:
+    """Where the name of each group of ``points`` (N, 2) goes: beside the group, with room to all marks and names."""
+    scale = 240 / np.ptp(points, axis=0)  # to about typographic points, of a panel with margins
+    marks, angles = points * scale, np.linspace(0, 2 * np.pi, 32, endpoint=False)
+    around, taken, places = np.stack([np.sin(angles), np.cos(angles)], axis=1), list(marks), []
+    for group in np.unique(groups):
+        own, middle = marks[groups == group], marks[groups == group].mean(0)
+        reach = ((own - middle) @ around.T).max(0)[:, None]
+        candidates = np.concatenate([middle + around * (reach + beyond) * (1.3, 1) for beyond in (10, 16, 22)])
+        room = np.hypot(*((candidates[:, None] - taken) / (2, 1)).T).min(0)  # a name is wider than high
+        places.append(candidates[room.clip(max=12).argmax()])
+        taken += [places[-1] + (shift, 0) for shift in (-12, 0, 12)]
+    return [place / scale for place in places]
 
 
 def probe_chart(
