@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -101,7 +101,8 @@ def candidate(name: str, form: Form = "deployed") -> Candidate:
     size, counts, graphs = input_of(model).size, parameter_parts(model.eval()), ()
     if exported:
         with TemporaryDirectory() as folder:
-            write_graphs(model, Path(folder))
+            for file, content in zip(GRAPHS["float32"], float32_graphs(name), strict=True):
+                (Path(folder) / file).write_bytes(content)
             if form == "int8":
                 write_int8(Path(folder), torch.rand(8, 3, size, size).numpy())
             files = GRAPHS["int8" if form == "int8" else "float32"]
@@ -109,6 +110,14 @@ def candidate(name: str, form: Form = "deployed") -> Candidate:
     elif form == "deployed":
         model = fused(model) if ours else fold_batch_norm(reparameterize_model(model))
     return Candidate(candidate_name(name, form), model, size, tokenizer, counts, graphs)
+
+
+@cache
+def float32_graphs(name: str) -> tuple[bytes, ...]:
+    """The graphs of a preset with random weights; writing them takes most of the time of an export."""
+    with TemporaryDirectory() as folder:
+        write_graphs(random_model(name)[0], Path(folder))
+        return tuple((Path(folder) / file).read_bytes() for file in GRAPHS["float32"])
 
 
 def candidate_name(name: str, form: Form) -> str:
