@@ -48,7 +48,7 @@ class DepthwiseConv(nn.Conv2d):
     For such maps the kernel is written out as a matrix from input to output pixels, as LightConv does along time.
     """
 
-    LARGEST = 16  # pixels of a map that is worth a matrix
+    LARGEST = 100  # input pixels times output pixels of a map that is worth a matrix
 
     def __init__(self, conv: nn.Conv2d) -> None:
         shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
@@ -58,8 +58,9 @@ class DepthwiseConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H', W')."""
         (height, width), (kernel, _) = x.shape[-2:], self.kernel_size
-        # With a 3x3 kernel the library is faster.
-        if height * width > self.LARGEST or x.is_cuda or not torch.is_grad_enabled() or kernel < 5:
+        rows, columns = ((side + 2 * self.padding[0] - kernel) // self.stride[0] + 1 for side in (height, width))
+        small = height * width * rows * columns <= self.LARGEST and kernel >= 5  # with 3x3 the library is faster
+        if not small or x.device.type != "cpu" or not torch.is_grad_enabled():
             return super().forward(x)
         numbers = torch.arange(1.0, height * width + 1).view(1, 1, height, width)  # of the input pixels; 0 is padding
         under_tap = F.unfold(numbers, kernel, padding=self.padding, stride=self.stride)[0].long().T
@@ -68,8 +69,7 @@ class DepthwiseConv(nn.Conv2d):
         taps = taps.scatter(1, under_tap, torch.arange(kernel**2).expand_as(under_tap))[:, 1:]
         matrix = F.pad(self.weight.flatten(1), (0, 1)).T[taps]
         pixels = x.permute(0, 2, 3, 1).reshape(len(x), 1, height * width, -1)
-        outputs = (height + 2 * self.padding[0] - kernel) // self.stride[0] + 1
-        return (pixels * matrix).sum(2).unflatten(1, (outputs, -1)).permute(0, 3, 1, 2)
+        return (pixels * matrix).sum(2).unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
 
 
 class ImageEncoder(nn.Module):
