@@ -225,28 +225,35 @@ def tune(
         return _tuned(folder, crops, training, validation, settings, {"out_dir": Path(out_dir).expanduser(), **run})
 
 
+def known_photographs(features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Which photographs (N, K, F), of K views each, the trunk's classifier is sure of (N,) bool; their classes."""
+    logits = features @ rows.T + load_trunk(LITE2)["classifier.bias"].float()
+    chances, labels = logits.softmax(-1).mean(1).max(-1)
+    sure = chances > CONFIDENT
+    return sure, labels[sure]
+
+
 def _tuned(
     folder: Path, crops: Crops | None, training: Pairs, validation: Pairs, settings: TrainConfig, run: dict[str, Any]
 ) -> TrainResult:
     """Train the untrained teacher in ``folder``, and leave it there."""
     teacher = load_teacher(str(folder))
-    features = np.stack(trunk_features(teacher, training, settings.progress, crops), axis=1)
-    rows, bias = (load_trunk(LITE2)[f"classifier.{kind}"].float() for kind in ("weight", "bias"))
+    features = np.stack(trunk_features(teacher, training, settings.progress, crops), axis=1)  # (N, K, F)
     count = int(training.paired.sum())  # pictures with captions come first
     images, captions = Rows(training.images, rows=np.arange(count)), training.captions[:count]
     pairs = replace(training, images=images, captions=captions, files=training.files[:count], paired=None)
-    everything = torch.from_numpy(features).float()
-    chances, labels = (everything[len(pairs) :] @ rows.T + bias).softmax(-1).mean(1).max(-1)
-    sure = chances > CONFIDENT
-    known, labels = everything[len(pairs) :][sure], labels[sure]
-    views = everything.flatten(0, 1)
-    of_views = torch.full((len(everything), everything.shape[1]), -1)
-    of_views[len(pairs) :][sure] = labels[:, None]
-    means = class_means(views, rows, of_views.flatten())
-    model = LockedImage(teacher.model.requires_grad_(True), views.mean(0), views.std(0) + 1e-6)
-    extra = tuple(round(share * settings.batch_size) for share in CLASS_SHARES)
+
+    views, rows = torch.from_numpy(features).float(), load_trunk(LITE2)["classifier.weight"].float()
+    known, labels = known_photographs(views[count:], rows)
+    of_views = torch.full(views.shape[:2], -1)
+    of_views[count:][known] = labels[:, None]
+    flat = views.flatten(0, 1)
+    classes = {"known": views[count:][known], "labels": labels, "means": class_means(flat, rows, of_views.flatten())}
+    classes["class_rows"] = tuple(round(share * settings.batch_size) for share in CLASS_SHARES)
     source = pairs, teacher.tokenize, torch.nn.Identity(), settings.batch_size, settings.seed
-    batches = FeatureBatches(*source, None, None, features[: len(pairs)], known, labels, means, extra)
+    batches = FeatureBatches(*source, features=features[:count], **classes)
+
+    model = LockedImage(teacher.model.requires_grad_(True), flat.mean(0), flat.std(0) + 1e-6)
     whole = torch.from_numpy(np.array(trunk_features(teacher, validation, settings.progress)[0])).float()
     run |= {"validate": retrieval_of(whole, validation, teacher.tokenize)}
     result = train_alone(model, batches, settings, objective=ClassContrastive(BASE), **run)
