@@ -172,5 +172,4 @@ def check_targets(targets: Targets) -> None:
     sample = torch.from_numpy(targets.texts[:: max(1, len(targets.texts) // 512)].astype(np.float32))
     if len(sample) > 1 and (sample - sample[0]).abs().max() < 1e-3:
         equal = "the teacher's embeddings of all captions are equal, so they hold nothing to distil"
-        remedy = "it must be given the captions of the data, not one constant text, and these must differ"
-        raise TeacherError(f"{equal}: {remedy}.")
+        raise TeacherError(f"{equal}: it must be given the captions of the data, not one constant text.")
