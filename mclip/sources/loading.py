@@ -189,7 +189,9 @@ def pairs_of(path: Path, table: Table, image_size: int, on_error: OnError, decod
     if skipped := table.skipped + captions_read - len(captions.texts):
         print(f"{path}: {skipped} rows left out (on_error='skip').")
     images = Pictures(table.pictures, image_size) if images is None else images
-    name = path.absolute().parent.name if path.stem in ("train", "val", "test") else path.stem
+    name = path.stem
+    if name in ("train", "val", "test"):  # many folders have one
+        name = path.absolute().parent.name or name
     return Pairs(images, captions, key, name, table.pictures, skipped)
 
 
