@@ -154,7 +154,7 @@ def make_result(
 
 
 def save_result(path: str | Path, *records: Record, order: Callable[[Any], Any] | None = None) -> Path:
-    """Add ``records`` to the list in the JSON file ``path``; one of the same task, data, prompts, seed and model goes.
+    """Add ``records`` to a JSON file; each takes the place of one with equal task, data, prompts, seed and model.
 
     ``order`` is a key that sorts the list. Several processes may save at once. Raises: ResultError.
     """

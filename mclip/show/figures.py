@@ -311,8 +311,8 @@ def embedding_map(
         for point, shape, colour in zip(flat, shapes, colours, strict=True):
             paint = list(paints.values())[colour]
             ax.scatter(*point, s=70, color=paint, marker=markers[shape], edgecolor="black", linewidth=0.4)
-        for group, place in zip(np.unique(groups), places_beside(flat, groups), strict=True):
-            ax.text(*place, list(names)[group], ha="center", va="center")
+        for group, position in zip(np.unique(groups), names_beside(flat, groups), strict=True):
+            ax.text(*position, list(names)[group], ha="center", va="center")
         ax.margins(0.12)
         ax.set(title=f"The {what}s", xlabel="first principal component", ylabel="second principal component")
     ax.set_title("Without the mean of each shape: the colours")
@@ -320,19 +320,19 @@ def embedding_map(
     return fig
 
 
-def places_beside(points: np.ndarray, groups: np.ndarray) -> list[np.ndarray]:
+def names_beside(points: np.ndarray, groups: np.ndarray) -> list[np.ndarray]:
     """Where the name of each group of ``points`` (N, 2) goes: beside the group, with room to all marks and names."""
     scale = 240 / np.ptp(points, axis=0)  # to about typographic points, of a panel with margins
     marks, angles = points * scale, np.linspace(0, 2 * np.pi, 32, endpoint=False)
-    around, taken, places = np.stack([np.sin(angles), np.cos(angles)], axis=1), list(marks), []
+    directions, occupied, positions = np.stack([np.sin(angles), np.cos(angles)], axis=1), list(marks), []
     for group in np.unique(groups):
         own, middle = marks[groups == group], marks[groups == group].mean(0)
-        reach = ((own - middle) @ around.T).max(0)[:, None]
-        candidates = np.concatenate([middle + around * (reach + beyond) * (1.3, 1) for beyond in (10, 16, 22)])
-        room = np.hypot(*((candidates[:, None] - taken) / (2, 1)).T).min(0)  # a name is wider than high
-        places.append(candidates[room.clip(max=12).argmax()])
-        taken += [places[-1] + (shift, 0) for shift in (-12, 0, 12)]
-    return [place / scale for place in places]
+        reach = ((own - middle) @ directions.T).max(0)[:, None]
+        candidates = np.concatenate([middle + directions * (reach + beyond) * (1.3, 1) for beyond in (10, 16, 22)])
+        room = np.hypot(*((candidates[:, None] - occupied) / (2, 1)).T).min(0)  # a name is wider than high
+        positions.append(candidates[room.clip(max=12).argmax()])
+        occupied += [positions[-1] + (shift, 0) for shift in (-12, 0, 12)]
+    return [position / scale for position in positions]
 
 
 def probe_chart(
