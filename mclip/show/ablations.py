@@ -232,8 +232,8 @@ def _ships(configuration: Mapping[str, Any]) -> bool:
 def recipe_figure(records: Sequence[Mapping[str, Any]], against: str = "feature") -> NotebookFigure:
     """Each configuration by what it adds to ``against``: points of R@10 over points of mean top-1, numbered.
 
-    A hollow mark is one seed, and a ring is around the recipe that ships, if it is there. One that scores far less than
-    the others is left out of the picture, and named below it.
+    Hollow marks are of one seed, and a ring is around the recipe that ships. One that scores far less than the others
+    is left out of the picture, and named below it.
     """
     plan, means = plan_of(records), [means_of(records, measure) for measure in ("mean top-1", "R@10")]
     others = [
@@ -245,11 +245,12 @@ def recipe_figure(records: Sequence[Mapping[str, Any]], against: str = "feature"
     ax = fig.subplots()
     groups = list(dict.fromkeys(each["group"] for each in plan.values()))
     ships = {record["model"]["name"] for record in records if _ships(record["details"]["configuration"])}
+    single = {name for name in near if difference(means[1], name, against)["n"] == 1}
+    ax.margins(0.08)
     for number, (name, gain) in enumerate(near.items(), start=1):
         group = groups.index(plan[name]["group"])
         title = f"{number} {plan[name]['title']}"
-        fill = "full" if difference(means[1], name, against)["n"] > 1 else "none"
-        style = {"color": PALETTE[group % len(PALETTE)], "fillstyle": fill}
+        style = {"color": PALETTE[group % len(PALETTE)], "fillstyle": "none" if name in single else "full"}
         ax.plot(*gain, "o^sDvPX"[group % 7], **style, label=label(title, 48))
         if name in ships:
             ax.scatter(*gain, s=220, facecolor="none", edgecolor="black")
@@ -265,8 +266,9 @@ def recipe_figure(records: Sequence[Mapping[str, Any]], against: str = "feature"
     note = "".join(f"\nfar outside: {each}" for each in far)
     title = plan[against]["title"]
     ax.set(xlabel=f"mean top-1 of seven sets, points above {title}{note}", ylabel=f"R@10, points above {title}")
-    marks = "hollow: one seed" + ("; ringed: the recipe that ships" if ships & near.keys() else "")
-    fig.legend(loc="outside right center", fontsize=7, title=marks, title_fontsize=7)
+    marks = {"hollow: one seed": single, "ringed: the recipe that ships": ships & near.keys()}
+    legend = "; ".join(meaning for meaning, names in marks.items() if names)
+    fig.legend(loc="outside right center", fontsize=7, title=legend, title_fontsize=7)
     ax.set_title("Up and to the right is better:\nwhat each recipe adds to copying embeddings alone")
     return fig
 

@@ -373,7 +373,7 @@ def pairs_on_their_way(step: int, embeddings: Any, goals: Any) -> style.Notebook
         ax.scatter(*line[0], s=40, **look)
         ax.scatter(*line[1], s=90, facecolor="none", **look)
     ax.set(title=f"Step {step}: cosine to the goal {pictures:.2f} for pictures, {captions:.2f} for captions")
-    ax.set(xlabel="first main direction of the goals", ylabel="second", xlim=(-1, 1), ylim=(-1, 1))
+    ax.set(xlabel="first main direction of the goals", ylabel="second main direction", xlim=(-1, 1), ylim=(-1, 1))
     ax.grid(False)
     marks = (("picture", "o", "full"), ("its goal", "o", "none"), ("caption", "s", "full"), ("its goal", "s", "none"))
     black = {"color": "black", "linestyle": ""}

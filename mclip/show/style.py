@@ -20,7 +20,7 @@ from mclip.files import atomic_path
 Row = Mapping[str, float]  # {"value"} in percent, with "low" and "high" where there is an interval
 Table = Mapping[str, Mapping[str, Row]]  # {group: {model: row}}
 PALETTE = sns.color_palette("colorblind")
-LABELS = {"base": "student alone", "clip": "CLIP from scratch", "kd": "distilled student", "teacher": "teacher"}
+LABELS = {"base": "student alone", "clip": "plain CLIP", "kd": "distilled student", "teacher": "teacher"}
 # Models and terms are told apart without colour as well, by hatches and dashes.
 COLOURS = dict(zip(LABELS, (PALETTE[7], PALETTE[1], PALETTE[0], PALETTE[2]), strict=True))
 HATCHES = dict(zip(LABELS, ("//", "\\\\", "", ".."), strict=True))

