@@ -114,7 +114,7 @@ class Balancer(nn.Module):
         return self.strategies[self.index]
 
     def combine(self, terms: Terms, active: Factors, step: int, embeddings: Sequence[Tensor]) -> tuple[Tensor, Factors]:
-        """The scalar to minimise, sum w_i L_i, and the weights w_i; arguments and errors as in :meth:`weights`."""
+        """The scalar, sum w_i L_i or Kendall's sum, and the weights w_i; arguments and errors as in :meth:`weights`."""
         weights = self.weights(terms, active, step, embeddings)
         if self.strategy == "uncertainty" and len(active) > 1:
             parts = []  # Kendall's form, which trains the s_i

@@ -38,7 +38,7 @@ def closest(name: str, known: Iterable[str]) -> str:
 def from_mapping(kind: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
     """Build the dataclass ``kind`` from ``values``; unknown keys and wrong types raise :class:`ConfigError`."""
     require(isinstance(values, Mapping), prefix.rstrip(".: ") or kind.__name__, values, "give a mapping of settings")
-    hints = get_type_hints(kind)
+    hints = {key: hint for key, hint in get_type_hints(kind).items() if get_origin(hint) is not ClassVar}
     for key, value in values.items():
         require(key in hints, f"{prefix}{key}", value, f"no such setting of {kind.__name__}; {closest(key, hints)}")
     return kind(**{key: _typed(value, hints[key], prefix + key) for key, value in values.items()})
@@ -181,9 +181,7 @@ class DistillConfig(Settings):
     icl_weight: float = 1.0  # prior of the interactive contrastive term
     feature_source: Literal["embedding", "penultimate"] = "embedding"  # what "feature" and "icl" align with the teacher
     feature_form: Literal["cosine", "mse"] = "cosine"  # 1 - cos, or the squared error summed over dimensions
-    aligner: Literal["auto", "mlp", "identity"] = (
-        "auto"  # auto: identity; cached targets of another width are fitted to it
-    )
+    aligner: Literal["auto", "mlp", "identity"] = "auto"  # auto: identity; cached targets of another width are fitted
     online_teacher: bool = False  # embed each batch anew, in place of cached targets: slower, but every crop is new
     order: tuple[Term, Term, Term] = ("feature", "response", "original")  # the term that begins in each phase
     phases: tuple[float, float, float] = (0.5, 0.7, 0.9)  # phases 2 and 3, end of cooling; shares (<= 1) or steps

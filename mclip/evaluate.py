@@ -133,17 +133,18 @@ def _batches(reads: Input, images: Any, batch_size: int) -> Iterator[tuple[Tenso
             yield torch.stack(pictures), torch.tensor(labels)
 
 
-def _read(images: Any, transform: Callable[[Image], Tensor], number: int) -> tuple[Tensor, int]:
+def _read(images: Any, transform: Callable[[Image], Tensor], row: int) -> tuple[Tensor, int]:
     """A PIL picture, alone or with a label, as the model reads it; PictureError names one that cannot be read."""
     samples = getattr(images, "samples", None)
-    with named(samples[number][0] if samples else f"picture {number}"):
-        item = images[number]
+    with named(samples[row][0] if samples else f"picture {row}"):
+        item = images[row]
         picture, label = item if isinstance(item, tuple) else (item, -1)
         picture = as_rgb(picture)
     try:
-        return transform(picture), operator.index(label)
+        number = operator.index(label)
     except TypeError:
         raise ConfigError(f"labels={label!r} cannot work: give class numbers as whole numbers.") from None
+    return transform(picture), number
 
 
 def as_templates(prompt: str | Sequence[str]) -> list[str]:

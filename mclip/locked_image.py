@@ -31,7 +31,7 @@ from mclip.metrics import retrieval
 from mclip.objectives import Contrastive, Output
 from mclip.pairs import Batch, BatchSource, Pairs
 from mclip.pictures import Crops
-from mclip.recipes import BASE, get_crops, processes, save_weights, train_alone, untrained
+from mclip.recipes import BASE, device_for, get_crops, processes, save_weights, train_alone, untrained
 from mclip.sources.loading import Rows
 from mclip.targets import trunk_features
 from mclip.teacher import Tokenize, load_teacher, load_trunk
@@ -237,7 +237,7 @@ def _tuned(
     folder: Path, crops: Crops | None, training: Pairs, validation: Pairs, settings: TrainConfig, run: dict[str, Any]
 ) -> TrainResult:
     """Train the untrained teacher in ``folder``, and leave it there."""
-    teacher = load_teacher(str(folder))
+    teacher = load_teacher(str(folder), device=device_for(settings.accelerator))
     features = np.stack(trunk_features(teacher, training, settings.progress, crops), axis=1)  # (N, K, F)
     count = int(training.paired.sum())  # pictures with captions come first
     images, captions = Rows(training.images, rows=np.arange(count)), training.captions[:count]

@@ -27,6 +27,14 @@ class ModelError(ValueError):
     """A model that cannot be read or written; the message names the file and the remedy."""
 
 
+def in_fp16(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The weights ``state`` in fp16; ModelError, which names ``file``, where a number is too large for it."""
+    halved = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    if lost := [key for key, value in halved.items() if not value.isfinite().all()]:
+        raise ModelError(f"{file}: fp16 cannot hold {lost}; save without half=True.")
+    return halved
+
+
 class ProjectionHead(nn.Module):
     """Linear shortcut + (Linear -> GELU -> Linear) -> LayerNorm, from an encoder's width to the embedding."""
 
@@ -98,10 +106,7 @@ class MobileCLIP(nn.Module):
         """Write ``model.safetensors``, and ``config.json`` with its SHA-256; ``half`` stores fp16, or ModelError."""
         folder = Path(folder).expanduser()
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-        if half:
-            state = {key: v.half() if v.is_floating_point() else v for key, v in state.items()}
-            if lost := [key for key, value in state.items() if not value.isfinite().all()]:
-                raise ModelError(f"{folder / WEIGHTS_FILE}: fp16 cannot hold {lost}; save without half=True.")
+        state = in_fp16(state, folder / WEIGHTS_FILE) if half else state
         try:
             with atomic_path(folder / WEIGHTS_FILE) as temporary:
                 save_file(state, temporary)

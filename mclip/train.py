@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning_fabric import Fabric
 from torch import nn
 from tqdm.auto import tqdm
@@ -78,7 +79,9 @@ def train(
     average = stepper.parts.get("average")
     run = RunState(Path(out_dir), identity, stepper.parts, fabric.is_global_zero, on_record)
     run.begin(resume)
-    fabric.barrier()
+    steps = fabric.all_gather(torch.tensor(run.step, device=fabric.device)).reshape(-1).tolist()
+    remedy = f"its processes would go on from the steps {steps}; give a folder that all machines share"
+    require(len(set(steps)) == 1, "out_dir", str(out_dir), remedy)
 
     hidden, pairs = not (config.progress and fabric.is_global_zero), config.batch_size * config.accumulate_grad_batches
     bar = tqdm(desc="training", total=total, initial=run.step, unit=" pairs", unit_scale=pairs, disable=hidden)
@@ -136,10 +139,8 @@ def make_fabric(config: TrainConfig) -> Fabric:
     machines = {"devices": devices, "num_nodes": nodes, "strategy": "ddp" if devices * nodes > 1 else "auto"}
     try:
         fabric = Fabric(accelerator=config.accelerator, precision=config.precision, **machines)
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"accelerator={config.accelerator!r} cannot be used here ({error}); auto always can."
-        ) from error
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"accelerator={config.accelerator!r} cannot be used ({error}); auto always can.") from error
     fabric.launch()
     return fabric
 

@@ -66,6 +66,7 @@ def test_a_switch_may_stand_alone(words, expected):
         (["train", "--max_epochs", "0"], "max_epochs=0"),
         (["train", "--profile", "huge"], "Expected one of 'smoke', 'cpu', 'gpu'. Got value: huge"),
         (["evaluate", "--profile", "huge"], "Expected one of 'smoke', 'cpu', 'gpu'. Got value: huge"),
+        (["train", "--profile", "smoke", "--accelerator", "tpu"], "accelerator='tpu' cannot be used"),
         (["evaluate", "--model_checkpoint", "kd", "--seed", "1.5"], "Expected int. Got value: 1.5"),
         (["distill", "--auto_kd_config", "missing.yaml"], "--config: File does not exist"),
     ],
@@ -97,6 +98,8 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     _, settings = parse("train", ["--train_data_path=~/a.csv", "--checkpoint_dir", "~/runs"])
     assert settings["data"].train_data_path == str(tmp_path / "a.csv")
     assert settings["run"].checkpoint_dir == str(tmp_path / "runs")
+    _, settings = parse("train", ["--csv_separator", "~"])
+    assert settings["data"].csv_separator == "~", "no path"
 
 
 def test_help_names_the_folder_of_the_cache_and_ends_its_line(capsys):

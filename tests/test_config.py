@@ -55,6 +55,7 @@ WRONG = [
     (TrainConfig, {"seed": -1}, "seed=-1"),
     (TrainConfig, {"early_stopping_patience": 0}, "1 or more, or null"),
     (ModelConfig, {"image": 3}, "mapping"),
+    (ImageConfig, {"PREFIX": "a"}, "no such setting of ImageConfig"),
     (ModelConfig, {"image": {"widht": 1.0}}, r"image\.widht=1\.0.*did you mean 'width'"),
 ]
 

@@ -441,6 +441,12 @@ def test_pictures_of_every_mode_are_evaluated_as_they_are_seen(student):
         evaluate.embed_images(student, [eight, Image.new("F", (64, 64))])
 
 
+def test_a_mistake_of_the_transform_is_not_taken_for_one_of_the_labels(student, monkeypatch):
+    monkeypatch.setattr(type(student), "preprocess", property(lambda _: lambda picture: len(3)))
+    with pytest.raises(TypeError, match="has no len"):
+        evaluate.embed_images(student, [(Image.new("RGB", (64, 64)), 3)])
+
+
 @pytest.mark.parametrize("label", ["cat", 1.5, torch.tensor(0.5)])
 def test_a_label_that_is_no_number_is_not_taken_for_a_bad_picture_nor_cut_off(student, label):
     picture = Image.new("RGB", (64, 64))

@@ -11,18 +11,31 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
-from mclip import files
+from mclip import files, recipes
 from mclip.cli.main import main
 from mclip.config import PRESETS, ConfigError, DistillConfig, get_profile
 from mclip.evaluate import evaluate_zero_shot
 from mclip.files import atomic_folder, atomic_path, missing_folder, write_json
-from mclip.recipes import evaluate_all, get_model_config, load_data, load_model, train_open_clip, train_student
+from mclip.model import ModelError
+from mclip.pairs import Pairs
+from mclip.recipes import (
+    evaluate_all,
+    get_model_config,
+    load_data,
+    load_model,
+    save_weights,
+    train_open_clip,
+    train_student,
+    write_untrained,
+)
 from mclip.results import load_results
 from mclip.scenes.test_sets import scene_sets
+from mclip.teacher import load_open_clip
 
 SMOKE = get_profile("smoke").training(progress=False, accelerator="cpu")
 
@@ -174,6 +187,36 @@ def test_all_sets_at_once_give_what_each_gives_alone(tmp_path_factory, monkeypat
     together = {r["dataset"]: r["metrics"] for r in evaluate_all({"kd": (model, tokenizer)}, profile="smoke")}
     for name, dataset in scene_sets(64, get_profile("smoke").test_pictures).items():
         assert evaluate_zero_shot(model, tokenizer, dataset, "kd")["metrics"] == together[name]
+
+
+def test_validation_looks_at_pictures_from_all_over(monkeypatch):
+    """A folder of classes lists one class after another; its first thousand pictures may all be of one."""
+    images, captions = np.zeros((2500, 3, 2, 2), np.uint8), [[f"a photo of {i}"] for i in range(2500)]
+    images[:] = np.arange(2500)[:, None, None, None] // 10
+    looked, read = [], []
+
+    def embed_images(model, images):
+        looked.extend(images[:, 0, 0, 0].tolist())
+        return torch.eye(len(images)), None
+
+    def embed_texts(model, tokenizer, texts):
+        read.extend(texts)
+        return torch.eye(len(texts))
+
+    monkeypatch.setattr(recipes, "embed_images", embed_images)
+    monkeypatch.setattr(recipes, "embed_texts", embed_texts)
+    validate = recipes.retrieval_validation(None, Pairs(images, captions, "key", "name"))
+    assert validate(None)["r1"] == 100
+    assert read == [f"a photo of {i}" for i in range(0, 2500, 3)]
+    assert looked == [i // 10 for i in range(0, 2500, 3)]
+
+
+def test_a_number_too_large_for_half_precision_is_refused(tmp_path):
+    write_untrained(tmp_path / "teacher", "teacher")
+    model, _ = load_open_clip(str(tmp_path / "teacher"))
+    next(norm for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm2d)).running_var.fill_(1e6)
+    with pytest.raises(ModelError, match=r"open_clip_model\.safetensors: fp16 cannot hold .*running_var"):
+        save_weights(model, tmp_path / "teacher", half=True)
 
 
 def test_a_run_starts_from_a_model_that_ships_by_its_name(data, tmp_path):

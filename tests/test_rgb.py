@@ -119,7 +119,7 @@ def test_palettes_are_looked_up(place, transparent):
 def test_numbers_without_a_white_are_refused_with_a_remedy(place, kind):
     file = place / "depth.tiff"
     Image.fromarray(np.linspace(0, 1000, 64 * 48).reshape(48, 64).astype(kind)).save(file)
-    with pytest.raises(PictureError, match=r"depth\.tiff: .*does not say which number is white: save it with 8 or 16"):
+    with pytest.raises(PictureError, match=r"depth\.tiff: .*does not say which number is white: save it as a PNG of 8"):
         read_picture(str(file))
     with pytest.raises(PictureError, match=r"depth\.tiff"):
         open_picture(str(file))

@@ -64,11 +64,12 @@ def torchrun(folder: Path, *cases: str) -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
-    """Every case, run by torchrun on two processes with gloo; "resumed" was begun, and stopped, on one."""
+    """Every case, run by torchrun on two processes with gloo; "resumed" and "apart" were begun, and stopped, on one."""
     folder = tmp_path_factory.mktemp("two")
-    with pytest.raises(KeyboardInterrupt):
-        run(folder / "resumed", CASES["resumed"], student=Interrupted)
-    torchrun(folder, *CASES, "clocks")
+    for begun in (folder / "resumed", folder / "apart" / "0"):
+        with pytest.raises(KeyboardInterrupt):
+            run(begun, CASES["resumed"], student=Interrupted)
+    torchrun(folder, *CASES, "clocks", "apart")
     return folder
 
 
@@ -87,6 +88,13 @@ def test_ctrl_c_ends_all_processes_whatever_their_clocks_say(tmp_path, two_proce
     run(folder, CASES["balanced"])
     run(tmp_path / "whole", CASES["balanced"])
     assert_same_run(tmp_path / "whole", folder)
+
+
+def test_machines_that_do_not_share_the_folder_of_a_run_are_refused(two_processes):
+    """Otherwise the one without the checkpoint would go on from the beginning, with other weights."""
+    for rank in (0, 1):
+        message = (two_processes / "apart" / f"refused-{rank}").read_text()
+        assert "would go on from the steps [3, 0]; give a folder that all machines share" in message
 
 
 def test_parts_of_the_processes_make_up_each_batch():

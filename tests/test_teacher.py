@@ -144,6 +144,19 @@ def test_the_real_architecture_goes_the_same_way(tmp_path):
     assert sum(p.numel() for p in teacher.model.parameters()) == 151_277_313
 
 
+@pytest.mark.parametrize(("name", "interpolation"), [("MobileCLIP-S1", "bilinear"), ("ViT-B-32", "bicubic")])
+def test_weights_from_a_file_read_pictures_as_the_published_ones_do(name, interpolation, tmp_path, monkeypatch):
+    """An architecture alone says nothing of it; nothing is built here."""
+    asked = {}
+    monkeypatch.setattr(open_clip, "create_model", lambda *_, **options: asked.update(options))
+    (tmp_path / "weights.pt").touch()
+    load_open_clip(name, str(tmp_path / "weights.pt"))
+    one, *others = (open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name))
+    assert all(other["mean"] == one["mean"] for other in others)
+    assert asked["force_preprocess_cfg"]["mean"] == one["mean"]
+    assert asked["force_preprocess_cfg"]["interpolation"] == interpolation
+
+
 @pytest.mark.parametrize(("tag", "kind"), [("openai", QuickGELU), ("laion2b_s34b_b79k", torch.nn.GELU)])
 def test_a_teacher_has_the_activation_that_its_weights_were_trained_with(tag, kind, monkeypatch):
     """The tag decides it, as open_clip's table of weights has it; nothing is downloaded here."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mclip.config import DistillConfig, TrainConfig
+from mclip.config import ConfigError, DistillConfig, TrainConfig
 from mclip.objectives import Distillation
 from mclip.pairs import BatchSource, Pairs, Targets
 from mclip.train import TrainResult, train
@@ -103,9 +103,20 @@ def run_by_several_clocks(folder: Path) -> None:
         (folder / f"stopped-{rank}").touch()
 
 
+def run_in_folders_of_their_own(folder: Path) -> None:
+    """Each process has its own folder; only that of process 0 holds a run to go on with."""
+    rank = os.environ["RANK"]
+    try:
+        run(folder / rank, CASES["balanced"])
+    except ConfigError as error:
+        (folder / f"refused-{rank}").write_text(str(error))
+
+
 if __name__ == "__main__":
     for name in sys.argv[2:] or CASES:
         if name == "clocks":
             run_by_several_clocks(Path(sys.argv[1]) / name)
+        elif name == "apart":
+            run_in_folders_of_their_own(Path(sys.argv[1]) / name)
         else:
             run(Path(sys.argv[1]) / name, CASES[name], settings_of(name))

@@ -87,7 +87,8 @@ def parse(command: str, arguments: list[str]) -> tuple[Callable[..., None], dict
         values = parser.parse_args(words).as_dict()
     except ArgumentError as error:
         raise _in_plain_words(error, command, defaults) from None
-    values = {key: os.path.expanduser(value) if isinstance(value, str) else value for key, value in values.items()}
+    paths = {key: value for key, value in values.items() if isinstance(value, str) and value.startswith("~/")}
+    values |= {key: os.path.expanduser(path) for key, path in paths.items()}
     settings = {key: value for key, value in values.items() if key in parameters}
     for key, group in groups.items():
         fields = dataclasses.fields(group.annotation)

@@ -35,7 +35,7 @@ from mclip.deploy.reader import GRAPHS, Deployed
 from mclip.deploy.tokenizer import portable_tokenizer
 from mclip.evaluate import ZeroShotSet, as_templates, zero_shot_record
 from mclip.files import atomic_folder, file_hash, write_json
-from mclip.model import MobileCLIP
+from mclip.model import MAX_LOGIT_SCALE, MobileCLIP
 from mclip.pairs import normalise
 from mclip.pictures import open_picture
 from mclip.results import describe_model, versions
@@ -304,7 +304,7 @@ def export(
             "forms": forms,
             "embed_dim": model.config.embed_dim,
             "context_length": context,
-            "logit_scale": model.logit_scale.exp().item(),
+            "logit_scale": min(model.logit_scale.exp().item(), MAX_LOGIT_SCALE),
             "files": {file: {"bytes": (new / file).stat().st_size, "sha256": sha} for file, sha in hashes.items()},
             "versions": written_by,
         }

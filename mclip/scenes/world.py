@@ -10,13 +10,13 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from mclip.config import closest, require
+from mclip.config import Settings
 from mclip.files import atomic_folder, cache_dir, content_key, missing_folder, write_json
 from mclip.pairs import Pairs
 from mclip.scenes.captions import RELATIONS, Table, write_captions
@@ -30,7 +30,7 @@ HELD_OUT = frozenset((shape, (3 * shape + 1) % len(COLOURS)) for shape in range(
 
 
 @dataclass(frozen=True)
-class SceneConfig:
+class SceneConfig(Settings):
     """All that decides a set of scenes. No two splits share a picture, and another seed gives other pictures."""
 
     size: int = 10_000  # number of pictures
@@ -43,16 +43,14 @@ class SceneConfig:
     pairs: Literal["seen", "held-out"] = "seen"  # of colour and shape: without those held out, or nothing else
 
     def __post_init__(self) -> None:
-        require(self.size >= 1, "size", self.size, "draw at least one picture")
-        require(16 <= self.image_size <= 1024, "image_size", self.image_size, "choose 16 to 1024 pixels")
-        require(self.seed >= 0, "seed", self.seed, "use 0 or more")
+        self.choices()
+        self.at_least(1, "size")
+        self.at_least(0, "seed")
+        self.check("image_size", 16 <= self.image_size <= 1024, "choose 16 to 1024 pixels")
         for key in ("two_objects", "noise"):
-            require(0 <= getattr(self, key) <= 1, key, getattr(self, key), "choose a share in [0, 1]")
-        for key in ("split", "captions", "pairs"):
-            value, choices = getattr(self, key), get_args(get_type_hints(SceneConfig)[key])
-            require(value in choices, key, value, closest(value, choices))
+            self.check(key, 0 <= getattr(self, key) <= 1, "choose a share in [0, 1]")
         held_out_training = self.pairs == "held-out" and self.split != "test"
-        require(not held_out_training, "pairs", self.pairs, "held-out pairs are drawn in the test split alone")
+        self.check("pairs", not held_out_training, "held-out pairs are drawn in the test split alone")
 
 
 @dataclass(frozen=True)

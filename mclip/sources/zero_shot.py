@@ -86,8 +86,9 @@ def published_words(name: str, own_names: Sequence[str]) -> tuple[list[str], lis
 def photograph_set(name: str, root_dir: str | Path = "", part: Part = "report", download: bool = False) -> ZeroShotSet:
     """One of ``EXCERPTS`` from its folder below ``root_dir`` if it is there, else torchvision's official test split.
 
-    A test set without a part for validation gives a fifth of its pictures, by a hash of each file's name, for choosing;
-    results are of the rest. Raises: ConfigError where neither is there, as :func:`torchvision_set`.
+    A test set without a part for validation gives a fifth of its pictures, by a hash of each file's name, or of its
+    number where torchvision knows no names, for choosing; results are of the rest. Raises: ConfigError where neither is
+    there, as :func:`torchvision_set`.
     """
     root, (folder, split) = Path(root_dir or cache_dir()).expanduser(), EXCERPTS[name]
     if (root / folder).is_dir():
@@ -97,7 +98,7 @@ def photograph_set(name: str, root_dir: str | Path = "", part: Part = "report", 
         test = torchvision_set(name, root, download)
     if part == "all":
         return test
-    samples = getattr(test.images, "samples", None)
+    samples = getattr(test.images, "samples", None) or getattr(test.images, "_samples", None)
     names = ["/".join(Path(file).parts[-2:]) for file, _ in samples] if samples else map(str, range(len(test.images)))
     fifth = [int(hashlib.sha256(name.encode()).hexdigest(), 16) % 5 == 0 for name in names]
     rows = [row for row, chosen in enumerate(fifth) if chosen == (part == "choose")]

@@ -193,7 +193,7 @@ def photo(
             photographs.train(student, settings, terms, folder, preset=PRESET, **names)
         finally:  # the seconds of all starts; one that was killed is not counted
             write_json(clock, {"seconds": before + time.perf_counter() - begun})
-        records = photographs.judge(*load_model(folder / "model"), name)
+        records = photographs.judge(*load_model(folder / "model", device_for("auto")), name)
         own = asdict(fast_precision(settings)) | {"processes": processes()[1]}
         records[0]["details"]["training"] = read_json(clock) | own
         save_result(out / "results" / "photo.json", *records)

@@ -298,10 +298,11 @@ async function embedText(text) {
 
 /* Embeddings of sentences; each is computed once and kept. */
 async function embedSentences(sentences) {
+  const kept = student.sentences; // another student may come meanwhile
   for (const sentence of sentences) {
-    if (!student.sentences.has(sentence)) student.sentences.set(sentence, await embedText(sentence));
+    if (!kept.has(sentence)) kept.set(sentence, await embedText(sentence));
   }
-  return sentences.map((sentence) => student.sentences.get(sentence).embedding);
+  return sentences.map((sentence) => kept.get(sentence).embedding);
 }
 
 const dot = (a, b) => a.reduce((sum, value, i) => sum + value * b[i], 0);
@@ -335,6 +336,7 @@ async function selfCheck() {
     const bitmap = await openPicture(new Blob([fromBase64(file)], { type: "image/png" }), name);
     const exported = fromBase64(levels);
     const own = squareLevels(readPixels(bitmap, bitmap.width, bitmap.height), settings.size);
+    bitmap.close();
     const most = own.reduce((worst, level, i) => Math.max(worst, Math.abs(level - exported[i])), 0);
     const near = dot((await embedLevels(exported)).embedding, embedding);
     if (most > LEVELS) wrong.push(`the picture ${name} is read with pixels off by up to ${most} of 255 levels`);
@@ -423,6 +425,7 @@ async function askAbout(blob) {
   [canvas.hidden, $("hint").hidden] = [false, true];
   await ready;
   ({ levels, ms: readMs } = prepare(bitmap, bitmap.width, bitmap.height));
+  bitmap.close();
   await answer();
 }
 
