@@ -137,7 +137,7 @@ def test_without_the_wheel_the_remedy_is_named():
 
 def test_a_wheel_with_other_weights_is_refused(tmp_path, monkeypatch):
     trunk, _ = fake_wheel(tmp_path, monkeypatch)
-    with pytest.raises(TeacherError, match="not the weights that this teacher was trained on"):
+    with pytest.raises(TeacherError, match="not the weights of this teacher"):
         load_trunk(trunk | {"sha256": "0" * 64})
 
 
@@ -299,7 +299,8 @@ def test_the_study_trains_what_is_compared_and_goes_on_after_a_kill(root, tmp_pa
     """A run that is killed between its training and its records; choices are made on other parts than reports."""
     monkeypatch.setattr(run, "RESULTS", tmp_path / "ships")
     monkeypatch.setattr(run, "CHECKPOINTS", tmp_path / "models")
-    names = [f"photographs/{name}" for name in ("teacher", "base", "clip", "kd", "base-rate-4e-3", "kd-feature")]
+    searched = ("base-rate-4e-3", "kd-feature", "teacher-captions")
+    names = [f"photographs/{name}" for name in ("teacher", "base", "clip", "kd", *searched)]
     arguments = ["study", *names, "--seeds", "1", "--epochs", "1", "--root_dir", str(root)]
     arguments += ["--out_dir", str(tmp_path / "runs")]
     judge, calls = photographs.Photographs.judge, []
@@ -324,11 +325,13 @@ def test_the_study_trains_what_is_compared_and_goes_on_after_a_kill(root, tmp_pa
     assert reported == {"teacher", "base", "clip", "kd"}
     chosen = [r for r in records if r["task"] == "choice"]
     assert {r["split"] for r in chosen} == {r["split"] for r in records} - REPORTED == {"the part to choose by"}
-    assert {r["model"]["name"] for r in chosen} == reported | {"base-rate-4e-3", "kd-feature"}
+    assert {r["model"]["name"] for r in chosen} == reported | set(searched)
     sets = chosen[0]["metrics"]["sets"]
     assert sets.keys() == {"cifar10", "imagenette", "flickr8k"}
     assert chosen[0]["metrics"]["mean"] == pytest.approx(np.mean([score["value"] for score in sets.values()]))
     assert calls.count("kd-feature") == 1
+    teachers = [r["model"]["sha256"] for r in chosen if r["model"]["name"] in ("teacher", "teacher-captions")]
+    assert len(set(teachers)) == 2, "a teacher of the search is trained, and that of the table is the one that ships"
     assert (tmp_path / "runs" / "figures" / "performance_comparison.png").is_file()
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mclip import evaluate, train
+from mclip import evaluate, locked_image, train
 from mclip.balancing import Balancer, Schedule
 from mclip.config import DistillConfig, TrainConfig
 from mclip.recipes import load_model
@@ -57,3 +57,15 @@ def test_the_teachers_texts_judge_in_the_place_of_the_students():
         taken = evaluate.embed_texts(model, tokenizer, texts)
     torch.testing.assert_close(taken, evaluate.embed_texts(teacher.model, teacher.tokenize, texts))
     assert not torch.allclose(taken, own, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "means"), [("captions-alone", 0, 0), ("known-alone", 20, 0), ("means-alone", 0, 20)]
+)
+def test_a_teachers_batch_holds_that_many_rows_of_classes(name, known, means):
+    """Where there are any, as many as the teacher that ships has, so that rows compare kinds and not amounts."""
+    shipped = locked_image.CLASS_SHARES
+    with switched_on(TRIALS[name]):
+        assert tuple(8 * share for share in locked_image.CLASS_SHARES) == (known, means)
+    assert known + means in (0, 8 * sum(shipped))
+    assert shipped == locked_image.CLASS_SHARES

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from mclip.config import DistillConfig, TrainConfig, from_mapping, require
 from mclip.files import DATA, atomic_folder, atomic_path, content_key
 from mclip.model import MobileCLIP
-from mclip.recipes import BASE, compare, evaluate_all, load_data, load_model, train_open_clip, train_student
+from mclip.recipes import BASE, compare, device_for, evaluate_all, load_data, load_model, train_open_clip, train_student
 from mclip.results import describe_model, load_results, make_result, save_result
 from mclip.show.ablations import DEFAULTS
 from mclip.show.figures import performance_comparison
@@ -96,7 +96,7 @@ def jobs_of(
         study = STUDIES[row.study]
         ships = (epochs or study.epochs, profile, teacher) == (study.epochs, "cpu", "lite2")
         file = (RESULTS if ships else out_dir / "results") / f"{row.study}.json"
-        once = row.measure or row.student == "teacher"  # what ships is measured, and not trained again
+        once = row.measure or row.comes_trained  # what ships is measured, and not trained again
         for seed in range(1 if once else seeds or row.seeds or study.seeds):
             settings, name = plan(row, seed, epochs, profile, teacher), f"{row.name}-{seed}"
             name += "" if study.keeps_models else f"-{content_key(settings)}"
@@ -107,8 +107,8 @@ def jobs_of(
 def train(job: Job) -> TrainResult:
     """Train the model of ``job``, which is then found in its folder."""
     settings = job.settings
-    if job.study.world == "photographs" and job.row.student == "teacher":
-        return TrainResult(nn.Identity(), [], 0.0, 0)  # it comes trained
+    if job.row.comes_trained:
+        return TrainResult(nn.Identity(), [], 0.0, 0)
     config = STUDENTS[settings["preset"]]
     loop = from_mapping(TrainConfig, {f.name: settings[f.name] for f in fields(TrainConfig) if f.name in settings})
     own = {f.name: settings[f.name] for f in fields(DistillConfig) if f.name in settings}
@@ -130,14 +130,14 @@ def evaluate(job: Job, result: TrainResult) -> Records:
     records of the part to report as well.
     """
     folder, name = job.folder / "model", job.row.name
-    model = load_model(folder) if folder.is_dir() else load_open_clip(*job.teacher.values())
+    model = load_model(folder, device_for("auto")) if folder.is_dir() else load_open_clip(*job.teacher.values())
     if job.study.world == "scenes":
         how = {"profile": job.settings["profile"], "seed": job.seed, "drawn": int(job.study.chooses)}
         records = evaluate_all({name: model}, **how)
         return [summed_up(job, result, records)] if job.study.summed_up else records
     judge = partial(job.photographs.judge, *model, name, seed=job.seed)
     summary = summed_up(job, result, judge("choose"))
-    return [summary] if job.row.group == "search" else [summary, *judge("report")]
+    return [summary] if job.row.group else [summary, *judge("report")]
 
 
 def summed_up(job: Job, result: TrainResult, records: Records) -> dict[str, Any]:
@@ -242,7 +242,7 @@ def work_off(jobs: list[Job], out_dir: Path) -> None:
             bar.set_postfix_str(str(job))
             records = work(job)
             save(job, records)
-            if not job.study.keeps_models or job.row.group == "search":
+            if not job.study.keeps_models or job.row.group:
                 shutil.rmtree(job.folder, ignore_errors=True)
             bar.write(f"{job}: {records[0].get('error', 'done')}, {job.file}")
 

@@ -35,7 +35,7 @@ class Study:
     ``seeds`` and ``epochs`` are those of the records that ship; ``epochs`` None is as many as the profile says.
     ``summed_up`` keeps one record of each training, with the mean over all sets, in place of one for each set.
     ``chooses`` judges by other scenes than the test sets', and by retrieval among the validation pairs.
-    ``keeps_models`` leaves the trained models in ``out_dir``, but for those of the group "search", which only serve to
+    ``keeps_models`` leaves the trained models in ``out_dir``, but for those of rows with a group, which only serve to
     choose settings. ``groups`` are parts of the question, which rows name. ``world`` is what is trained on and judged.
     ``recipe`` are the settings that the rows change, where those are not the defaults.
     """
@@ -81,6 +81,11 @@ class Experiment:
         """How commands call the row: ``study/name``."""
         return f"{self.study}/{self.name}"
 
+    @property
+    def comes_trained(self) -> bool:
+        """Whether it is the teacher that ships, and not one that is trained to choose settings."""
+        return self.student == "teacher" and not self.group
+
     def described(self) -> dict[str, Any]:
         """What a record keeps of the row, so that whoever reads it needs no table."""
         about = {key: getattr(self, key) for key in ("name", "title", "against", "group", "student")}
@@ -119,15 +124,15 @@ def plan(
         weights = weights_sha256(load_model(row.student)[0]) if row.student else ""
         return {"profile": profile, "model": weights} | ({"defect": row.defect} if row.defect else {})
     size, study = get_profile(profile), STUDIES[row.study]
-    if study.world == "photographs" and row.student == "teacher":
+    if study.world == "photographs" and row.comes_trained:
         return {"profile": profile, **teacher_of(row, teacher)}
     settings = {"student": row.student, "profile": profile, "preset": "course", "noise": 0.0, "data_size": 1.0}
     settings |= {"teacher_model": size.teacher, "teacher_pretrained": size.teacher_pretrained, "defect": row.defect}
-    alone = row.student in ("base", "clip")  # of the terms, they read no more than which loss is their own
+    alone = row.student != "kd"  # of the terms, they read no more than which loss is their own
     if study.world == "photographs":
         training, terms = recipe(row.student, epochs)
         training = replace(training, progress=False, seed=seed)
-        settings |= {"preset": PRESET, "unlabelled": row.student == "kd"} | teacher_of(row, teacher)
+        settings |= {"preset": PRESET, "unlabelled": row.student in ("kd", "teacher")} | teacher_of(row, teacher)
     else:
         passes = {"max_epochs": epochs or study.epochs or size.max_epochs}
         training, terms = size.training(not alone, progress=False, seed=seed, **passes), DistillConfig()
@@ -147,7 +152,7 @@ def plan(
 
 def teacher_of(row: Experiment, teacher: TeacherName) -> Settings:
     """The teacher of a row of photographs: OpenAI's, the one that ships, or none."""
-    if row.student not in ("teacher", "kd"):
+    if row.student != "kd" and not row.comes_trained:
         return {"teacher_model": "", "teacher_pretrained": None}
     if teacher == "openai":
         return dict(OPENAI)

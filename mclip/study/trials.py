@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mclip import evaluate, train
+from mclip import evaluate, locked_image, train
 from mclip.balancing import Balancer
 from mclip.config import DistillConfig, TrainConfig
 from mclip.study.defects import Patch
@@ -41,11 +41,19 @@ def of_the_teacher(model: nn.Module, tokenizer: Any, texts: Any, *size: int) -> 
     return embed_as_it_is(teacher.model, teacher.tokenize, texts, *size)
 
 
+def class_shares(known: float, means: float) -> Patch:
+    """The teacher of photographs hears this much of classes: rows of either kind for each captioned picture."""
+    return locked_image, "CLASS_SHARES", (known, means)
+
+
 TRIALS: dict[str, Patch] = {
     "rate-falls": rates((1.0, 0.5, 0.25)),
     "rate-rises": rates((1.0, 1.5, 2.0)),
     "feature-fades": feature_priors((1.0, 0.5, 0.25)),
     "feature-grows": feature_priors((1.0, 2.0, 4.0)),
     "teacher-texts": (evaluate, "embed_texts", of_the_teacher),
+    "captions-alone": class_shares(0.0, 0.0),
+    "known-alone": class_shares(2.5, 0.0),
+    "means-alone": class_shares(0.0, 2.5),
 }
 """What each trial replaces, by its name in experiments.yaml."""
