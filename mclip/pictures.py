@@ -122,6 +122,8 @@ def _opened(name: str) -> tuple[bytes, Image.Image]:
 
 def open_picture(picture: str | Path | Image.Image) -> Image.Image:
     """A file, or a picture that Pillow has opened, as :func:`as_rgb` makes it. Raises: PictureError."""
+    if not isinstance(picture, str | Path | Image.Image):
+        raise PictureError(f"a picture of type {type(picture).__name__}: give a PIL picture (Image.fromarray)")
     opened = picture if isinstance(picture, Image.Image) else None
     with named(picture if opened is None else getattr(opened, "filename", "") or "a picture"):
         return as_rgb(opened or _opened(str(picture))[1])

@@ -51,11 +51,18 @@ NO_KERNEL = "*Here the notebook has an explorer with sliders and boxes, which ne
 FIGURES = Path(__file__).resolve().parents[1] / "figures" / "README.md"
 
 
-def is_setup(cell: dict[str, Any]) -> bool:
-    """Whether ``cell`` sets up its notebook: the parameters, their check, the imports."""
-    lines = [line for line in "".join(cell["source"]).splitlines() if line and not line.startswith((" ", ")", "#"))]
-    imports = bool(lines) and lines[0].startswith(("import ", "from "))
-    return cell["cell_type"] == "code" and ("parameters" in cell["metadata"].get("tags", []) or imports)
+def setup_cells(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that set up the notebook: what installs the course, the parameters, and the imports after these."""
+    chosen, parameters = [], False
+    for cell in cells:
+        if cell["cell_type"] != "code":
+            continue
+        if "parameters" in cell["metadata"].get("tags", []):
+            parameters = True
+        elif parameters or not "".join(cell["source"]).startswith(("import ", "from ")):
+            return [*chosen, cell] if parameters else chosen
+        chosen.append(cell)
+    return chosen
 
 
 def fold_solutions(cells: list[dict[str, Any]]) -> None:
@@ -90,11 +97,11 @@ def prepare(app: Sphinx, docname: str, source: list[str]) -> None:
     if app.env.doc2path(docname).suffix != ".ipynb":
         return
     notebook, heading = json.loads(source[0]), ""
+    for cell in setup_cells(notebook["cells"]):
+        cell["metadata"].setdefault("tags", []).append("hide-cell")
     for cell in notebook["cells"]:
         text = "".join(cell["source"])
         heading = (re.findall(r"^#+ (.*)$", text, re.MULTILINE) or [heading])[-1]
-        if is_setup(cell):
-            cell["metadata"].setdefault("tags", []).append("hide-cell")
         for output in cell.get("outputs", []):
             if WIDGET in output.get("data", {}):
                 output["data"] = {"text/markdown": NO_KERNEL}

@@ -454,3 +454,9 @@ def test_views_are_mirrored_and_coarse_as_their_seeds_say(kind):
             mirrored += np.array_equal(after, before[:, :, ::-1])
     assert 70 < coarse < 130  # a quarter of 400, and four standard deviations
     assert abs(mirrored / (400 - coarse) - 0.5) < 0.12
+
+
+@pytest.mark.parametrize("picture", [np.zeros((8, 8, 3), np.uint8), torch.zeros(3, 8, 8), None])
+def test_what_is_no_picture_is_named_by_its_type(picture):
+    with pytest.raises(PictureError, match=rf"of type {type(picture).__name__}: give a PIL picture"):
+        open_picture(picture)

@@ -179,6 +179,7 @@ def photo(
         download: fetch what is missing from the official sources.
         progress: show progress bars.
     """
+    require(epochs >= 1, "epochs", epochs, "use 1 or more")
     out, photographs = Path(out_dir).expanduser(), Photographs(root_dir, download)
     names = OPENAI if teacher == "openai" else {"teacher_model": str(out / "teacher" / "model")}
     models = {"photo": ("kd", out / "photo")}
