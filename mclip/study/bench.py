@@ -65,9 +65,9 @@ def pairs_per_second(preset: str, batch_size: int, count: int, pieces: int = 1) 
     """
     model, config = random_model(preset)
     size, side, rng = batch_size * count, config.image.image_size, np.random.default_rng(0)
-    noise = rng.integers(0, 256, 3 * side**2 + size, np.uint8)
+    levels = rng.integers(0, 256, 3 * side**2 + size, np.uint8)
     # Each picture is the one before, shifted by a number: all are different, and together take the memory of one.
-    pictures = np.lib.stride_tricks.as_strided(noise, (size, 3, side, side), (1, side**2, side, 1), writeable=False)
+    pictures = np.lib.stride_tricks.as_strided(levels, (size, 3, side, side), (1, side**2, side, 1), writeable=False)
     captions = [[" ".join(rng.choice(SENTENCE.split(), 11))] for _ in range(size)]
     pairs = Pairs(pictures, captions, "noise", "noise")
     vectors = rng.standard_normal((2, size, 512))

@@ -205,10 +205,10 @@ def save(job: Job, records: Records) -> None:
     The models of seed 0 that ship are copied to ``data``: students of scenes in fp16 with their logs, and that of
     photographs without a teacher with its card. One whose training failed has only its record.
     """
-    places = {row.name: place for place, row in enumerate(BY_NAME.values()) if row.study == job.row.study}
+    positions = {row.name: number for number, row in enumerate(BY_NAME.values()) if row.study == job.row.study}
 
     def place(record: dict[str, Any]) -> tuple[int, int]:
-        return places.get(record["model"]["name"], len(BY_NAME)), record["seed"]
+        return positions.get(record["model"]["name"], len(BY_NAME)), record["seed"]
 
     save_result(job.file, *records, order=place)
     ships = (job.file.parent, job.seed, job.row.measure) == (RESULTS, 0, "")
