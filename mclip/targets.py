@@ -41,7 +41,7 @@ def teacher_targets(teacher: Teacher, pairs: Pairs, progress: bool = True, crops
     """
     remedy = "cached targets are of a number of crops; give one, for example 4, or online_teacher=True"
     require(crops is None or crops.views > 0, "views", 0, remedy)
-    view = get_model_preprocess_cfg(teacher.model), crops
+    view = (teacher.mean, teacher.std, get_model_preprocess_cfg(teacher.model), crops)
     # Layers without weights (activations) and the tokenizer's merges show in neither the weights nor the data.
     sample = teacher.tokenize([pairs.captions[i][0] for i in range(min(256, len(pairs)))]).tolist()
     identity = (str(teacher.model), sample, weights_sha256(teacher.model))
@@ -71,7 +71,7 @@ def trunk_features(
     """
     stats = ((os.path.abspath(name), os.stat(split_name(name)[0])) for name in map(str, pairs.files))
     pictures = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    prepared = get_model_preprocess_cfg(teacher.model), crops and replace(crops, views=0)
+    prepared = (teacher.mean, teacher.std, get_model_preprocess_cfg(teacher.model), crops and replace(crops, views=0))
     folder = cache_dir() / "features" / content_key(weights_sha256(teacher.trunk), pictures, DECODING_VERSION, prepared)
     shape, features = (len(pairs), teacher.trunk.num_features), []
     for number in range(crops.views if crops else 1):
