@@ -229,7 +229,7 @@ class TrainConfig(Settings):
     validate_every: int = 1  # epochs between evaluations
     checkpoint_minutes: float = 10.0  # minutes between checkpoints within an epoch; its end always writes one
     seed: int = 0  # of weights, order, captions and dropout
-    accelerator: str = "auto"  # Lightning Fabric's name: auto, cpu, gpu
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"  # Lightning Fabric's name
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"  # Lightning Fabric's name
     crop_scale: float = 1.0  # random crops of the pictures keep at least this share of the area; 1 shows the whole
     views: int = 0  # different crops of a picture in the whole run, taken in turns; 0: a new one in each epoch

@@ -37,7 +37,7 @@ def cache_dir() -> Path:
 
 
 def model_folder(name: str | Path) -> Path:
-    """The folder of a model that ships (``MODELS``), or ``name`` itself if it is a folder; ``~`` is expanded."""
+    """The folder of a model that ships (``MODELS``), or ``name``, a model's folder or a run's; ``~`` is expanded."""
     name = str(name)
     ships = DATA / ("teacher" if name == "teacher" else f"checkpoints/{name}")
     folder = ships if name in MODELS and ships.is_dir() else Path(name).expanduser()
@@ -45,7 +45,8 @@ def model_folder(name: str | Path) -> Path:
     if name in MODELS:
         remedy = f"{ships} is not there; restore it, or make it again as its card or {DATA / 'photographs'} says"
     require(folder.is_dir(), "model", name, remedy)
-    return folder
+    of_run = (folder / "model").is_dir() and not any(folder.glob("*config.json"))
+    return folder / "model" if of_run else folder
 
 
 def lock(path: str | Path) -> FileLock:

@@ -379,7 +379,12 @@ def model_name(name: str | Path) -> str:
 
 
 def device_for(accelerator: str) -> str:
-    """Where this process of a run with Lightning's ``accelerator`` computes: such as "cuda:0", or "cpu"."""
+    """Where this process of a run with Lightning's ``accelerator`` computes: such as "cuda:0", or "cpu".
+
+    ConfigError for an accelerator that is not there: it is found before the teacher computes anything.
+    """
+    there = accelerator in ("auto", "cpu") or torch.accelerator.is_available()
+    require(there, "accelerator", accelerator, "no such device was found; auto takes what there is")
     wanted = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if wanted else "cpu"
 

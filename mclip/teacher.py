@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mclip.config import SHIPPED, closest
 from mclip.evaluate import input_of
-from mclip.files import cache_dir, file_hash, model_folder, read_json
+from mclip.files import MODELS, cache_dir, file_hash, model_folder, read_json
 from mclip.pairs import normalise
 
 SHIP = {SHIPPED: "teacher", "photographs": "photo-teacher", "clip": "clip"}
@@ -71,9 +71,8 @@ def load_teacher(name: str = SHIPPED, pretrained: str | None = None, device: str
 
 def load_open_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Tokenize]:
     """An open_clip model, whose ``forward`` returns a dict, and its tokenizer; names as in the module's text."""
-    folder = model_folder(SHIP[name]) if name in SHIP else Path(name).expanduser()
-    if folder.is_dir():
-        return _from_folder(folder)
+    if name in (*SHIP, *MODELS) or Path(name).expanduser().is_dir():
+        return _from_folder(model_folder(SHIP.get(name, name)))
     if name in open_clip.list_models():
         return _from_architecture(name, pretrained or "")
     raise TeacherError(f"no teacher {name!r}, and no such folder: {closest(name, [*SHIP, *open_clip.list_models()])}")
@@ -135,8 +134,8 @@ def _from_architecture(name: str, pretrained: str) -> tuple[nn.Module, Tokenize]
     tags, folder = open_clip.list_pretrained_tags_by_model(name), str(cache_dir() / "weights")
     file = Path(pretrained).expanduser()
     if not file.is_file() and pretrained not in tags:
-        remedy = f"and there is no such file: {closest(pretrained, tags)}"
-        raise TeacherError(f"teacher {name!r} has no weights {pretrained or None!r}, {remedy}")
+        missing = f"no weights {pretrained!r}, and there is no such file" if pretrained else "no weights by itself"
+        raise TeacherError(f"teacher {name!r} has {missing}; as teacher_pretrained, {closest(pretrained, tags)}")
     weights = str(file) if file.is_file() else pretrained
     source = {} if file.is_file() else open_clip.get_pretrained_cfg(name, pretrained)
     # OpenAI's weights were trained with another GELU than the architecture of this name has; of a file only its owner

@@ -1,6 +1,7 @@
 """Options of the command line: defaults of the profile, YAML, the names of the existing implementation."""
 
 import pytest
+import torch
 
 from mclip.cli.main import main, parse
 from mclip.config import DistillConfig
@@ -67,7 +68,11 @@ def test_a_switch_may_stand_alone(words, expected):
         (["train", "--profile", "huge"], "Expected one of 'smoke', 'cpu', 'gpu'. Got value: huge"),
         (["evaluate", "--profile", "huge"], "Expected one of 'smoke', 'cpu', 'gpu'. Got value: huge"),
         (["photo", "--epochs", "0"], "epochs=0"),
-        (["train", "--profile", "smoke", "--accelerator", "tpu"], "accelerator='tpu' cannot be used"),
+        (["train", "--accelerator", "tpu"], "Expected one of 'auto', 'cpu', 'gpu', 'cuda', 'mps'. Got value: tpu"),
+        (["distill", "--balancers", "fixed"], "Expected a list in brackets, such as '[a,b]'. Got value: fixed"),
+        (["train", "--unlabelled_data_path", "photos"], "a picture without captions teaches nothing; distill"),
+        (["distill", "--profile", "smoke", "--teacher_model", "ViT-B-32"], "as teacher_pretrained, known names: "),
+        (["app", "--port", "99999"], "port=99999"),
         (["evaluate", "--model_checkpoint", "kd", "--seed", "1.5"], "Expected int. Got value: 1.5"),
         (["distill", "--auto_kd_config", "missing.yaml"], "--config: File does not exist"),
     ],
@@ -91,7 +96,22 @@ def test_files_of_options_lose_to_words_and_name_their_mistakes(tmp_path, capsys
     assert again.items() >= settings.items()
     file.write_text("batch_sise: 7\n", encoding="utf-8")
     assert main(["distill", "--config", str(file)]) == 2
-    assert "--batch_sise: no such option of distill; did you mean 'batch_size'" in capsys.readouterr().err
+    assert f"{file}: --batch_sise: no such option of distill; did you mean 'batch_size'" in capsys.readouterr().err
+    assert main(["distill", f"--config={file}", "--seed", "x"]) == 2
+    assert f"{file}: --batch_sise" in capsys.readouterr().err
+    file.write_text("batch_size: 7\n", encoding="utf-8")
+    assert main(["distill", "--config", str(file), "--seed", "x"]) == 2
+    assert capsys.readouterr().err.startswith("error: --seed: Expected int")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_and_a_folder_that_is_none_are_found_before_any_data_are_read(tmp_path, capsys):
+    data = ["--train_data_path", str(tmp_path / "missing.csv"), "--val_data_path", str(tmp_path / "missing.csv")]
+    assert main(["distill", *data, "--accelerator", "gpu", "--checkpoint_dir", str(tmp_path / "runs")]) == 2
+    assert "accelerator='gpu' cannot work: no such device was found" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["train", *data, "--checkpoint_dir", str(tmp_path / "file")]) == 2
+    assert "Not a directory" in capsys.readouterr().err
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
@@ -100,7 +120,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     assert settings["data"].train_data_path == str(tmp_path / "a.csv")
     assert settings["run"].checkpoint_dir == str(tmp_path / "runs")
     _, settings = parse("train", ["--csv_separator", "~"])
-    assert settings["data"].csv_separator == "~", "no path"
+    assert settings["table"].csv_separator == "~", "no path"
 
 
 def test_help_names_the_folder_of_the_cache_and_ends_its_line(capsys):

@@ -98,6 +98,15 @@ def test_a_table_in_capitals_is_a_table(zoo, tmp_path):
     assert (record["task"], record["split"], record["n"]) == ("retrieval", "test", 2)
 
 
+def test_a_tables_columns_and_separator_can_be_named(zoo, capsys):
+    text = (zoo / "PAIRS.CSV").read_text(encoding="utf-8").replace(",", ";").replace("file_name", "path")
+    (zoo / "other.csv").write_text(text, encoding="utf-8")
+    options = ("--model_checkpoint", "kd", "--dataset", str(zoo / "other.csv"), "--csv_img_key", "path")
+    assert "(--csv_separator)" in refused(capsys, *options)
+    assert main([*EVALUATE, *options, "--csv_separator", ";"]) == 0
+    assert "n=2" in capsys.readouterr().out
+
+
 def test_a_model_is_called_by_its_run_from_wherever_it_is_named(zoo, tmp_path, monkeypatch):
     load_model("kd")[0].save_pretrained(tmp_path / "runs" / "first" / "model")
     monkeypatch.chdir(tmp_path / "runs" / "first")
@@ -108,6 +117,8 @@ def test_a_model_is_called_by_its_run_from_wherever_it_is_named(zoo, tmp_path, m
     assert main([*EVALUATE, *options, "--save_results", str(tmp_path / "out")]) == 0
     files = {path.name for path in (tmp_path / "out").glob("*.json")}
     assert files == {"zero_shot_zoo_first.json", "zero_shot_zoo_kd.json", "paired_zoo_first-kd.json"}
+    assert [model_name(name) for name in (".", tmp_path / "runs" / "first")] == ["first"] * 2, "a run's folder"
+    assert load_model(tmp_path / "runs" / "first")[0].config == load_model("kd")[0].config
     monkeypatch.chdir(tmp_path / "runs" / "first" / "model")
     assert model_name(".") == "first"
     with pytest.raises(ConfigError, match="give a model folder or a name"):

@@ -100,7 +100,12 @@ def test_weights_are_stored_in_half_precision(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "pretrained", "message"),
-    [("scnes", None, "did you mean 'scenes'"), ("ViT-B-31", "openai", "ViT-B-32"), ("ViT-B-32", "opnai", "'openai'")],
+    [
+        ("kd", None, r"no open_clip_config\.json"),
+        ("scnes", None, "did you mean 'scenes'"),
+        ("ViT-B-31", "openai", "ViT-B-32"),
+        ("ViT-B-32", "opnai", "'openai'"),
+    ],
 )
 def test_an_unknown_teacher_is_named_with_the_nearest(name, pretrained, message):
     with pytest.raises(TeacherError, match=message):

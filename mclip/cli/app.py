@@ -12,6 +12,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from mclip.cli.course import NOTEBOOKS
+from mclip.config import require
 from mclip.files import atomic_path
 
 SERVED = ("00", "11")
@@ -52,6 +53,7 @@ def app(out: str = "runs/app", port: int = 8866, open_browser: bool = True) -> N
         port: where to listen.
         open_browser: show the page in the default browser.
     """
+    require(0 < port < 2**16, "port", port, "choose one from 1 to 65535")
     from voila.app import Voila  # takes a second to import, which no other command should wait for
 
     path = Path(out).resolve() / "mclip.ipynb"

@@ -27,6 +27,23 @@ OWN_CAPTIONS = "this set has captions of its own; leave the prompt out"
 
 
 @dataclass(frozen=True)
+class CsvOptions:
+    """How a table of captions is laid out."""
+
+    csv_img_key: str = "file_name"  # column of a CSV that names the pictures
+    csv_caption_key: str = "caption"  # column of a CSV that holds the captions
+    csv_separator: str = ""  # between the columns of a CSV; empty is a tab for .tsv files and a comma for others
+
+    def reading(self) -> dict[str, Any]:
+        """All options by the names of the parameters of :func:`~mclip.sources.loading.load_pairs`."""
+        names = {"csv_img_key": "image_key", "csv_caption_key": "caption_key"}
+        return {names.get(key, key): value for key, value in vars(self).items()}
+
+
+TABLE = CsvOptions()
+
+
+@dataclass(frozen=True)
 class DataOptions:
     """Pairs to train on and to validate with."""
 
@@ -35,39 +52,35 @@ class DataOptions:
     unlabelled_data_path: str = ""  # a folder of pictures without captions, from which a student learns as well
     unpaired_texts_path: str = ""  # a file with a sentence a line, for those pictures; empty takes captions
     data_size: float = 1.0  # share of the pictures to train on, in (0, 1]
-    csv_img_key: str = "file_name"  # column of a CSV that names the pictures
-    csv_caption_key: str = "caption"  # column of a CSV that holds the captions
-    csv_separator: str = ""  # between the columns of a CSV; empty is a tab for .tsv files and a comma for others
     on_error: Literal["raise", "skip"] = "raise"  # stop at a bad row (raise), or leave it out and count it (skip)
     decoding: Decoding = "auto"  # cache decoded pictures (once), or decode in each epoch (always); auto caches 4 GiB
-
-    def reading(self) -> dict[str, Any]:
-        """All options by the names of the parameters of :func:`~mclip.recipes.load_data`."""
-        names = {"csv_img_key": "image_key", "csv_caption_key": "caption_key"}
-        return {names.get(key, key): value for key, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """The model, the size of the run, and where it is written."""
 
-    profile: ProfileName = "cpu"  # how many scenes, and the defaults of the options below it
+    profile: ProfileName = "cpu"  # how many scenes, and the defaults of training; this help shows those of cpu
     config_path: str = ""  # a preset (course, pocket-256, mobile-512, ...) or a YAML file; empty: the profile's
     checkpoint_dir: str = "runs"  # folder for runs
     checkpoint_filename: str = ""  # name of this run's folder in it; base or kd if empty
     use_swa: bool = False  # keep a moving average of the weights, of decay 0.999 if ema_decay names no other
 
 
-def _train(data: DataOptions, run: RunOptions, settings: TrainConfig, name: str, **options: Any) -> None:
+def _train(
+    data: DataOptions, table: CsvOptions, run: RunOptions, settings: TrainConfig, name: str, **options: Any
+) -> None:
     config = recipes.get_model_config(run.config_path or get_profile(run.profile).preset)
+    recipes.device_for(settings.accelerator)  # what is not there is said before the data are read
+    folder = Path(run.checkpoint_dir) / (run.checkpoint_filename or name)
+    folder.mkdir(parents=True, exist_ok=True)
     drawing = {"seed": settings.seed, "progress": settings.progress}
-    reading = data.reading()
+    reading = vars(data) | table.reading()
     if not (data.train_data_path or data.val_data_path):
         reading |= captions_of(run.profile)
     training, validation = recipes.load_data(run.profile, config.image.image_size, **drawing, **reading)
     if run.use_swa and settings.ema_decay is None:
         settings = replace(settings, ema_decay=SWA_DECAY)
-    folder = Path(run.checkpoint_dir) / (run.checkpoint_filename or name)
     result = recipes.train_student(config, training, validation, settings, folder, **options)
     if recipes.processes()[0] == 0:
         print(f"{folder / 'model'}: {result.steps} steps, validation {result.validations()[-1]['validation']}")
@@ -75,6 +88,7 @@ def _train(data: DataOptions, run: RunOptions, settings: TrainConfig, name: str,
 
 def train(
     data: DataOptions,
+    table: CsvOptions,
     run: RunOptions,
     settings: TrainConfig,
     task: Literal["info_nce", "siglip", "jsd"] = "info_nce",
@@ -86,11 +100,16 @@ def train(
         task: the contrastive loss.
         base_checkpoint: base, kd, or a model folder to start from; empty starts from random weights.
     """
-    _train(data, run, settings, "base", distill=replace(recipes.BASE, task=task), base_checkpoint=base_checkpoint)
+    remedy = "without a teacher a picture without captions teaches nothing; distill learns from it"
+    require(data.unlabelled_data_path == "", "unlabelled_data_path", data.unlabelled_data_path, remedy)
+    _train(
+        data, table, run, settings, "base", distill=replace(recipes.BASE, task=task), base_checkpoint=base_checkpoint
+    )
 
 
 def distill(
     data: DataOptions,
+    table: CsvOptions,
     run: RunOptions,
     settings: TrainConfig,
     terms: DistillConfig,
@@ -113,11 +132,12 @@ def distill(
         profile = get_profile(run.profile)
         teacher_model, teacher_pretrained = profile.teacher, teacher_pretrained or profile.teacher_pretrained
     options = {"teacher_model": teacher_model, "teacher_pretrained": teacher_pretrained}
-    _train(data, run, settings, "kd", distill=terms, base_checkpoint=base_checkpoint, **options)
+    _train(data, table, run, settings, "kd", distill=terms, base_checkpoint=base_checkpoint, **options)
 
 
 def teacher(
     data: DataOptions,
+    table: CsvOptions,
     settings: TrainConfig = TEACHER_SETTINGS,
     trunk: Literal["", "lite2"] = "",
     out_dir: str = "runs/teacher",
@@ -136,7 +156,7 @@ def teacher(
         require(data.train_data_path != "", "train_data_path", "", remedy)
         remedy = "what the classifier knows is read from pictures without captions; name a folder"
         require(data.unlabelled_data_path != "", "unlabelled_data_path", "", remedy)
-        training, validation = recipes.load_data("cpu", 64, **data.reading(), progress=settings.progress)
+        training, validation = recipes.load_data("cpu", 64, **vars(data), **table.reading(), progress=settings.progress)
         result = tune(training, validation, settings, out_dir)
         write_sentences(Path(out_dir) / "class_sentences.txt")  # about its classes, for a student to learn
     else:
@@ -146,7 +166,7 @@ def teacher(
         size = recipes.open_clip_config("teacher")["model_cfg"]["vision_cfg"]["image_size"]
         scenes = {"size": pictures, "split": "teacher", "two_objects": 0.1, "captions": "clean"}
         drawn = {"scenes": scenes, "val_scenes": {"size": 500, "captions": "clean"}, "progress": settings.progress}
-        training, validation = recipes.load_data("cpu", size, **drawn, **data.reading())
+        training, validation = recipes.load_data("cpu", size, **drawn, **vars(data), **table.reading())
         result = recipes.train_open_clip("teacher", training, validation, settings, out_dir)
     validated = result.validations()[-1]["validation"]
     print(f"{Path(out_dir) / 'model'}: {result.steps} steps in {result.seconds:.0f} s, validation {validated}")
@@ -162,6 +182,7 @@ def evaluate(
     download: bool = False,
     seed: int = 0,
     compare_with: str = "",
+    table: CsvOptions = TABLE,
 ) -> None:
     """Classify pictures zero-shot, or find them by their captions, and print the scores with 95 % intervals.
 
@@ -191,7 +212,7 @@ def evaluate(
         records = recipes.evaluate_all(models, profile=profile, seed=seed)
     elif retrieval:
         ((name, (model, tokenizer)),) = models.items()
-        pairs = load_pairs(dataset, input_of(model).size, split="test")
+        pairs = load_pairs(dataset, input_of(model).size, split="test", **table.reading())
         records = [recipes.evaluate_retrieval(model, tokenizer, pairs, name, split="test", seed=seed)]
     else:
         count = get_profile(profile).test_pictures
@@ -243,6 +264,7 @@ def export_student(
     pictures: int = 256,
     web: bool = False,
     executorch: bool = False,
+    table: CsvOptions = TABLE,
 ) -> None:
     """Write a student into a folder that an app can carry, and check it there.
 
@@ -270,7 +292,7 @@ def export_student(
     calibration, size = None, model.config.image.image_size
     if int8 and (train_data_path or model.config.name == get_profile("cpu").preset):
         reading = {"scenes": SceneConfig(pictures, size, "train"), "decoding": "always", "progress": False}
-        pairs = load_pairs(train_data_path, size, **reading)
+        pairs = load_pairs(train_data_path, size, **reading, **table.reading())
         calibration = pairs.images[np.sort(np.random.default_rng(0).permutation(len(pairs))[:pictures])]
     elif int8:
         calibration = free_crops(size, pictures)

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import importlib
 import inspect
+import itertools
 import os
 import re
 import sys
@@ -29,6 +30,7 @@ SEVERAL: dict[Any, dict[str, Any]] = {
     list[tuple[str, str]]: {"nargs": 2, "action": "append", "metavar": ("NAME", "VALUE")},
 }
 """Types of options that take several words, as in ``--only 04 08`` and ``--parameters NAME VALUE``."""
+FILES = ("--config", "--auto_kd_config")
 SWITCH = {"0": "false", "1": "true", "false": "false", "true": "true"}
 HELP = """usage: python -m mclip COMMAND ...   or: --help, --version
 
@@ -86,7 +88,7 @@ def parse(command: str, arguments: list[str]) -> tuple[Callable[..., None], dict
             parser.set_defaults(vars(_defaults(command, group, written.get("profile", "cpu"))))
         values = parser.parse_args(words).as_dict()
     except ArgumentError as error:
-        raise _in_plain_words(error, command, defaults) from None
+        raise _in_plain_words(command, defaults, *_located(error, parser, words)) from None
     paths = {key: value for key, value in values.items() if isinstance(value, str) and value.startswith("~/")}
     values |= {key: os.path.expanduser(path) for key, path in paths.items()}
     settings = {key: value for key, value in values.items() if key in parameters}
@@ -100,22 +102,26 @@ def _options(command: str, function: Callable[..., None], parameters: Mapping[st
     about = {"prog": f"python -m mclip {command}", "description": COMMANDS[command][1]}
     options = ArgumentParser(**about, exit_on_error=False, allow_abbrev=False)
     helps = "YAML file of options; those written after it win"
-    options.add_argument("--config", "--auto_kd_config", action="config", help=helps)
+    options.add_argument(*FILES, action="config", help=helps)
     described = {each.arg_name: each.description for each in parse_docstring(function.__doc__ or "").params}
-    skip = set()
+    groups = {key: p for key, p in parameters.items() if dataclasses.is_dataclass(p.annotation)}
+
+    def add(some: Iterable[Parameter]) -> None:
+        for group in some:
+            options.add_class_arguments(documented(group.annotation))
+            options.set_defaults(vars(_defaults(command, group, "cpu")))
+
+    add(group for group in groups.values() if group.default is group.empty)
+    skip = set(groups)
     for key, parameter in parameters.items():
-        if dataclasses.is_dataclass(parameter.annotation):
-            options.add_class_arguments(documented(parameter.annotation))
-            options.set_defaults(vars(_defaults(command, parameter, "cpu")))
-        elif kinds := SEVERAL.keys() & {parameter.annotation, *get_args(parameter.annotation)}:
+        if kinds := SEVERAL.keys() & {parameter.annotation, *get_args(parameter.annotation)}:
             form, names = SEVERAL[kinds.pop()], ["-p", f"--{key}"] if key == "parameters" else [f"--{key}"]
             if key == POSITIONAL.get(command):
                 form, names = {"nargs": "*"}, [key]
             options.add_argument(*names, type=str, default=parameter.default, help=described[key], **form)
-        else:
-            continue
-        skip.add(key)
+            skip.add(key)
     options.add_function_arguments(function, as_positional=command in POSITIONAL, skip=skip, fail_untyped=True)
+    add(group for group in groups.values() if group.default is not group.empty)  # what few need comes last in the help
     return options
 
 
@@ -147,15 +153,28 @@ def _with_values(arguments: list[str], switches: set[str]) -> list[str]:
     return words
 
 
-def _in_plain_words(error: ArgumentError, command: str, known: Iterable[str]) -> Exception:
-    """The error without Python's names of types, and for an option that does not exist with the nearest name."""
-    message = str(error)
+def _located(error: ArgumentError, parser: ArgumentParser, words: list[str]) -> tuple[ArgumentError, str]:
+    """The error of the first file of options that is wrong by itself, and its name; or else ``error`` and nothing."""
+    files = [following for word, following in itertools.pairwise(words) if word in FILES]
+    files += [word.split("=", 1)[1] for word in words if word.split("=")[0] in FILES and "=" in word]
+    for file in filter(os.path.isfile, map(os.path.expanduser, files)):
+        try:
+            parser.parse_path(file, defaults=False)
+        except ArgumentError as its_own:
+            return its_own, f"{file}: "
+    return error, ""
+
+
+def _in_plain_words(command: str, known: Iterable[str], error: ArgumentError, file: str) -> Exception:
+    """``file`` and the error without Python's names of types; for an option that does not exist the nearest name."""
+    message = f"{file}{error}"
     if unknown := re.search(r"unrecognized arguments: --([^\s=]+)|Option '(.+)' is not accepted", message):
         name = unknown[1] or unknown[2]
-        return ConfigError(f"--{name}: no such option of {command}; {closest(name, known)}")
+        return ConfigError(f"{file}--{name}: no such option of {command}; {closest(name, known)}")
     message = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", message)
     message = re.sub(r'Parser key "(\w+)"', r"--\1", message)
-    return ArgumentError(None, re.sub(r"a <class '(\w+)'>", r"\1", message))
+    message = re.sub(r"a <class '(\w+)'>", r"\1", message)
+    return ArgumentError(None, re.sub(r"(a )?tuple\b", "a list in brackets, such as '[a,b]'", message))
 
 
 def _report(message: str, status: int) -> int:

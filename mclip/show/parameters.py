@@ -22,6 +22,10 @@ NAMES_OR_PATHS = (*STUDENT_PATHS, "config_path", "teacher_model", "teacher_pretr
 STUDENTS = ("kd", "base", "photo", "photo-base")
 """Students that ship. The teacher and the plain CLIP have another architecture."""
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "config_path": (
+        lambda name: name in ("", *PRESETS) or Path(name).is_file(),
+        f"give a YAML file of settings, or one of {', '.join(PRESETS)}",
+    ),
     "data_size": (lambda share: 0 < share <= 1, "choose a share of the data in (0, 1]"),
     "max_epochs": (lambda epochs: epochs >= 0, "use 1 or more, or 0 for the number of the profile"),
     "preset": (lambda name: name in PRESETS, f"choose one of {', '.join(PRESETS)}"),

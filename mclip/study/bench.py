@@ -115,8 +115,9 @@ def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
 
 def peak_megabytes() -> float:
     """Peak memory of this process in MB (2^20 bytes); Linux only, whose getrusage would count the parent's peak too."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    status = Path("/proc/self/status")
+    require(status.exists(), "platform", platform.system(), "peaks of memory are read on Linux alone; name other parts")
+    return int(status.read_text(encoding="ascii").split("VmHWM:")[1].split()[0]) / 1024
 
 
 def _peak_of_step(preset: str, batch_size: int, pieces: int) -> float:
