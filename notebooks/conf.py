@@ -48,7 +48,11 @@ if "GITHUB_REPOSITORY" in os.environ:  # set where GitHub builds the site; the p
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NO_KERNEL = "*Here the notebook has an explorer with sliders and boxes, which needs Python: `make lab` opens it.*"
 
-FIGURES = Path(__file__).resolve().parents[1] / "figures" / "README.md"
+HERE = Path(__file__).resolve().parent
+FIGURES = HERE.parent / "figures" / "README.md"
+LESSONS = {path.name[:2]: path.name for path in HERE.glob("[0-9][0-9]_*.ipynb")}
+ADDRESS = re.compile(r"(?<![\[(<\"/`])(https?://[^\s<>),;]*[^\s<>),;.])")
+LESSON = re.compile(r"(?<!\[)\bnotebook (\d\d)\b(?!\])")
 
 
 def setup_cells(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -80,6 +84,12 @@ def fold_solutions(cells: list[dict[str, Any]]) -> None:
         cells.append(nbformat.v4.new_markdown_cell(end))
 
 
+def linked(text: str, own: str) -> str:
+    """``text`` of the lesson ``own``, such as "04", where each address and each other "notebook 04" is a link."""
+    text = ADDRESS.sub(r"<\1>", text)
+    return LESSON.sub(lambda m: m[0] if m[1] == own else f"[{m[0]}](/{LESSONS[m[1]]})", text)
+
+
 def tables_and_figures() -> str:
     """The page of ``figures/`` as a part of another one: no title, its pictures found, no links out of the site."""
     text = FIGURES.read_text(encoding="utf-8").split("\n", 1)[1]
@@ -94,9 +104,14 @@ def prepare(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] = source[0].split("The page [figures")[0] + tables_and_figures()
         app.env.note_dependency(str(FIGURES))
     source[0] = re.sub(r"\((?:\.\./)+figures/README\.md", "(/reading_results.md", source[0])
+    own = docname.rpartition("/")[2][:2]
     if app.env.doc2path(docname).suffix != ".ipynb":
+        source[0] = linked(source[0], own)
         return
     notebook, heading = json.loads(source[0]), ""
+    if own in LESSONS:  # the table of contents counts, and so do the texts
+        title = "".join(notebook["cells"][0]["source"])
+        notebook["cells"][0]["source"] = title.replace("# ", f"# {own} ", 1)
     for cell in setup_cells(notebook["cells"]):
         cell["metadata"].setdefault("tags", []).append("hide-cell")
     for cell in notebook["cells"]:
@@ -105,6 +120,8 @@ def prepare(app: Sphinx, docname: str, source: list[str]) -> None:
         for output in cell.get("outputs", []):
             if WIDGET in output.get("data", {}):
                 output["data"] = {"text/markdown": NO_KERNEL}
+        if cell["cell_type"] == "markdown":
+            cell["source"] = linked(text, own)
         if cell["cell_type"] == "code":
             cell["metadata"].setdefault("mystnb", {"image": {"alt": f"Figure: {heading}"}})
     if docname.startswith("solutions/"):

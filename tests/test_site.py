@@ -74,6 +74,16 @@ def page(address):
         browser.close()
 
 
+def test_lessons_are_numbered_and_named_by_links(html):
+    for path in html.glob("[0-9][0-9]_*.html"):
+        text, own = path.read_text(encoding="utf-8"), path.name[:2]
+        assert f"<h1>{own} " in text
+        article = text.split("<h1>")[1].split("</article>")[0]
+        named = re.findall(r"(.{3})notebook (\d\d)\b", article)
+        assert {before for before, number in named if number != own} <= {'c">'}, "the end of a link to a document"
+    assert 'href="https://arxiv.org/abs/2103.00020"' in (html / "05_teacher.html").read_text(encoding="utf-8")
+
+
 def notebooks() -> list[Path]:
     """The notebooks of the course, without runs and without what JupyterLab leaves in ``.ipynb_checkpoints``."""
     paths = [path.relative_to(NOTEBOOKS) for path in NOTEBOOKS.glob("**/*_*.ipynb")]
