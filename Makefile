@@ -48,8 +48,8 @@ site: $(READY) ## the lessons as web pages, in runs/site/html; ARGS="-E" builds 
 photo: $(READY) ## a teacher and a student of photographs; ROOT=folder of the photographs, TEACHER=lite2|openai
 	$(MCLIP) photo --root_dir "$(ROOT)" --teacher $(TEACHER) $(ARGS)
 
-photographs: $(READY) ## the comparison on photographs: base, clip, kd of three seeds, the teacher, and the plot; ROOT, TEACHER as for photo
-	$(MCLIP) study photographs --root_dir "$(ROOT)" --teacher $(TEACHER) $(ARGS)
+photographs: $(READY) ## train and compare base, clip and kd of three seeds on photographs, and draw the plot, in runs/study; ROOT, TEACHER as for photo
+	$(MCLIP) study photographs --anew --root_dir "$(ROOT)" --teacher $(TEACHER) $(ARGS)
 
 phone: runs/phone/web ## show the student of photographs in a browser or on a phone; ARGS="--host ADDRESS --https"
 	$(MCLIP) serve --out_dir runs/phone $(ARGS)

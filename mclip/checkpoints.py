@@ -23,7 +23,7 @@ from mclip.pairs import BatchSource
 from mclip.results import weights_sha256
 from mclip.steps import Record
 
-STATE = ("step", "best", "stale", "finished", "log")
+STATE = ("step", "seconds", "best", "stale", "finished", "log")
 KEPT = 2  # checkpoints: the older one serves where the newer one is damaged
 
 
@@ -52,6 +52,7 @@ class RunState:
     writes: bool  # False for all but one of several processes, which only read
     on_record: Callable[[Record], None] | None = None  # called with each new record of the log
     step: int = 0  # optimiser steps done
+    seconds: float = 0.0  # that they took
     best: float = -math.inf  # validation so far, by a metric where higher is better
     stale: int = 0  # validations since the best
     finished: bool = False
@@ -74,8 +75,8 @@ class RunState:
             except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
                 print(f"{file} is damaged ({type(error).__name__}); going back to the checkpoint before.")
                 continue
-            for name, state in content["parts"].items():
-                self.parts[name].load_state_dict(state)
+            for name in self.parts.keys() & content["parts"].keys():  # a scaler of 16-bit floats is a GPU's alone
+                self.parts[name].load_state_dict(content["parts"][name])
             vars(self).update(content["state"])
             break
         if not self.writes:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 
 from mclip.config import ConfigError, closest, require
@@ -66,8 +67,13 @@ def atomic_path(path: str | Path, ending: str = ".part") -> Iterator[Path]:
         yield temporary
         old = temporary.with_name(f"{temporary.name}-old")
         if temporary.is_dir() and path.exists():
-            path.rename(old)  # in an instant, so that a kill finds a whole folder before and after
-        temporary.replace(path)
+            path.rename(old)  # a kill before the next line leaves the old folder whole, under this name
+        try:
+            temporary.replace(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         if temporary.is_dir():
@@ -98,6 +104,18 @@ def missing_folder(path: str | Path) -> Iterator[Path | None]:
                 shutil.rmtree(leftover)
             with atomic_folder(path) as temporary:
                 yield temporary
+
+
+def new_array(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+    """A memory-mapped array in a new file, for which the disk has room; OSError where it has not.
+
+    Without the room a full disk would end the process at some later write, with no more than "Bus error".
+    """
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, path.stat().st_size))
+    return array
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -257,26 +257,25 @@ def train_student(
     model = load_student(base_checkpoint, config) if base_checkpoint else MobileCLIP(config)
     if config.image.pretrained and not base_checkpoint and (trunk := imagenet_trunk()):
         model.image_encoder.trunk.load_state_dict(trunk)
-    objective, targets, crops = Contrastive(distill), None, get_crops(settings, distill.online_teacher)
+    objective, teacher, crops = Contrastive(distill), None, get_crops(settings, distill.online_teacher)
     if any((distill.feature_weight, distill.response_weight, distill.similarity_weight, distill.icl_weight)):
         teacher = load_teacher(teacher_model, teacher_pretrained, device_for(settings.accelerator))
-        teacher_width = teacher.embed_dim
-        if distill.online_teacher:
-            targets = OnlineTargets(teacher, training, crops)
-        else:
-            targets = teacher_targets(teacher, training, settings.progress, crops)
-            teacher.model.cpu()  # its place on a GPU is the student's now
-            if distill.aligner == "auto" and config.embed_dim != teacher_width:
-                teacher_width = config.embed_dim
-                targets = fitted(targets, teacher_width)
+        fits = distill.aligner == "auto" and not distill.online_teacher and config.embed_dim != teacher.embed_dim
+        teacher_width = config.embed_dim if fits else teacher.embed_dim
         penultimate = (model.image_encoder.features, model.text_encoder.features)
         widths = penultimate if distill.feature_source == "penultimate" else (config.embed_dim,) * 2
         objective = Distillation(distill, widths, teacher_width, teacher.logit_scale)
         if not base_checkpoint:
             # Where embeddings are to equal the teacher's, responses agree only at the teacher's scale.
             nn.init.constant_(model.logit_scale, math.log(teacher.logit_scale))
-    source = settings.batch_size, settings.seed, targets, crops
+    source = settings.batch_size, settings.seed, None, crops
     batches = BatchSource(training, model.tokenizer, student_prepare(config), *source)
+    if teacher and distill.online_teacher:
+        batches = replace(batches, targets=OnlineTargets(teacher, training, crops))
+    elif teacher:  # last, so that a setting that cannot work is found before hours of embedding
+        targets = teacher_targets(teacher, training, settings.progress, crops)
+        batches = replace(batches, targets=fitted(targets, teacher_width) if fits else targets)
+        teacher.model.cpu()  # its place on a GPU is the student's now
     run |= {"out_dir": out_dir, "validate": retrieval_validation(model.tokenizer, validation)}
     result = train_alone(model, batches, settings, objective=objective, **run)
     if processes()[0] == 0:
@@ -379,11 +378,12 @@ def model_name(name: str | Path) -> str:
 
 
 def device_for(accelerator: str) -> str:
-    """Where this process of a run with Lightning's ``accelerator`` computes: such as "cuda:0", or "cpu".
+    """Where teacher and evaluation compute in this process of a run with Lightning's ``accelerator``.
 
-    ConfigError for an accelerator that is not there: it is found before the teacher computes anything.
+    Such as "cuda:0", or "cpu": on a Mac's GPU the student alone is trained. ConfigError for one that is not there.
     """
-    there = accelerator in ("auto", "cpu") or torch.accelerator.is_available()
+    kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else ""
+    there = accelerator in ("auto", "cpu", kind) or (accelerator == "gpu" and bool(kind))
     require(there, "accelerator", accelerator, "no such device was found; auto takes what there is")
     wanted = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if wanted else "cpu"

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from mclip.balancing import Balancer, Schedule, gradient_norms
@@ -66,9 +66,8 @@ class Stepper:
         modules.to(fabric.device, memory_format=torch.channels_last)
         optimizer = make_optimizer(modules, config)
         self.parts = {"modules": modules, "optimizer": optimizer}
-        if config.ema_decay:
-            average = get_ema_avg_fn(config.ema_decay)
-            self.parts["average"] = AveragedModel(model, avg_fn=average, use_buffers=True)
+        if config.ema_decay:  # without a warm-up a short run's average would keep its random start
+            self.parts["average"] = ModelEmaV3(model, config.ema_decay, use_warmup=True)
         self.scaler = getattr(fabric.strategy.precision, "scaler", None)  # of 16-bit floats
         if self.scaler:
             self.parts["scaler"] = self.scaler

@@ -20,13 +20,14 @@ from tqdm.auto import tqdm
 
 from mclip.config import require
 from mclip.evaluate import embed_texts, evaluating
-from mclip.files import atomic_path, cache_dir, content_key, lock
+from mclip.files import atomic_path, cache_dir, content_key, lock, new_array
+from mclip.metrics import require_finite
 from mclip.pairs import Pairs, Targets
 from mclip.pictures import DECODING_VERSION, Crops, pool, split_name
 from mclip.results import weights_sha256
 from mclip.teacher import Teacher, TeacherError
 
-PICTURES_IN_SHARD, CAPTIONS_IN_SHARD = 8192, 65536
+PICTURES_IN_SHARD, CAPTIONS_IN_SHARD = 512, 4096  # a kill costs one of them
 CAPTIONS_AT_ONCE = 256
 PIXELS_AT_ONCE = 64 * 64**2  # more leave a processor's cache, and each picture then takes about twice as long
 FEWEST_AT_ONCE = 16
@@ -104,7 +105,7 @@ def fill(
             for marker in file.parent.glob(f"{file.stem}-*.done"):  # of an array that somebody deleted
                 marker.unlink()
             with atomic_path(file) as temporary:
-                np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+                new_array(temporary, shape, np.float16)
         try:
             array = np.load(file, mmap_mode="r")  # never unpickles; "r+" would lengthen a file that was cut
             if array.shape != shape or array.dtype != np.float16:
@@ -163,7 +164,7 @@ def embed_pictures(
     with evaluating(teacher.model) as device:
         for start in range(0, len(rows), together):
             images = batch(slice(start, start + together)).to(device)
-            embeddings.append(encode(images).half().cpu())
+            embeddings.append(require_finite(encode(images).half().cpu(), "image"))
     return torch.cat(embeddings).numpy()
 
 

@@ -72,6 +72,8 @@ def load_teacher(name: str = SHIPPED, pretrained: str | None = None, device: str
 def load_open_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Tokenize]:
     """An open_clip model, whose ``forward`` returns a dict, and its tokenizer; names as in the module's text."""
     if name in (*SHIP, *MODELS) or Path(name).expanduser().is_dir():
+        if pretrained:
+            raise TeacherError(f"teacher {name!r} has weights of its own; leave out the others, {pretrained!r}")
         return _from_folder(model_folder(SHIP.get(name, name)))
     if name in open_clip.list_models():
         return _from_architecture(name, pretrained or "")

@@ -57,8 +57,8 @@ def train(
 ) -> TrainResult:
     """Train ``model`` on ``batches`` with the terms of ``objective``; write log and checkpoints to ``out_dir``.
 
-    Several processes share each batch: the run is the same, whatever their number. Ctrl-C lets the step end and
-    writes a checkpoint. With ``resume`` the run goes on from the newest checkpoint in ``out_dir``. ConfigError if that
+    Several processes share each batch, and each one's BatchNorm sees its own part. Ctrl-C lets the step end and writes
+    a checkpoint. With ``resume`` the run goes on from the newest checkpoint in ``out_dir``. ConfigError if that
     has other settings; TrainError for a term that is not finite.
 
     Args:
@@ -79,6 +79,7 @@ def train(
     average = stepper.parts.get("average")
     run = RunState(Path(out_dir), identity, stepper.parts, fabric.is_global_zero, on_record)
     run.begin(resume)
+    begun -= run.seconds
     steps = fabric.all_gather(torch.tensor(run.step, device=fabric.device)).reshape(-1).tolist()
     remedy = f"its processes would go on from the steps {steps}; give a folder that all machines share"
     require(len(set(steps)) == 1, "out_dir", str(out_dir), remedy)
@@ -91,11 +92,10 @@ def train(
             try:
                 record = stepper.take(pieces, run.step, rate)
             except TrainError as error:
-                last_good = next(iter(run.checkpoints()), "none yet")
-                remedy = f"lower learning_rate={config.learning_rate}. The last good checkpoint: {last_good}."
-                raise TrainError(f"{error}; {remedy}") from None
+                remedy = f"start in another folder with a lower learning_rate than {config.learning_rate}"
+                raise TrainError(f"{error}; {remedy}.") from None
             if average:
-                average.update_parameters(model)
+                average.update(model, run.step + 1)
             run.record({**record, "epoch": run.step // per_epoch, "lr": rate})
             run.step += 1
             bar.set_postfix(loss=f"{record['loss']:.3f}", phase=record["phase"], refresh=False)
@@ -116,6 +116,7 @@ def train(
             wish = STOP if interrupts else SAVE if due else GO_ON
             wish = int(fabric.all_reduce(wish, reduce_op="max"))
             if rest == 0 or wish != GO_ON:
+                run.seconds = time.perf_counter() - begun
                 run.save()
             if wish == STOP and not run.finished:
                 raise KeyboardInterrupt

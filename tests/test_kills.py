@@ -122,7 +122,9 @@ def run_differences(one: Path, other: Path) -> list[str]:
     newest = [max(folder.glob("checkpoint-*.pt")) for folder in (one, other)]
     found = [name for name in files if (one / name).read_bytes() != (other / name).read_bytes()]
     found += [path.name for path in newest if path.name != newest[0].name]
-    return found + differences(*(torch.load(path, weights_only=True) for path in newest), "checkpoint")
+    contents = [torch.load(path, weights_only=True) for path in newest]
+    assert min(content["state"].pop("seconds") for content in contents) > 0
+    return found + differences(*contents, "checkpoint")
 
 
 @pytest.mark.parametrize(("command", "within_epochs"), [("train", False), ("distill", True)])

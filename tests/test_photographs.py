@@ -466,6 +466,12 @@ def test_photographs_without_captions_are_not_downloaded_unasked(tmp_path):
         photographs.Photographs(str(tmp_path), download=False).unlabelled()
 
 
+def test_missing_test_sets_are_named_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(photographs.Photographs, "train", lambda *_, **__: pytest.fail("something was trained"))
+    with pytest.raises(ConfigError, match="root_dir"):
+        photographs.photo(str(tmp_path), str(tmp_path / "out"), download=False)
+
+
 def test_missing_photographs_are_named(tmp_path):
     with pytest.raises(ConfigError, match="root_dir"):
         photograph_set("caltech101", tmp_path)

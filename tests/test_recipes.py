@@ -275,6 +275,33 @@ def test_what_is_written_is_whole_or_not_there(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    with atomic_folder(tmp_path / "a") as temporary:
+        (temporary / "x").write_text("first")
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("the disk failed")))
+    with pytest.raises(OSError, match="the disk failed"), atomic_folder(tmp_path / "a") as temporary:
+        (temporary / "x").write_text("second")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a" / "x").read_text() == "first"
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system reserves no space")
+def test_an_array_in_a_file_has_its_room_on_the_disk_from_the_start(tmp_path):
+    array = files.new_array(tmp_path / "a.npy", (1000, 300), np.float16)
+    stat = (tmp_path / "a.npy").stat()
+    assert stat.st_blocks * 512 >= stat.st_size >= array.nbytes
+    array[:] = 3
+    array.flush()
+    assert (np.load(tmp_path / "a.npy") == 3).all()
+
+
+def test_a_setting_that_cannot_work_is_found_before_the_teacher_embeds(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "teacher_targets", lambda *_, **__: pytest.fail("the teacher embedded"))
+    too_many = dataclasses.replace(SMOKE, batch_size=len(data[0]) + 1)
+    with pytest.raises(ConfigError, match="batch_size"):
+        train_student(PRESETS["course"], *data, too_many, tmp_path, distill=DistillConfig())
+
+
 def test_a_folder_takes_the_place_of_another_as_a_whole(tmp_path, monkeypatch):
     for text in ("first", "second"):
         with atomic_folder(tmp_path / "a") as temporary:

@@ -276,7 +276,7 @@ def test_scenes_are_evaluated_set_by_set_and_compared_picture_by_picture(smoke):
 
 
 def test_only_the_settings_of_records_that_ship_write_beside_them(tmp_path):
-    for options in ({}, {"seeds": 1}, {"epochs": 1}, {"profile": "smoke"}):
+    for options in ({}, {"seeds": 1}, {"epochs": 1}, {"profile": "smoke"}, {"anew": True}):
         chosen = {"seeds": None, "epochs": None, "profile": "cpu"} | options
         rows = [BY_NAME[name] for name in ("ablations/kd", "grounding/kd", "examples/kd", "defects/defect-09")]
         found = [job.file.parent for job in run.jobs_of(rows, tmp_path, **chosen)]

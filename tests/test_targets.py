@@ -1,5 +1,8 @@
 """The teacher's targets: shards that are resumed, views that can be cut again, and a teacher online."""
 
+import copy
+import dataclasses
+import math
 import os
 import signal
 import subprocess
@@ -37,6 +40,15 @@ def teacher() -> Teacher:
 def toy(count: int = 10) -> Pairs:
     images = np.stack([np.asarray(gradient(64, 64, n)).transpose(2, 0, 1) for n in range(count)])
     return Pairs(images, [[f"picture {n} of a red star", f"a ring {n}"] for n in range(count)], f"toy {count}", "toy")
+
+
+def test_a_teacher_that_is_not_finite_is_named_and_nothing_is_kept(teacher, own_cache):
+    broken = dataclasses.replace(teacher, model=copy.deepcopy(teacher.model))
+    next(p for p in broken.model.visual.parameters() if p.ndim > 1).data[:] = math.nan
+    for _ in range(2):
+        with pytest.raises(ValueError, match="image"):
+            teacher_targets(broken, toy(), progress=False)
+    assert not list(own_cache.rglob("images-*.done"))
 
 
 def test_small_shards_hold_what_one_large_one_holds(teacher, own_cache, monkeypatch):

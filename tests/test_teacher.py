@@ -101,6 +101,7 @@ def test_weights_are_stored_in_half_precision(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "pretrained", "message"),
     [
+        ("scenes", "openai", "has weights of its own; leave out the others, 'openai'"),
         ("kd", None, r"no open_clip_config\.json"),
         ("scnes", None, "did you mean 'scenes'"),
         ("ViT-B-31", "openai", "ViT-B-32"),

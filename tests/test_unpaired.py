@@ -86,6 +86,7 @@ def test_two_arrays_are_indexed_as_one(first, second, data):
         (lambda folder: (folder / "others" / "0.txt").write_text("a caption"), ["0.png", "train_data_path"]),
         (lambda folder: (folder / "texts.txt").write_text(" \n"), ["texts.txt", "no sentence"]),
         (lambda folder: (folder / "texts.txt").write_bytes(b"fine\n\xff\xfe bad\n"), ["texts.txt, line 2", "UTF-8"]),
+        (lambda folder: (folder / "texts.txt").write_text("fine\n\n...\n"), ["texts.txt, line 3", "no word"]),
         (lambda folder: (folder / "texts.txt").unlink(), ["texts.txt", "no such file"]),
         (lambda folder: [file.unlink() for file in (folder / "others").iterdir()], ["others", "no picture"]),
     ],

@@ -27,12 +27,13 @@ OWN_CAPTIONS = "this set has captions of its own; leave the prompt out"
 
 
 @dataclass(frozen=True)
-class CsvOptions:
-    """How a table of captions is laid out."""
+class TableOptions:
+    """How captions are read."""
 
     csv_img_key: str = "file_name"  # column of a CSV that names the pictures
     csv_caption_key: str = "caption"  # column of a CSV that holds the captions
     csv_separator: str = ""  # between the columns of a CSV; empty is a tab for .tsv files and a comma for others
+    on_error: Literal["raise", "skip"] = "raise"  # stop at a bad row (raise), or leave it out and count it (skip)
 
     def reading(self) -> dict[str, Any]:
         """All options by the names of the parameters of :func:`~mclip.sources.loading.load_pairs`."""
@@ -40,7 +41,7 @@ class CsvOptions:
         return {names.get(key, key): value for key, value in vars(self).items()}
 
 
-TABLE = CsvOptions()
+TABLE = TableOptions()
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,6 @@ class DataOptions:
     unlabelled_data_path: str = ""  # a folder of pictures without captions, from which a student learns as well
     unpaired_texts_path: str = ""  # a file with a sentence a line, for those pictures; empty takes captions
     data_size: float = 1.0  # share of the pictures to train on, in (0, 1]
-    on_error: Literal["raise", "skip"] = "raise"  # stop at a bad row (raise), or leave it out and count it (skip)
     decoding: Decoding = "auto"  # cache decoded pictures (once), or decode in each epoch (always); auto caches 4 GiB
 
 
@@ -68,7 +68,7 @@ class RunOptions:
 
 
 def _train(
-    data: DataOptions, table: CsvOptions, run: RunOptions, settings: TrainConfig, name: str, **options: Any
+    data: DataOptions, table: TableOptions, run: RunOptions, settings: TrainConfig, name: str, **options: Any
 ) -> None:
     config = recipes.get_model_config(run.config_path or get_profile(run.profile).preset)
     recipes.device_for(settings.accelerator)  # what is not there is said before the data are read
@@ -88,7 +88,7 @@ def _train(
 
 def train(
     data: DataOptions,
-    table: CsvOptions,
+    table: TableOptions,
     run: RunOptions,
     settings: TrainConfig,
     task: Literal["info_nce", "siglip", "jsd"] = "info_nce",
@@ -100,8 +100,9 @@ def train(
         task: the contrastive loss.
         base_checkpoint: base, kd, or a model folder to start from; empty starts from random weights.
     """
-    remedy = "without a teacher a picture without captions teaches nothing; distill learns from it"
-    require(data.unlabelled_data_path == "", "unlabelled_data_path", data.unlabelled_data_path, remedy)
+    for key in ("unlabelled_data_path", "unpaired_texts_path"):
+        remedy = "without a teacher a picture without captions teaches nothing; distill learns from it"
+        require(getattr(data, key) == "", key, getattr(data, key), remedy)
     _train(
         data, table, run, settings, "base", distill=replace(recipes.BASE, task=task), base_checkpoint=base_checkpoint
     )
@@ -109,7 +110,7 @@ def train(
 
 def distill(
     data: DataOptions,
-    table: CsvOptions,
+    table: TableOptions,
     run: RunOptions,
     settings: TrainConfig,
     terms: DistillConfig,
@@ -137,7 +138,7 @@ def distill(
 
 def teacher(
     data: DataOptions,
-    table: CsvOptions,
+    table: TableOptions,
     settings: TrainConfig = TEACHER_SETTINGS,
     trunk: Literal["", "lite2"] = "",
     out_dir: str = "runs/teacher",
@@ -182,7 +183,7 @@ def evaluate(
     download: bool = False,
     seed: int = 0,
     compare_with: str = "",
-    table: CsvOptions = TABLE,
+    table: TableOptions = TABLE,
 ) -> None:
     """Classify pictures zero-shot, or find them by their captions, and print the scores with 95 % intervals.
 
@@ -264,7 +265,7 @@ def export_student(
     pictures: int = 256,
     web: bool = False,
     executorch: bool = False,
-    table: CsvOptions = TABLE,
+    table: TableOptions = TABLE,
 ) -> None:
     """Write a student into a folder that an app can carry, and check it there.
 

@@ -103,7 +103,7 @@ def prompt_chart(
     for row, (cosine, share) in enumerate(zip(cosines, shares, strict=True)):
         right.text(share + 0.02, row, f"{share:.0%}, cosine {cosine:+.2f}", va="center")
     name_rows(right, [label(text, 40) for text in prompts])
-    right.set(title="How well each sentence fits", xlabel="share (softmax over the sentences)", xlim=(0, 1.6))
+    right.set(title="Shares among the sentences offered", xlabel="share (softmax over the sentences)", xlim=(0, 1.6))
     right.set_xticks(np.linspace(0, 1, 5))
     return fig
 

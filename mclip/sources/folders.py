@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from mclip.files import cache_dir, content_key, missing_folder, read_json
 from mclip.pictures import open_picture
 from mclip.sources.readers import PICTURES, DataError, Row, fingerprint
+from mclip.text_encoder import clean_caption
 
 CLASS_CAPTION = "a photo of a {}"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -88,11 +89,14 @@ def read_texts(path: str | Path) -> list[str]:
         problem = "not a text file" if path.exists() else "no such file"
         raise DataError(f"{path}: {problem}; unpaired_texts_path is a .txt file in UTF-8 with a sentence on each line.")
     try:
-        texts = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         line = 1 + error.object[: error.start].count(b"\n")
         raise DataError(f"{path}, line {line}: not UTF-8 ({error}); save the file as UTF-8.") from error
-    if not texts:
+    for number, line in enumerate(lines, 1):
+        if line and not clean_caption(line):
+            raise DataError(f"{path}, line {number}: {line!r} has no word in it; mend or delete the line.")
+    if not (texts := list(filter(None, lines))):
         raise DataError(f"{path}: no sentence in it; write one on each line.")
     return texts
 

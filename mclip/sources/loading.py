@@ -13,7 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from mclip.config import require
-from mclip.files import cache_dir, content_key, missing_folder, read_json, write_json
+from mclip.files import cache_dir, content_key, missing_folder, new_array, read_json, write_json
 from mclip.pairs import Pairs
 from mclip.pictures import DECODING_VERSION, PictureError, met_late, pool, read_picture, square
 from mclip.scenes.world import SceneConfig, scene_pairs
@@ -216,7 +216,7 @@ def _read_all(
             kept: list[int] = []
             if once:
                 file, shape = temporary / "images.npy", (len(names), 3, size, size)
-                images = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
+                images = new_array(file, shape, np.uint8)
             chunks = range(0, len(names), 64)
             for start in tqdm(chunks, "reading pictures", disable=not progress, leave=False):
                 pictures = pool().map(attempt, names[start : start + 64])

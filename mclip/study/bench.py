@@ -336,6 +336,7 @@ def peak_memory(name: str, form: Form = "deployed", batch: int = 1) -> float:
     in calibration, is not counted, because a device never builds it. Linux only.
     """
     torch.set_num_threads(1)
+    peak_megabytes()  # its own error, where there is none
     each = candidate(name, form)
     calls = each.calls(batch)
     # Freed memory goes back to the system; else the calls would find what they need in it and seem to need nothing.

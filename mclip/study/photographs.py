@@ -133,6 +133,12 @@ class Photographs:
         load_model(folder / "model")[0].save_pretrained(folder / "model", half=True)
         return result
 
+    def find_sets(self) -> None:
+        """Find, or fetch, what a model is judged on: ConfigError where that fails, better before a long training."""
+        for each in EXCERPTS:
+            photograph_set(each, self.root_dir, "report", self.download)
+        self.captions("test")
+
     def judge(
         self, model: nn.Module, tokenizer: Any, name: str, part: Literal["choose", "report"] = "report", seed: int = 0
     ) -> Records:
@@ -182,6 +188,7 @@ def photo(
     require(epochs >= 1, "epochs", epochs, "use 1 or more")
     out, photographs = Path(out_dir).expanduser(), Photographs(root_dir, download)
     names = OPENAI if teacher == "openai" else {"teacher_model": str(out / "teacher" / "model")}
+    photographs.find_sets()
     models = {"photo": ("kd", out / "photo")}
     if teacher == "lite2":
         models = {"photo-teacher": ("teacher", out / "teacher")} | models

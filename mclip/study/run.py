@@ -86,15 +86,17 @@ def jobs_of(
     profile: str,
     teacher: TeacherName = "lite2",
     root_dir: str = "",
+    anew: bool = False,
 ) -> list[Job]:
     """The jobs of ``rows``, seed 0 of all first.
 
-    Only settings of records that ship write to ``data/results``; the records of all others go to ``out_dir/results``.
+    Only settings of records that ship write to ``data/results``; the records of all others, and all of those that are
+    made ``anew``, go to ``out_dir/results``.
     """
     jobs = []
     for row in rows:
         study = STUDIES[row.study]
-        ships = (epochs or study.epochs, profile, teacher) == (study.epochs, "cpu", "lite2")
+        ships = (epochs or study.epochs, profile, teacher, anew) == (study.epochs, "cpu", "lite2", False)
         file = (RESULTS if ships else out_dir / "results") / f"{row.study}.json"
         once = row.measure or row.comes_trained  # what ships is measured, and not trained again
         for seed in range(1 if once else seeds or row.seeds or study.seeds):
@@ -271,12 +273,13 @@ def study(
     profile: Literal["smoke", "cpu", "gpu"] = "cpu",
     root_dir: str = "",
     teacher: TeacherName = "lite2",
+    anew: bool = False,
     list: bool = False,
 ) -> None:
     """Train or measure what has no record yet; start it twice, each with OMP_NUM_THREADS=1, to use two processors.
 
-    With other epochs, another profile or another teacher the records go to out_dir/results. The plot of photographs is
-    drawn in out_dir/figures.
+    With other epochs, another profile, another teacher or --anew the records go to out_dir/results. The plot of
+    photographs is drawn in out_dir/figures.
 
     Args:
         names: studies, rows such as ablations/kd, or patterns such as "ablations/base-*"; all studies if null.
@@ -286,6 +289,7 @@ def study(
         profile: smoke, cpu or gpu: how many scenes.
         root_dir: folder of the photographs, as of the command photo; what is missing is downloaded.
         teacher: of photographs: lite2 is the one that ships, openai is OpenAI's CLIP ViT-B/32.
+        anew: do also what has a record that ships; started again, it goes on.
         list: name the rows that there are, and run nothing.
     """
     for key, value in {"seeds": seeds, "epochs": epochs}.items():
@@ -296,7 +300,7 @@ def study(
             print(f"{row.full_name:28} {row.title}")
         return
     out = Path(out_dir)
-    jobs = jobs_of(rows, out, seeds, epochs, profile, teacher, root_dir)
+    jobs = jobs_of(rows, out, seeds, epochs, profile, teacher, root_dir, anew)
     work_off(jobs, out)
     for file in {job.file for job in jobs if job.study.world == "photographs"}:
         comparison = performance_comparison(load_results(DATA / "results" / "scenes.json"), load_results(file))
