@@ -243,7 +243,7 @@ def test_short_captions_are_encoded_as_open_clip_does(tmp_path, monkeypatch):
 def root(pictures, tmp_path, monkeypatch):
     """A few pictures laid out as the archives unpack, and settings for a run of seconds."""
     trust_a_random_trunk(tmp_path, monkeypatch)
-    tuned = replace(photographs.RECIPES["teacher"][0], max_epochs=1, batch_size=4, validate_every=1)
+    tuned = replace(photographs.RECIPES["teacher"][0], max_epochs=5, batch_size=4, validate_every=1)
     monkeypatch.setitem(photographs.RECIPES, "teacher", (tuned, BASE))
     for name in ("base", "clip", "kd"):
         settings, terms = photographs.RECIPES[name]
@@ -281,6 +281,7 @@ def test_the_command_makes_teacher_and_student_and_goes_on(root, tmp_path, capsy
     assert {record["split"] for record in records} == REPORTED
     kept = {r["model"]["name"]: r["details"]["training"] for r in records if r["dataset"] == "cifar10"}
     assert (kept["photo"]["max_epochs"], kept["photo"]["batch_size"], kept["photo"]["processes"]) == (1, 8, 1)
+    assert kept["photo-teacher"]["max_epochs"] == 4, "four for each pass of the student"
     assert min(kept["photo-teacher"]["seconds"], kept["photo"]["seconds"]) > 0
     before = (tmp_path / "out" / "photo" / "model" / "model.safetensors").read_bytes()
     assert main(arguments) == 0

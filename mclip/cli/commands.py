@@ -295,8 +295,10 @@ def export_student(
         reading = {"scenes": SceneConfig(pictures, size, "train"), "decoding": "always", "progress": False}
         pairs = load_pairs(train_data_path, size, **reading, **table.reading())
         calibration = pairs.images[np.sort(np.random.default_rng(0).permutation(len(pairs))[:pictures])]
+        print(f"int8 is calibrated on {len(calibration)} pictures of {train_data_path or 'drawn scenes'}")
     elif int8:
         calibration = free_crops(size, pictures)
+        print(f"int8 is calibrated on {len(calibration)} crops of free photographs")
     manifest = export(model, out_dir, recipes.model_name(model_checkpoint), calibration, executorch)
     for name, file in manifest["files"].items():
         print(f"{name:16}{file['bytes']:12,} bytes")
