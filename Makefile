@@ -49,7 +49,7 @@ photo: $(READY) ## a teacher and a student of photographs; ROOT=folder of the ph
 	$(MCLIP) photo --root_dir "$(ROOT)" --teacher $(TEACHER) $(ARGS)
 
 photographs: $(READY) ## train and compare base, clip and kd of three seeds on photographs, and draw the plot, in runs/study; ROOT, TEACHER as for photo
-	$(MCLIP) study photographs --anew --root_dir "$(ROOT)" --teacher $(TEACHER) $(ARGS)
+	$(MCLIP) study $(addprefix photographs/,base clip kd teacher) --anew --root_dir "$(ROOT)" --teacher $(TEACHER) $(ARGS)
 
 phone: runs/phone/web ## show the student of photographs in a browser or on a phone; ARGS="--host ADDRESS --https"
 	$(MCLIP) serve --out_dir runs/phone $(ARGS)

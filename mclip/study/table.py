@@ -140,6 +140,8 @@ def plan(
     settings |= {key: value for key, value in study.recipe.items() if key in settings}
     for key in row.changes:
         require(key in settings or key == "scenes", f"{row.full_name}.{key}", row.changes[key], closest(key, settings))
+    if "teacher_model" in row.changes:
+        settings["teacher_pretrained"] = None  # of the profile's teacher
     settings |= row.changes | ({"trial": row.trial} if row.trial else {})
     if settings["data_size"] < 1:
         pictures, batch = round(settings["data_size"] * size.pictures), settings["batch_size"]
