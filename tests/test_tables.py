@@ -29,6 +29,8 @@ def test_datasets_are_not_averaged_as_if_they_were_seeds():
 def test_one_seed_twice_is_no_second_run():
     with pytest.raises(ResultError, match="kd on coco has two records"):
         retrieval_table([recall(20.0), recall(20.0)])
+    with pytest.raises(ResultError, match="kd on coco has records of 'val' and 'own split'"):
+        retrieval_table([recall(20.0), recall(24.0, seed=1) | {"split": "own split"}])
 
 
 def test_a_failed_retrieval_has_no_entry():

@@ -28,7 +28,7 @@ def over_seeds(intervals: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def by_model(records: Records, task: str = "zero_shot") -> Groups:
     """``{dataset: {model: [record of each seed]}}`` of the records of ``task``; failures leave models out.
 
-    ResultError for a seed that a model has twice on one dataset.
+    ResultError for a seed that a model has twice on one dataset, and for seeds on different parts of it.
     """
     groups: Groups = {}
     for record in (record for record in records if record["task"] == task):
@@ -38,6 +38,9 @@ def by_model(records: Records, task: str = "zero_shot") -> Groups:
             group = models.setdefault(model, [])
             if seed in [other["seed"] for other in group]:
                 raise ResultError(f"seed={seed} is not valid: {model} on {dataset} has two records with it; keep one.")
+            if group and record["split"] != group[0]["split"]:
+                parts = f"{group[0]['split']!r} and {record['split']!r}"
+                raise ResultError(f"split is not valid: {model} on {dataset} has records of {parts}; keep one part.")
             group.append(record)
     return groups
 
