@@ -68,6 +68,7 @@ def test_a_switch_may_stand_alone(words, expected):
         (["train", "--profile", "huge"], "Expected one of 'smoke', 'cpu', 'gpu'. Got value: huge"),
         (["evaluate", "--profile", "huge"], "Expected one of 'smoke', 'cpu', 'gpu'. Got value: huge"),
         (["photo", "--epochs", "0"], "epochs=0"),
+        (["evaluate", "kd"], "the name of an option is missing before: kd"),
         (["train", "--accelerator", "tpu"], "Expected one of 'auto', 'cpu', 'gpu', 'cuda', 'mps'. Got value: tpu"),
         (["distill", "--balancers", "fixed"], "Expected a list in brackets, such as '[a,b]'. Got value: fixed"),
         (["train", "--unlabelled_data_path", "photos"], "a picture without captions teaches nothing; distill"),

@@ -171,6 +171,7 @@ def _in_plain_words(command: str, known: Iterable[str], error: ArgumentError, fi
     if unknown := re.search(r"unrecognized arguments: --([^\s=]+)|Option '(.+)' is not accepted", message):
         name = unknown[1] or unknown[2]
         return ConfigError(f"{file}--{name}: no such option of {command}; {closest(name, known)}")
+    message = re.sub(r"unrecognized arguments: (.*)", r"the name of an option is missing before: \1", message)
     message = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", message)
     message = re.sub(r'Parser key "(\w+)"', r"--\1", message)
     message = re.sub(r"a <class '(\w+)'>", r"\1", message)
