@@ -196,6 +196,18 @@ def test_a_slow_average_of_a_short_run_has_forgotten_the_start(tmp_path):
     assert (average[key] - end[key]).norm() < (average[key] - start[key]).norm() / 2
 
 
+def test_a_moving_average_against_the_closed_form():
+    """The share of the old average rises as 1 - n^(-2/3) (timm), and stays at the decay that is asked for."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    average, expected = ModelEmaV3(model, 0.5, use_warmup=True), 0.0
+    for step, weight in enumerate((1.0, 2.0, 4.0, 8.0), 1):
+        torch.nn.init.constant_(model.weight, weight)
+        average.update(model, step)
+        share = min(0.5, 1 - step ** (-2 / 3))
+        expected = share * expected + (1 - share) * weight
+        assert average.module.weight.item() == pytest.approx(expected)
+
+
 def test_a_moving_average_of_weights_beside_a_mask():
     """The model of open_clip has a mask of -inf in its text tower."""
     model, _ = load_open_clip("clip")

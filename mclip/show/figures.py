@@ -77,7 +77,9 @@ def performance_comparison(records: Records, photographs: Records = ()) -> style
     axes = fig.subplot_mosaic(panels, height_ratios=rows)
     if photos:
         style.grouped_bars(axes["photos"], photos, names)
-        about = "Photographs, measured here, with 95 % intervals\n(of base, clip and kd over their seeds)"
+        about = "Photographs, measured here, with 95 % intervals"
+        if any(record["seed"] for record in photographs):
+            about += ",\nover the seeds where a model has several"
         teachers = {record.get("details", {}).get("configuration", {}).get("teacher_model") for record in photographs}
         if "photographs" in teachers or "photo-teacher" in {record["model"]["name"] for record in photographs}:
             about += ".\nThe teacher's trunk has learnt Imagenette's classes,\nits students saw uncaptioned photographs"

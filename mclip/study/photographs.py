@@ -15,7 +15,7 @@ from torch import nn
 from torchvision.datasets import Imagenette
 
 from mclip.config import PRESETS, ConfigError, DistillConfig, TrainConfig, from_mapping, require
-from mclip.evaluate import evaluate_zero_shot, input_of
+from mclip.evaluate import ZeroShotSet, evaluate_zero_shot, input_of
 from mclip.files import atomic_path, cache_dir, read_json, write_json
 from mclip.locked_image import tune, write_sentences
 from mclip.pairs import Pairs
@@ -133,11 +133,9 @@ class Photographs:
         load_model(folder / "model")[0].save_pretrained(folder / "model", half=True)
         return result
 
-    def find_sets(self) -> None:
-        """Find, or fetch, what a model is judged on: ConfigError where that fails, better before a long training."""
-        for each in EXCERPTS:
-            photograph_set(each, self.root_dir, "report", self.download)
-        self.captions("test")
+    def sets(self, part: Literal["choose", "report"]) -> list[ZeroShotSet]:
+        """The labelled sets that a model is judged on; ConfigError for one that is not there and cannot be fetched."""
+        return [photograph_set(each, self.root_dir, part, self.download) for each in EXCERPTS]
 
     def judge(
         self, model: nn.Module, tokenizer: Any, name: str, part: Literal["choose", "report"] = "report", seed: int = 0
@@ -146,8 +144,7 @@ class Photographs:
 
         The latter come with those of ``MORE_SETS`` that lie below ``root_dir``, whole, since nothing is chosen by them.
         """
-        sets = [photograph_set(each, self.root_dir, part, self.download) for each in EXCERPTS]
-        records = [evaluate_zero_shot(model, tokenizer, each, name, seed=seed) for each in sets]
+        records = [evaluate_zero_shot(model, tokenizer, each, name, seed=seed) for each in self.sets(part)]
         split = "test" if part == "report" else "val"
         file = self.captions(split)
         pairs = replace(load_pairs(file, input_of(model).size, progress=False), name="flickr8k")
@@ -189,7 +186,8 @@ def photo(
     require(epochs >= 1, "epochs", epochs, "use 1 or more")
     out, photographs = Path(out_dir).expanduser(), Photographs(root_dir, download)
     names = OPENAI if teacher == "openai" else {"teacher_model": str(out / "teacher" / "model")}
-    photographs.find_sets()
+    photographs.sets("report")  # what is missing is said before hours of training
+    photographs.captions("test")
     models = {"photo": ("kd", out / "photo")}
     if teacher == "lite2":
         models = {"photo-teacher": ("teacher", out / "teacher")} | models
